@@ -1,0 +1,123 @@
+"""Partial softmax results and their merge: the algebra that makes every split exact.
+
+A partial is `(out, lse)`: the attention over *some* keys and the natural logarithm of the
+softmax denominator over those keys. Two partials over disjoint keys merge to the partial over
+their union,
+
+    lse = log(exp(lse_a) + exp(lse_b))
+    out = out_a * exp(lse_a - lse) + out_b * exp(lse_b - lse)
+
+which is associative and commutative, with identity `(0, -inf)`: no keys at all. (The merge of
+FlashAttention's split-KV and of Milakov and Gimelshein, "Online normalizer calculation for
+softmax", 2018.)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+class Partial(NamedTuple):
+    """Attention over some keys, and the log of their softmax denominator."""
+
+    out: Float[Array, "*batch heads dim"]
+    lse: Float[Array, "*batch heads"]
+
+
+def _finite(lse: jax.Array) -> jax.Array:
+    """Replaces -inf (no keys) by 0, so that a difference of two empties is not NaN."""
+    return jnp.where(lse == -jnp.inf, 0.0, lse)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Merges two partials over disjoint keys, in float32."""
+    peak = lax.stop_gradient(_finite(jnp.maximum(a.lse, b.lse)))
+    weight_a, weight_b = jnp.exp(a.lse - peak), jnp.exp(b.lse - peak)
+    total = weight_a + weight_b
+    out = a.out * weight_a[..., None] + b.out * weight_b[..., None]
+    return normalize(out, total, peak)
+
+
+def normalize(out: jax.Array, total: jax.Array, peak: jax.Array) -> Partial:
+    """A partial from an unnormalised sum `out`, its denominator `total`, both over exp(peak)."""
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    return Partial(
+        jnp.where(some[..., None], out / safe[..., None], 0.0),
+        jnp.where(some, peak + jnp.log(safe), -jnp.inf),
+    )
+
+
+def merge_over_axis(partial: Partial, axis_name: str | tuple[str, ...]) -> Partial:
+    """Merges the partials of all devices along mesh axes: one pmax of lse, one psum of the rest."""
+    out, lse = partial
+    peak = _finite(lax.pmax(lax.stop_gradient(lse), axis_name))
+    weight = jnp.exp(lse - peak)[..., None]
+    summed = lax.psum(jnp.concatenate([out * weight, weight], axis=-1), axis_name)
+    return normalize(summed[..., :-1], summed[..., -1], peak)
+
+
+def add_sinks(partial: Partial, sinks: Float[Array, " heads"]) -> Partial:
+    """Joins one sink logit per head to the denominator: it takes weight, and adds no value."""
+    out, lse = partial
+    with_sinks = jnp.logaddexp(lse, sinks.astype(jnp.float32))
+    return Partial(out * jnp.exp(lse - with_sinks)[..., None], with_sinks)
+
+
+def merge_partials(
+    out_a: Float[Array, "*batch heads dim"],
+    lse_a: Float[Array, "*batch heads"],
+    out_b: Float[Array, "*batch heads dim"],
+    lse_b: Float[Array, "*batch heads"],
+) -> tuple[Float[Array, "*batch heads dim"], Float[Array, "*batch heads"]]:
+    """Merges two attention results over disjoint keys into the one over all of them.
+
+    Args:
+      out_a: attention over the first keys, any float dtype.
+      lse_a: natural log of its softmax denominator, float32; -inf where it saw no key.
+      out_b: attention over the other keys.
+      lse_b: natural log of its softmax denominator.
+
+    Returns:
+      `(out, lse)` over the union: out in `out_a`'s dtype, lse in float32. The identity is
+      `(0, -inf)`, and merging two of those gives it again.
+
+    Raises:
+      ValueError: if the shapes do not match.
+    """
+    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or out_a.shape[:-1] != lse_a.shape:
+        raise ValueError(
+            f"merge_partials needs out [..., heads, dim] and lse [..., heads] of equal leading "
+            f"shapes; got out {out_a.shape} and {out_b.shape}, lse {lse_a.shape} and {lse_b.shape}"
+        )
+    merged = merge(_float32(out_a, lse_a), _float32(out_b, lse_b))
+    return merged.out.astype(out_a.dtype), merged.lse
+
+
+def merge_across(
+    out: Float[Array, "*batch heads dim"],
+    lse: Float[Array, "*batch heads"],
+    axis_name: str | tuple[str, ...],
+) -> tuple[Float[Array, "*batch heads dim"], Float[Array, "*batch heads"]]:
+    """Merges attention results over mesh axes, inside a `shard_map`.
+
+    Each device along `axis_name` attended over its own keys, e.g. with
+    `page_attention(..., return_lse=True)` and `mesh=None`; all of them get the merged result.
+
+    Args:
+      out: this device's attention, any float dtype.
+      lse: natural log of this device's softmax denominator, float32.
+      axis_name: one or several axes of the surrounding `shard_map`.
+
+    Returns:
+      `(out, lse)` over all devices' keys, equal on all of them; out in its own dtype.
+    """
+    merged = merge_over_axis(_float32(out, lse), axis_name)
+    return merged.out.astype(out.dtype), merged.lse
+
+
+def _float32(out: jax.Array, lse: jax.Array) -> Partial:
+    return Partial(out.astype(jnp.float32), lse.astype(jnp.float32))
