@@ -1,0 +1,111 @@
+"""From a spec and devices to a mesh, with talkative axes on neighbouring chips."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from .spec import SLICED_AXIS, TALKATIVE_AXES, UNKNOWN, MeshAxis, MeshSpec
+
+
+def make(
+    spec: str | MeshSpec,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    axis_types: AxisType | Sequence[AxisType] = AxisType.Auto,
+) -> Mesh:
+    """Makes a mesh that uses every device exactly once.
+
+    Inside a slice, axes are laid on the chips' network in the order of their traffic: those named
+    `context` get neighbouring chips, then the later axes of the spec before the earlier ones. Of
+    several slices, `dcn.` axes count whole slices; a spec without any gives the slices to `data`.
+    CPU devices form no slices and are cut into as many equal parts as the `dcn.` axes ask for.
+
+    Args:
+      spec: axes in the mesh's order, e.g. `"data=2,kv=-1"` or `"dcn.data=2,data=4,context=2"`.
+      devices: the devices to use, all of them; default `jax.devices()`, of all processes.
+      axis_types: one type for all axes, or one each. Auto by default: the compiler propagates
+        shardings, so code around the attention needs no annotations. Explicit works as well,
+        and makes every array's type show its sharding.
+
+    Returns:
+      A mesh whose axis names and order are the spec's.
+
+    Raises:
+      ValueError: if the spec is malformed, or the devices do not divide into it; the message
+        lists factorings that work.
+    """
+    spec = MeshSpec.parse(spec) if isinstance(spec, str) else spec
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if len(set(devices)) != len(devices) or not devices:
+        raise ValueError(f"a mesh needs distinct devices, at least one; got {list(devices)}")
+    slices = split_slices(devices, spec.num_slices)
+    resolved = _sliced(spec, len(slices)).resolve(len(devices), len(slices))
+    if isinstance(axis_types, AxisType):
+        axis_types = (axis_types,) * len(resolved.axes)
+    if len(axis_types) != len(resolved.axes):
+        raise ValueError(
+            f"{len(axis_types)} axis types for the {len(resolved.axes)} axes of mesh '{spec}'; "
+            f"give one for each, or one for all"
+        )
+    return Mesh(_place(resolved, slices), resolved.names, axis_types=tuple(axis_types))
+
+
+def split_slices(
+    devices: Sequence[jax.Device], num_simulated_slices: int = 1
+) -> list[list[jax.Device]]:
+    """Groups devices by slice; those that know no slices (CPU) are cut into equal parts in order.
+
+    Raises:
+      ValueError: if slices are of unequal size.
+    """
+    by_slice = defaultdict(list)
+    for index, device in enumerate(devices):
+        simulated = index * num_simulated_slices // len(devices)
+        slice_index = getattr(device, "slice_index", None)
+        by_slice[simulated if slice_index is None else slice_index].append(device)
+    slices = [by_slice[index] for index in sorted(by_slice)]
+    if len({len(members) for members in slices}) > 1:
+        counts = {index: len(members) for index, members in sorted(by_slice.items())}
+        raise ValueError(
+            f"slices must have equally many devices; got {counts} (slice: devices). Pass "
+            f"devices= with the same number from each"
+        )
+    return slices
+
+
+def _sliced(spec: MeshSpec, num_slices: int) -> MeshSpec:
+    """Gives the slices to `data` if the spec says nothing about them: sequences never talk."""
+    if num_slices == 1 or any(size != 1 for size in spec.dcn_shape):
+        return spec
+    axes = []
+    for axis in spec.axes:
+        if axis.name == SLICED_AXIS and (axis.ici == UNKNOWN or axis.ici % num_slices == 0):
+            ici = axis.ici if axis.ici == UNKNOWN else axis.ici // num_slices
+            axis = MeshAxis(axis.name, ici, num_slices)
+        axes.append(axis)
+    return MeshSpec(tuple(axes))
+
+
+def _place(spec: MeshSpec, slices: list[list[jax.Device]]) -> np.ndarray:
+    """Devices in the shape of the spec: each slice laid out alike, then joined along dcn axes."""
+    quiet_first = sorted(range(len(spec.axes)), key=lambda i: spec.names[i] in TALKATIVE_AXES)
+    ici_shape = [spec.ici_shape[i] for i in quiet_first]
+    to_spec_order = np.argsort(quiet_first)
+    placed = [
+        mesh_utils.create_device_mesh(ici_shape, members, allow_split_physical_axes=True).transpose(
+            to_spec_order
+        )
+        for members in slices
+    ]
+    joined = np.empty((len(slices), *spec.ici_shape), dtype=object)
+    for index, members in enumerate(placed):
+        joined[index] = members
+    num_axes = len(spec.axes)
+    joined = joined.reshape(*spec.dcn_shape, *spec.ici_shape)
+    dcn_outside_ici = [axis for i in range(num_axes) for axis in (i, num_axes + i)]
+    return joined.transpose(dcn_outside_ici).reshape(spec.shape)

@@ -1,0 +1,197 @@
+"""Mesh specs: `"dcn.data=2,data=4,context=2,kv=8"` and the rules they must keep."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Self
+
+DCN_PREFIX = "dcn."
+UNKNOWN = -1  # a size to be deduced from the number of devices
+
+# Page attention sends something over `context` only (the merge), so those devices go next to
+# each other; sequences never talk, so `data` is the axis that may span slices without being asked.
+TALKATIVE_AXES = ("context",)
+SLICED_AXIS = "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxis:
+    """One mesh axis: `ici` devices inside a slice, times `dcn` slices."""
+
+    name: str
+    ici: int = 1
+    dcn: int = 1
+
+    @property
+    def size(self) -> int:
+        """Devices along this axis, slices included."""
+        return self.ici * self.dcn
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """The axes of a mesh in order, sizes inside a slice and across slices told apart.
+
+    The text form is a comma-separated list of `NAME=SIZE` and `dcn.NAME=SIZE`; one SIZE may be
+    -1, which takes what is left. `dcn.data=2,data=4` is one axis `data` of size 8 whose two halves
+    lie in different slices.
+    """
+
+    axes: tuple[MeshAxis, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads the text form.
+
+        Raises:
+          ValueError: naming the entry that breaks the grammar, and the grammar.
+        """
+        sizes: dict[str, dict[bool, int]] = {}
+        for entry in text.split(","):
+            name, is_dcn, size = _parse_entry(entry, text)
+            if is_dcn in sizes.setdefault(name, {}):
+                raise ValueError(
+                    f"mesh {text!r} sizes the axis {entry.split('=')[0].strip()!r} twice"
+                )
+            sizes[name][is_dcn] = size
+        axes = tuple(MeshAxis(name, s.get(False, 1), s.get(True, 1)) for name, s in sizes.items())
+        if sum((axis.ici, axis.dcn).count(UNKNOWN) for axis in axes) > 1:
+            raise ValueError(f"mesh {text!r} leaves more than one size open; only one may be -1")
+        return cls(axes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The axis names in order."""
+        return tuple(axis.name for axis in self.axes)
+
+    @property
+    def ici_shape(self) -> tuple[int, ...]:
+        """The size of each axis inside one slice."""
+        return tuple(axis.ici for axis in self.axes)
+
+    @property
+    def dcn_shape(self) -> tuple[int, ...]:
+        """The number of slices along each axis."""
+        return tuple(axis.dcn for axis in self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size of each axis, slices included."""
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def num_slices(self) -> int:
+        """How many slices the spec asks for (an open size counts as 1)."""
+        return math.prod(max(size, 1) for size in self.dcn_shape)
+
+    def __str__(self) -> str:
+        parts = []
+        for axis in self.axes:
+            if axis.dcn != 1:
+                parts.append(f"{DCN_PREFIX}{axis.name}={axis.dcn}")
+            if axis.ici != 1 or axis.dcn == 1:
+                parts.append(f"{axis.name}={axis.ici}")
+        return ",".join(parts)
+
+    def resolve(self, num_devices: int, num_slices: int = 1) -> Self:
+        """Fills in an open size and checks that every device is used exactly once.
+
+        Args:
+          num_devices: all devices, over all slices.
+          num_slices: how many slices those devices form.
+
+        Returns:
+          The same axes with all sizes known; their product is `num_devices`.
+
+        Raises:
+          ValueError: naming the axes and the factorings that work.
+        """
+        if num_devices % num_slices:
+            raise ValueError(f"{num_devices=} do not divide into {num_slices} equal slices")
+        per_slice = num_devices // num_slices
+        dcn = self._fill(self.dcn_shape, num_slices, num_devices, num_slices)
+        ici = self._fill(self.ici_shape, per_slice, num_devices, num_slices)
+        if math.prod(dcn) != num_slices or math.prod(ici) != per_slice:
+            raise ValueError(self._misfit(num_devices, num_slices))
+        return type(self)(tuple(map(MeshAxis, self.names, ici, dcn)))
+
+    def _fill(
+        self, shape: tuple[int, ...], total: int, num_devices: int, num_slices: int
+    ) -> tuple[int, ...]:
+        if UNKNOWN not in shape:
+            return shape
+        known = math.prod(size for size in shape if size != UNKNOWN)
+        if total % known:
+            raise ValueError(self._misfit(num_devices, num_slices))
+        return tuple(total // known if size == UNKNOWN else size for size in shape)
+
+    def _misfit(self, num_devices: int, num_slices: int) -> str:
+        per_slice = num_devices // num_slices
+        axes = ", ".join(self.names)
+        if UNKNOWN in self.ici_shape + self.dcn_shape:
+            asks = "has sizes that do not divide them"
+        else:
+            asks = f"uses {math.prod(self.shape)}"
+        if num_slices != 1 or self.num_slices != 1:
+            where = f"{num_devices} devices in {num_slices} slices of {per_slice}"
+            asks += f" in {self.num_slices} slices"
+        else:
+            where = f"{num_devices} devices"
+        return (
+            f"there are {where}, and mesh '{self}' {asks}; none may be left over. "
+            f"Axes {axes} fit as {self._suggest(per_slice, num_slices)}"
+        )
+
+    def _suggest(self, per_slice: int, num_slices: int, most: int = 8) -> str:
+        """The factorings nearest to the sizes asked for, as specs."""
+        dcn = self.dcn_shape
+        if math.prod(dcn) != num_slices:
+            sliced = self.names.index(SLICED_AXIS) if SLICED_AXIS in self.names else 0
+            dcn = tuple(num_slices if i == sliced else 1 for i in range(len(self.axes)))
+
+        def distance(shape: tuple[int, ...]) -> float:
+            return sum(
+                abs(math.log(size / asked))
+                for size, asked in zip(shape, self.ici_shape, strict=True)
+                if asked != UNKNOWN
+            )
+
+        shapes = sorted(factorings(per_slice, len(self.axes)), key=distance)
+        specs = [str(MeshSpec(tuple(map(MeshAxis, self.names, s, dcn)))) for s in shapes[:most]]
+        more = len(shapes) - len(specs)
+        return " | ".join(specs) + (f" | ... ({more} more)" if more > 0 else "")
+
+
+def factorings(total: int, num_axes: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write `total` as an ordered product of `num_axes` positive sizes."""
+    if num_axes == 1:
+        yield (total,)
+        return
+    for first in divisors(total):
+        for rest in factorings(total // first, num_axes - 1):
+            yield (first, *rest)
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a positive number, ascending."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return list(dict.fromkeys(itertools.chain(low, (number // d for d in reversed(low)))))
+
+
+def _parse_entry(entry: str, text: str) -> tuple[str, bool, int]:
+    """`dcn.data=2` -> ("data", True, 2)."""
+    name, equals, size_text = (part.strip() for part in entry.partition("="))
+    is_dcn = name.startswith(DCN_PREFIX)
+    name = name.removeprefix(DCN_PREFIX)
+    try:
+        size = int(size_text)
+    except ValueError:
+        size = 0
+    if not equals or not name.isidentifier() or (size < 1 and size != UNKNOWN):
+        raise ValueError(
+            f"mesh {text!r} has the entry {entry.strip()!r}; write NAME=SIZE or dcn.NAME=SIZE, "
+            f"separated by commas, with sizes from 1, or -1 once for what is left: "
+            f"'data=2,kv=4', 'dcn.data=2,data=-1,context=4'"
+        )
+    return name, is_dcn, size
