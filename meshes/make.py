@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,10 +11,12 @@ from jax.sharding import AxisType, Mesh
 
 from .spec import SLICED_AXIS, TALKATIVE_AXES, UNKNOWN, MeshAxis, MeshSpec
 
+Device = Any  # jax.Device, which type checkers see as a variable
+
 
 def make(
     spec: str | MeshSpec,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     *,
     axis_types: AxisType | Sequence[AxisType] = AxisType.Auto,
 ) -> Mesh:
@@ -55,9 +58,7 @@ def make(
     return Mesh(_place(resolved, slices), resolved.names, axis_types=tuple(axis_types))
 
 
-def split_slices(
-    devices: Sequence[jax.Device], num_simulated_slices: int = 1
-) -> list[list[jax.Device]]:
+def split_slices(devices: Sequence[Device], num_simulated_slices: int = 1) -> list[list[Device]]:
     """Groups devices by slice; those that know no slices (CPU) are cut into equal parts in order.
 
     Raises:
@@ -91,7 +92,7 @@ def _sliced(spec: MeshSpec, num_slices: int) -> MeshSpec:
     return MeshSpec(tuple(axes))
 
 
-def _place(spec: MeshSpec, slices: list[list[jax.Device]]) -> np.ndarray:
+def _place(spec: MeshSpec, slices: list[list[Device]]) -> np.ndarray:
     """Devices in the shape of the spec: each slice laid out alike, then joined along dcn axes."""
     quiet_first = sorted(range(len(spec.axes)), key=lambda i: spec.names[i] in TALKATIVE_AXES)
     ici_shape = [spec.ici_shape[i] for i in quiet_first]

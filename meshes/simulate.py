@@ -41,14 +41,14 @@ def simulate(what: int, spec: str | MeshSpec | None = None) -> Mesh | None:
 
 
 def _request_cpu_devices(num_devices: int) -> None:
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.read("jax_platforms")
     if platforms and "cpu" not in platforms.split(","):
         raise RuntimeError(
             f"cannot simulate devices: JAX is limited to the platforms {platforms!r}; "
             f"add cpu to JAX_PLATFORMS, or unset it"
         )
     try:
-        requested = jax.config.jax_num_cpu_devices
+        requested = jax.config.read("jax_num_cpu_devices")
         jax.config.update("jax_num_cpu_devices", max(num_devices, requested))
     except RuntimeError:  # JAX has started: what it has is what there is
         num_present = jax.local_device_count("cpu")
