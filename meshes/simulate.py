@@ -1,12 +1,14 @@
 """Simulated devices: many CPU devices in one process, standing in for a pod."""
 
-from typing import overload
+from typing import Any, overload
 
 import jax
 from jax.sharding import Mesh
 
 from .make import make
 from .spec import MeshSpec
+
+_config: Any = jax.config  # its options are attributes that type checkers do not see
 
 
 @overload
@@ -41,15 +43,15 @@ def simulate(what: int, spec: str | MeshSpec | None = None) -> Mesh | None:
 
 
 def _request_cpu_devices(num_devices: int) -> None:
-    platforms = jax.config.read("jax_platforms")
+    platforms = _config.jax_platforms
     if platforms and "cpu" not in platforms.split(","):
         raise RuntimeError(
             f"cannot simulate devices: JAX is limited to the platforms {platforms!r}; "
             f"add cpu to JAX_PLATFORMS, or unset it"
         )
     try:
-        requested = jax.config.read("jax_num_cpu_devices")
-        jax.config.update("jax_num_cpu_devices", max(num_devices, requested))
+        requested = _config.jax_num_cpu_devices
+        _config.update("jax_num_cpu_devices", max(num_devices, requested))
     except RuntimeError:  # JAX has started: what it has is what there is
         num_present = jax.local_device_count("cpu")
         if num_present < num_devices:
@@ -60,4 +62,4 @@ def _request_cpu_devices(num_devices: int) -> None:
             ) from None
         return
     if not platforms:
-        jax.config.update("jax_platforms", "cpu")
+        _config.update("jax_platforms", "cpu")
