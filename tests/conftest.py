@@ -1,0 +1,50 @@
+"""Set-up of a test session: eight simulated devices, strict dtypes, checked shapes."""
+
+import os
+
+import jax
+import jaxtyping
+import pytest
+
+# Before any backend starts. On a TPU host: JAX_PLATFORMS=tpu,cpu.
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# float32 and bfloat16 never meet unasked in the library.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Shapes and dtypes named in annotations are checked at every call of what is behind the public
+# functions; those check their arguments themselves, and it is their messages that are tested.
+_CHECKED = ("kv_layout", "partial", "pages", "blocks", "backends", "kernels")
+_hook = jaxtyping.install_import_hook(
+    [f"shardpage.{name}" for name in _CHECKED], "beartype.beartype"
+)
+
+from .cases import build_mesh  # noqa: E402
+
+# Eight devices each; every kind of split, alone and with the others.
+MESHES = (
+    "data=8",
+    "kv=2",
+    "context=8",
+    "data=4,kv=2",
+    "data=2,context=4",
+    "kv=2,context=4",
+    "data=2,kv=2,context=2",
+)
+
+
+@pytest.fixture(params=("Auto", "Explicit"))
+def axis_type(request) -> str:
+    """Both ways in which a mesh's axes can take part in sharding."""
+    return request.param
+
+
+@pytest.fixture(params=MESHES)
+def mesh_spec(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def mesh(mesh_spec, axis_type) -> jax.sharding.Mesh:
+    """Every mesh, in both axis types. Narrow it with `parametrize("mesh_spec", ...)`."""
+    return build_mesh(mesh_spec, axis_type)
