@@ -3,8 +3,14 @@
 Importing this package touches no device. See README.md for the grammar and the placement rules.
 """
 
+from .collectives import Collective as Collective
+from .collectives import collectives as collectives
 from .make import make as make
 from .simulate import simulate as simulate
+from .slices import Chip as Chip
+from .slices import PodSlice as PodSlice
+from .slices import chips as chips
 from .spec import MeshAxis as MeshAxis
 from .spec import MeshSpec as MeshSpec
 from .spec import factorings as factorings
+from .topology import topology as topology

@@ -2,16 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from .spec import SLICED_AXIS, TALKATIVE_AXES, UNKNOWN, MeshAxis, MeshSpec
-
-Device = Any  # jax.Device, which type checkers see as a variable
+from .placement import Device, place
+from .spec import SLICED_AXIS, UNKNOWN, MeshAxis, MeshSpec
 
 
 def make(
@@ -55,7 +51,7 @@ def make(
             f"{len(axis_types)} axis types for the {len(resolved.axes)} axes of mesh '{spec}'; "
             f"give one for each, or one for all"
         )
-    return Mesh(_place(resolved, slices), resolved.names, axis_types=tuple(axis_types))
+    return Mesh(place(resolved, slices), resolved.names, axis_types=tuple(axis_types))
 
 
 def split_slices(devices: Sequence[Device], num_simulated_slices: int = 1) -> list[list[Device]]:
@@ -90,23 +86,3 @@ def _sliced(spec: MeshSpec, num_slices: int) -> MeshSpec:
             axis = MeshAxis(axis.name, ici, num_slices)
         axes.append(axis)
     return MeshSpec(tuple(axes))
-
-
-def _place(spec: MeshSpec, slices: list[list[Device]]) -> np.ndarray:
-    """Devices in the shape of the spec: each slice laid out alike, then joined along dcn axes."""
-    quiet_first = sorted(range(len(spec.axes)), key=lambda i: spec.names[i] in TALKATIVE_AXES)
-    ici_shape = [spec.ici_shape[i] for i in quiet_first]
-    to_spec_order = np.argsort(quiet_first)
-    placed = [
-        mesh_utils.create_device_mesh(ici_shape, members, allow_split_physical_axes=True).transpose(
-            to_spec_order
-        )
-        for members in slices
-    ]
-    joined = np.empty((len(slices), *spec.ici_shape), dtype=object)
-    for index, members in enumerate(placed):
-        joined[index] = members
-    num_axes = len(spec.axes)
-    joined = joined.reshape(*spec.dcn_shape, *spec.ici_shape)
-    dcn_outside_ici = [axis for i in range(num_axes) for axis in (i, num_axes + i)]
-    return joined.transpose(dcn_outside_ici).reshape(spec.shape)

@@ -1,0 +1,106 @@
+"""Meshes over TPU slices that are not there, to compile for them ahead of time with libtpu."""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from .make import make
+from .slices import PodSlice
+from .spec import MeshSpec
+
+# While libtpu loads: ask no metadata server what this machine is (none answers off Google Cloud,
+# and each question waits for its time limit), and let other processes load libtpu as well.
+_LOADING = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def topology(
+    name: str | PodSlice,
+    spec: str | MeshSpec | None = None,
+    *,
+    num_slices: int = 1,
+    megacore: bool | None = None,
+    axis_types: AxisType = AxisType.Auto,
+) -> Mesh:
+    """A mesh over compile-only devices of one or more TPU slices; needs no TPU.
+
+    `jax.jit(f).lower(...).compile()` works on its devices and gives memory, cost and HLO;
+    arrays cannot be put on them.
+
+    Args:
+      name: a slice, e.g. `"v5p:4x4x4"`, or a product name, e.g. `"v5p-128"`.
+      spec: the axes, as in `make`; default one axis `data` over everything.
+      num_slices: how many such slices, joined by the data centre network.
+      megacore: v4 and v5p only: whether the two TensorCores of a chip are one device (usual, and
+        the default) or two.
+      axis_types: as in `make`, one type for all axes.
+
+    Returns:
+      A mesh of all the slices' devices.
+
+    Raises:
+      ValueError: for unknown slices, specs that do not fit, megacore where there is none.
+      RuntimeError: without libtpu, or where libtpu refuses the slice.
+    """
+    pod = PodSlice.parse(name) if isinstance(name, str) else name
+    if num_slices < 1:
+        raise ValueError(f"{num_slices=} must be 1 or more")
+    devices = _compile_only_devices(pod, num_slices, _config(pod, megacore))
+    return make("data=-1" if spec is None else spec, devices, axis_types=axis_types)
+
+
+def _config(pod: PodSlice, megacore: bool | None) -> str | None:
+    """The name of the chip configuration, None for the only one."""
+    if megacore is None:
+        return pod.chip.megacore_config
+    if pod.chip.megacore_config is None:
+        raise ValueError(
+            f"{pod.chip.name} has no megacore to switch: always {pod.chip.devices} device(s) a "
+            f"chip; leave megacore=None (v4 and v5p have it)"
+        )
+    return pod.chip.megacore_config if megacore else pod.chip.separate_config
+
+
+def _compile_only_devices(pod: PodSlice, num_slices: int, config: str | None) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError("compiling for TPU slices needs libtpu: pip install 'shardpage[tpu]'")
+    options: dict[str, Any] = {}
+    if config is not None:
+        options["chip_config_name"] = config
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    if pod.num_chips < 4:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    with _environment_while_loading():
+        try:
+            described = topologies.get_topology_desc(
+                platform="tpu", topology_name=str(pod), **options
+            )
+        except Exception as error:
+            raise RuntimeError(f"libtpu refuses {num_slices} slice(s) of {pod}: {error}") from error
+    return list(described.devices)
+
+
+@contextlib.contextmanager
+def _environment_while_loading() -> Iterator[None]:
+    """Sets what libtpu reads when it loads, and puts everything back as it was."""
+    before = dict(os.environ)
+    for name, value in _LOADING.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith(("TPU_", "ALLOW_MULTIPLE_"))]:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
