@@ -8,6 +8,7 @@ import enum
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -65,7 +66,9 @@ class KVLayout(enum.Enum):
         key_cache: Float[Array, "..."],
         value_cache: Float[Array, "..."] | None,
         page_ids: Int[Array, "items pages"],
-    ) -> tuple[Float[Array, "items kv_heads tokens dim"], Float[Array, "items kv_heads tokens dim"]]:
+    ) -> tuple[
+        Float[Array, "items kv_heads tokens dim"], Float[Array, "items kv_heads tokens dim"]
+    ]:
         """Fetches pages as contiguous tokens, heads outermost, whatever the layout.
 
         One XLA gather that writes its result in the order the matmuls want: no transpose of
@@ -80,6 +83,49 @@ class KVLayout(enum.Enum):
             _gather_pages(value_cache, page_ids, self.value.pages),
         )
 
+    def scatter_add(
+        self,
+        key_cache: Float[Array, "..."],
+        value_cache: Float[Array, "..."] | None,
+        page_ids: Int[Array, "items pages"],
+        key: Float[Array, "items kv_heads tokens dim"],
+        value: Float[Array, "items kv_heads tokens dim"],
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+        """Adds tokens to their pages: the transpose of `gather`."""
+        axis = self.value.pages
+        if self.fused:
+            return _scatter_add_pages(key_cache, page_ids, jnp.stack([key, value]), axis), None
+        assert value_cache is not None
+        return (
+            _scatter_add_pages(key_cache, page_ids, key, axis),
+            _scatter_add_pages(value_cache, page_ids, value, axis),
+        )
+
+    def put(
+        self,
+        key_cache: Float[Array, "..."],
+        value_cache: Float[Array, "..."] | None,
+        page_ids: Int[Array, " tokens"],
+        slots: Int[Array, " tokens"],
+        key: Float[Array, "tokens kv_heads dim"],
+        value: Float[Array, "tokens kv_heads dim"],
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+        """Overwrites one slot a token; a page id outside the cache drops its token."""
+        if self.fused:
+            both = jnp.stack([key, value], axis=1)
+            return key_cache.at[page_ids, :, :, slots].set(both, mode="drop"), None
+        assert value_cache is not None
+        if self is KVLayout.BLOCKS_FIRST:
+            put = lambda cache, x: cache.at[page_ids, :, slots].set(x, mode="drop")
+        else:
+            put = lambda cache, x: cache.at[:, page_ids, slots].set(x.swapaxes(0, 1), mode="drop")
+        return put(key_cache, key), put(value_cache, value)
+
+
+def _token_dims(lead: int) -> tuple[int, ...]:
+    """Where a page's own axes lie in `[*lead, items, kv_heads, pages, page_size, dim]`."""
+    return (*range(lead), lead + 1, lead + 3, lead + 4)
+
 
 def _gather_pages(cache: jax.Array, page_ids: jax.Array, pages_axis: int) -> jax.Array:
     """`[*lead, items, kv_heads, pages * page_size, dim]`, lead being (2,) of a fused cache."""
@@ -91,7 +137,7 @@ def _gather_pages(cache: jax.Array, page_ids: jax.Array, pages_axis: int) -> jax
         cache,
         page_ids[..., None],
         lax.GatherDimensionNumbers(
-            offset_dims=(*range(lead), lead + 1, lead + 3, lead + 4),
+            offset_dims=_token_dims(lead),
             collapsed_slice_dims=(pages_axis,),
             start_index_map=(pages_axis,),
         ),
@@ -100,3 +146,23 @@ def _gather_pages(cache: jax.Array, page_ids: jax.Array, pages_axis: int) -> jax
     )
     *lead_shape, _, num_kv_heads, _, page_size, head_dim = fetched.shape
     return fetched.reshape(*lead_shape, num_items, num_kv_heads, num_pages * page_size, head_dim)
+
+
+def _scatter_add_pages(
+    cache: jax.Array, page_ids: jax.Array, tokens: jax.Array, pages_axis: int
+) -> jax.Array:
+    lead = cache.ndim - 4
+    *before, num_tokens, head_dim = tokens.shape
+    num_pages = page_ids.shape[1]
+    updates = tokens.reshape(*before, num_pages, num_tokens // num_pages, head_dim)
+    return lax.scatter_add(
+        cache,
+        page_ids[..., None],
+        updates,
+        lax.ScatterDimensionNumbers(
+            update_window_dims=_token_dims(lead),
+            inserted_window_dims=(pages_axis,),
+            scatter_dims_to_operand_dims=(pages_axis,),
+        ),
+        mode=lax.GatherScatterMode.CLIP,
+    )

@@ -13,13 +13,16 @@ MegacoreMode = Literal["kv_head", "batch", "auto"]
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What a backend needs to know besides arrays. Hashable: a static argument of `jax.jit`.
+    """All that is known of a call besides arrays and mesh. Hashable: static under `jax.jit`.
 
-    Sliding window, sinks, casts and invalid sequences are handled around the backend.
+    `max_context_len` and `sliding_window` are the plan's; the others are the backend's.
     """
 
     kv: KVLayout
     scale: float
+    platform: str = "cpu"
+    max_context_len: int | None = None
+    sliding_window: int | None = None
     mask_value: float = DEFAULT_MASK_VALUE
     soft_cap: float | None = None
     num_splits: int = 0

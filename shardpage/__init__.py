@@ -1,0 +1,16 @@
+"""shardpage: paged attention for whole TPU pods, in Python on JAX."""
+
+from importlib import metadata as _metadata
+
+from .allocator import OutOfPages as OutOfPages
+from .allocator import PageAllocator as PageAllocator
+from .attention import page_attention as page_attention
+from .cache import PagedKVCache as PagedKVCache
+from .cache import write_kv as write_kv
+from .layout import ShardLayout as ShardLayout
+from .partial import merge_across as merge_across
+from .partial import merge_partials as merge_partials
+from .validate import validate_tables as validate_tables
+from .validate import validate_writes as validate_writes
+
+__version__ = _metadata.version("shardpage")

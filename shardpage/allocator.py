@@ -1,0 +1,390 @@
+"""`PageAllocator`: who owns which page of the cache. Host side, plain Python, deterministic."""
+
+import heapq
+import operator
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+Placement = Literal["round_robin", "contiguous"]
+
+
+class OutOfPages(RuntimeError):
+    """A request needs more pages than are free. The allocator is as it was before the request.
+
+    Attributes:
+      asked: pages that the request needs, beyond those that the sequence has.
+      free: pages that are free for it.
+      seq_shard: the shard of sequences whose pools were asked.
+    """
+
+    def __init__(self, asked: int, free: int, total: int, seq_shard: int, seq_id: Hashable):
+        super().__init__(
+            f"sequence {seq_id!r} needs {asked} more pages, and {free} of the {total} pages of "
+            f"seqs shard {seq_shard} are free; free other sequences of that shard, allocate in "
+            "another seq_shard, or make the cache with more pages"
+        )
+        self.asked, self.free, self.seq_shard = asked, free, seq_shard
+
+
+@dataclass(frozen=True)
+class CopyPage:
+    """A page whose content the caller must copy, in every layer, before writing to `target`."""
+
+    source: int
+    target: int
+
+
+class PageAllocator:
+    """Hands out the pages of a cache to sequences, and takes them back.
+
+    Page ids are global. A cache of `num_pages` pages is split into one contiguous range a page
+    shard, shard `seq_shard * num_context_shards + context_shard`, as `ShardLayout` splits the
+    cache over a mesh. A sequence has pages of one seqs shard only, and that must be the one that
+    its row of the block table is on: row `r` of `n` is on shard `r // (n / num_seq_shards)`.
+
+    Within it, `placement` says on which context shard each block (page of the sequence) should
+    be, so that all devices have their share of the work:
+
+    - "round_robin": the shard after that of the block before; the first block is on the shard
+      with the most free pages. Work is even at every length.
+    - "contiguous": block `j` on shard `j // ceil(max_blocks / num_context_shards)`.
+
+    Placement is a preference. Where the preferred pool is empty, the one with the most free pages
+    takes its turn, so requests fail only when their whole seqs shard is out of pages. Attention
+    is exact for any placement.
+
+    A page with room left belongs to one sequence; full pages can be shared by `fork`, and return
+    to their pool when the last owner is freed. The lowest free page of a pool goes first, so the
+    same calls give the same pages. Every operation costs O(log num_pages) a page, and one that
+    raises changes nothing. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        num_seq_shards: int = 1,
+        num_context_shards: int = 1,
+        placement: Placement = "round_robin",
+        max_blocks: int | None = None,
+    ):
+        """Makes an allocator of a cache whose pages are all free.
+
+        Args:
+          num_pages: pages of the whole cache, over all shards.
+          page_size: tokens a page.
+          num_seq_shards: size of the mesh axes that split sequences.
+          num_context_shards: size of the mesh axes that split the context.
+          placement: "round_robin" or "contiguous", see above.
+          max_blocks: the most pages a sequence may have: the width of `block_tables`. Needed by
+            "contiguous"; None is no limit.
+
+        Raises:
+          ValueError: if a number is not positive, `num_pages` does not divide over the shards,
+            or `placement` is unknown or lacks `max_blocks`.
+        """
+        self.num_pages = _at_least(1, num_pages=num_pages)
+        self.page_size = _at_least(1, page_size=page_size)
+        self.num_seq_shards = _at_least(1, num_seq_shards=num_seq_shards)
+        self.num_context_shards = _at_least(1, num_context_shards=num_context_shards)
+        self.max_blocks = None if max_blocks is None else _at_least(1, max_blocks=max_blocks)
+        self.placement = placement
+        if placement not in get_args(Placement):
+            raise ValueError(f"{placement=} is not one of {', '.join(get_args(Placement))}")
+        if placement == "contiguous" and num_context_shards > 1 and max_blocks is None:
+            raise ValueError(
+                "placement='contiguous' gives each context shard a range of "
+                "ceil(max_blocks / num_context_shards) blocks: say max_blocks, or use "
+                "placement='round_robin'"
+            )
+        num_page_shards = num_seq_shards * num_context_shards
+        if num_pages % num_page_shards:
+            raise ValueError(
+                f"{num_pages=} must be divisible by the {num_page_shards} page shards "
+                f"({num_seq_shards=} times {num_context_shards=}); use "
+                f"{-(-num_pages // num_page_shards) * num_page_shards}"
+            )
+        self._pages_per_shard = num_pages // num_page_shards
+        self._pools = [
+            _Pool(shard * self._pages_per_shard, self._pages_per_shard)
+            for shard in range(num_page_shards)
+        ]
+        self._refcounts: dict[int, int] = {}
+        self._sequences: dict[Hashable, _Sequence] = {}
+
+    def allocate(self, seq_id: Hashable, num_tokens: int, seq_shard: int = 0) -> list[int]:
+        """Starts a sequence with pages for `num_tokens` tokens (0: none yet).
+
+        Args:
+          seq_id: any hashable name except None, which `block_tables` keeps for empty rows.
+          num_tokens: tokens to hold.
+          seq_shard: the shard of sequences whose pages it gets.
+
+        Returns:
+          Its pages, global ids in the order of its tokens.
+
+        Raises:
+          OutOfPages: if too few pages are free.
+          ValueError: if the sequence exists, or an argument is out of range.
+        """
+        self._check_new(seq_id)
+        num_tokens = _at_least(0, num_tokens=num_tokens)
+        seq_shard = self._check_index("seq_shard", seq_shard, self.num_seq_shards)
+        free = [len(pool) for pool in self._pools_of(seq_shard)]
+        sequence = _Sequence(seq_shard, free.index(max(free)))
+        self._grow(seq_id, sequence, num_tokens)
+        self._sequences[seq_id] = sequence
+        return list(sequence.pages)
+
+    def extend(self, seq_id: Hashable, num_tokens: int) -> list[int]:
+        """Grows a sequence to hold `num_tokens` more tokens.
+
+        Returns:
+          The pages that it got for them: often none, as its last page has room.
+
+        Raises:
+          OutOfPages: if too few pages are free.
+          ValueError: if the sequence is unknown, `num_tokens` is negative, or the sequence would
+            have more than `max_blocks` pages.
+        """
+        sequence = self._get(seq_id)
+        return self._grow(seq_id, sequence, _at_least(0, num_tokens=num_tokens))
+
+    def free(self, seq_id: Hashable) -> None:
+        """Ends a sequence; pages that no other sequence shares are free again.
+
+        Raises:
+          ValueError: if the sequence is unknown, e.g. freed before.
+        """
+        for page in self._get(seq_id).pages:
+            self._refcounts[page] -= 1
+            if not self._refcounts[page]:
+                del self._refcounts[page]
+                self._pools[page // self._pages_per_shard].give(page)
+        del self._sequences[seq_id]
+
+    def fork(
+        self, parent: Hashable, child: Hashable, num_tokens: int | None = None
+    ) -> CopyPage | None:
+        """Starts a sequence that holds the first tokens of another, sharing its full pages.
+
+        For sampling several continuations of a prompt, beams, or a common prefix.
+
+        Args:
+          parent: the sequence to share with; it stays as it is, and may be freed at any time.
+          child: the new sequence, on the same seqs shard.
+          num_tokens: how many of the parent's tokens; None is all of them.
+
+        Returns:
+          None if the tokens end with a page. Otherwise the child has a page of its own for the
+          last of them: copy `source` to `target` before either sequence goes on.
+
+        Raises:
+          OutOfPages: if a page for that is needed and none is free.
+          ValueError: if the parent is unknown or shorter, or the child exists.
+        """
+        original = self._get(parent)
+        self._check_new(child)
+        if num_tokens is None:
+            num_tokens = original.num_tokens
+        elif _at_least(0, num_tokens=num_tokens) > original.num_tokens:
+            raise ValueError(
+                f"cannot fork the first {num_tokens=} of sequence {parent!r}, which has "
+                f"{original.num_tokens}; use at most that"
+            )
+        num_shared, num_tail = divmod(num_tokens, self.page_size)
+        shared = original.pages[:num_shared]
+        copy = _Sequence(
+            original.seq_shard, original.offset, num_shared * self.page_size, list(shared)
+        )
+        new_pages = self._grow(child, copy, num_tail)
+        for page in shared:
+            self._refcounts[page] += 1
+        self._sequences[child] = copy
+        return CopyPage(original.pages[num_shared], new_pages[0]) if new_pages else None
+
+    def block_tables(
+        self, seq_ids: Sequence[Hashable | None], max_blocks: int | None = None
+    ) -> np.ndarray:
+        """The block tables of some sequences, as `page_attention` takes them.
+
+        Args:
+          seq_ids: the sequence of each row; None is an empty row.
+          max_blocks: width of the tables; by default the allocator's, or else that of the longest
+            of these sequences.
+
+        Returns:
+          [len(seq_ids), max_blocks] int32 page ids, -1 past a sequence's last page.
+
+        Raises:
+          ValueError: if a sequence is unknown or has more pages than the table is wide.
+        """
+        rows = [[] if seq_id is None else self._get(seq_id).pages for seq_id in seq_ids]
+        width = self.max_blocks if max_blocks is None else _at_least(1, max_blocks=max_blocks)
+        if width is None:
+            width = max((len(row) for row in rows), default=0) or 1
+        tables = np.full((len(rows), width), -1, np.int32)
+        for seq_id, table, row in zip(seq_ids, tables, rows, strict=True):
+            if len(row) > width:
+                raise ValueError(
+                    f"sequence {seq_id!r} has {len(row)} pages, which do not fit a table with "
+                    f"max_blocks={width}; use max_blocks={len(row)}"
+                )
+            table[: len(row)] = row
+        return tables
+
+    def context_lens(self, seq_ids: Sequence[Hashable | None]) -> np.ndarray:
+        """[len(seq_ids)] int32: the tokens that each sequence holds; None gives 0."""
+        lens = [0 if seq_id is None else self._get(seq_id).num_tokens for seq_id in seq_ids]
+        return np.array(lens, np.int32)
+
+    def pages(self, seq_id: Hashable) -> list[int]:
+        """The pages of a sequence, global ids in the order of its tokens."""
+        return list(self._get(seq_id).pages)
+
+    def num_tokens(self, seq_id: Hashable) -> int:
+        """How many tokens a sequence holds. Its last page may have room for more."""
+        return self._get(seq_id).num_tokens
+
+    def seq_shard(self, seq_id: Hashable) -> int:
+        """The shard of sequences that a sequence is on."""
+        return self._get(seq_id).seq_shard
+
+    def refcount(self, page: int) -> int:
+        """How many sequences have a page; 0 if it is free."""
+        return self._refcounts.get(self._check_index("page", page, self.num_pages), 0)
+
+    def num_free(self, seq_shard: int | None = None, context_shard: int | None = None) -> int:
+        """Free pages: of all shards, of one seqs shard, of one context shard, or of one pool."""
+        if seq_shard is not None:
+            self._check_index("seq_shard", seq_shard, self.num_seq_shards)
+        if context_shard is not None:
+            self._check_index("context_shard", context_shard, self.num_context_shards)
+        return sum(
+            len(pool)
+            for shard, pool in enumerate(self._pools)
+            if seq_shard in (None, shard // self.num_context_shards)
+            and context_shard in (None, shard % self.num_context_shards)
+        )
+
+    @property
+    def seq_ids(self) -> list[Hashable]:
+        """The sequences there are, oldest first."""
+        return list(self._sequences)
+
+    def __contains__(self, seq_id: Hashable) -> bool:
+        return seq_id in self._sequences
+
+    def __repr__(self) -> str:
+        return (
+            f"PageAllocator({len(self._sequences)} sequences, {self.num_free()} of "
+            f"{self.num_pages} pages of {self.page_size} tokens free)"
+        )
+
+    def _grow(self, seq_id: Hashable, sequence: "_Sequence", num_tokens: int) -> list[int]:
+        """Adds tokens and the pages for them, or raises before anything has changed."""
+        num_blocks = -(-(sequence.num_tokens + num_tokens) // self.page_size)
+        if self.max_blocks is not None and num_blocks > self.max_blocks:
+            raise ValueError(
+                f"sequence {seq_id!r} would have {sequence.num_tokens + num_tokens} tokens, and "
+                f"max_blocks={self.max_blocks} pages of {self.page_size} hold "
+                f"{self.max_blocks * self.page_size}; end it there, or use a larger max_blocks"
+            )
+        new_blocks = range(len(sequence.pages), num_blocks)
+        free = self.num_free(sequence.seq_shard)
+        if len(new_blocks) > free:
+            total = self._pages_per_shard * self.num_context_shards
+            raise OutOfPages(len(new_blocks), free, total, sequence.seq_shard, seq_id)
+        new_pages = [self._take(sequence, block) for block in new_blocks]
+        sequence.pages += new_pages
+        sequence.num_tokens += num_tokens
+        return new_pages
+
+    def _take(self, sequence: "_Sequence", block: int) -> int:
+        """The next page for a block: from the preferred pool, or from the fullest."""
+        pools = self._pools_of(sequence.seq_shard)
+        if self.placement == "round_robin" or self.num_context_shards == 1:
+            pool = pools[(sequence.offset + block) % self.num_context_shards]
+        else:
+            assert self.max_blocks is not None
+            pool = pools[block // -(-self.max_blocks // self.num_context_shards)]
+        page = (pool if len(pool) else max(pools, key=len)).take()
+        self._refcounts[page] = 1
+        return page
+
+    def _pools_of(self, seq_shard: int) -> list["_Pool"]:
+        first = seq_shard * self.num_context_shards
+        return self._pools[first : first + self.num_context_shards]
+
+    def _get(self, seq_id: Hashable) -> "_Sequence":
+        if seq_id not in self._sequences:
+            raise ValueError(
+                f"there is no sequence {seq_id!r}: never allocated, or freed already; "
+                f"{_some(self._sequences)}"
+            )
+        return self._sequences[seq_id]
+
+    def _check_new(self, seq_id: Hashable) -> None:
+        if seq_id is None:
+            raise ValueError("None cannot name a sequence: in block_tables it is an empty row")
+        if seq_id in self._sequences:
+            raise ValueError(
+                f"sequence {seq_id!r} exists already; extend it, or free it before its name is "
+                "used again"
+            )
+
+    @staticmethod
+    def _check_index(what: str, value: int, count: int) -> int:
+        if not 0 <= operator.index(value) < count:
+            raise ValueError(f"{what}={value} is out of range: there are {count}, 0 to {count - 1}")
+        return operator.index(value)
+
+
+@dataclass
+class _Sequence:
+    seq_shard: int
+    offset: int  # context shard that round robin starts with
+    num_tokens: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class _Pool:
+    """Free pages of one page shard. The lowest goes first.
+
+    Pages from `_untouched` on were never taken, so those given back are all below it.
+    """
+
+    def __init__(self, first: int, count: int):
+        self._untouched, self._stop = first, first + count
+        self._returned: list[int] = []
+
+    def __len__(self) -> int:
+        return self._stop - self._untouched + len(self._returned)
+
+    def take(self) -> int:
+        if self._returned:
+            return heapq.heappop(self._returned)
+        self._untouched += 1
+        return self._untouched - 1
+
+    def give(self, page: int) -> None:
+        heapq.heappush(self._returned, page)
+
+
+def _at_least(least: int, **argument: int) -> int:
+    ((name, value),) = argument.items()
+    if operator.index(value) < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
+    return operator.index(value)
+
+
+def _some(seq_ids: Iterable[Hashable]) -> str:
+    """A few of the sequences that there are, for an error message."""
+    names = [repr(seq_id) for seq_id in seq_ids]
+    if not names:
+        return "there are none at all"
+    return f"there are {len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"

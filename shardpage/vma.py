@@ -1,0 +1,30 @@
+"""Varying-axes bookkeeping, so that everything works under `shard_map(check_vma=True)`."""
+
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def vary_together(*arrays: Any) -> tuple[Any, ...]:
+    """Marks pytrees as varying over the union of their varying manual axes.
+
+    A loop's carry must vary over the axes that its body's result varies over, and a custom
+    gradient must vary as its primal does. Outside a `shard_map` this does nothing.
+    """
+    axes = varying_axes(*arrays)
+    return tuple(jax.tree.map(functools.partial(vary_over, axes=axes), array) for array in arrays)
+
+
+def varying_axes(*arrays: Any) -> frozenset[str]:
+    """The union of the varying manual axes of all leaves."""
+    return frozenset().union(
+        *(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arrays))
+    )
+
+
+def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Marks an array as varying over `axes`, in addition to its own."""
+    missing = tuple(sorted(axes - jax.typeof(array).manual_axis_type.varying))
+    return lax.pcast(array, missing, to="varying") if missing else array
