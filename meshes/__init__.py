@@ -5,6 +5,8 @@ Importing this package touches no device. See README.md for the grammar and the 
 
 from .collectives import Collective as Collective
 from .collectives import collectives as collectives
+from .heads import HeadPlan as HeadPlan
+from .heads import plan_heads as plan_heads
 from .make import make as make
 from .simulate import simulate as simulate
 from .slices import Chip as Chip

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from .placement import Device, place
-from .spec import SLICED_AXIS, UNKNOWN, MeshAxis, MeshSpec
+from .spec import MeshSpec
 
 
 def make(
@@ -43,7 +43,7 @@ def make(
     if len(set(devices)) != len(devices) or not devices:
         raise ValueError(f"a mesh needs distinct devices, at least one; got {list(devices)}")
     slices = split_slices(devices, spec.num_slices)
-    resolved = _sliced(spec, len(slices)).resolve(len(devices), len(slices))
+    resolved = spec.over_slices(len(slices)).resolve(len(devices), len(slices))
     if isinstance(axis_types, AxisType):
         axis_types = (axis_types,) * len(resolved.axes)
     if len(axis_types) != len(resolved.axes):
@@ -73,16 +73,3 @@ def split_slices(devices: Sequence[Device], num_simulated_slices: int = 1) -> li
             f"devices= with the same number from each"
         )
     return slices
-
-
-def _sliced(spec: MeshSpec, num_slices: int) -> MeshSpec:
-    """Gives the slices to `data` if the spec says nothing about them: sequences never talk."""
-    if num_slices == 1 or any(size != 1 for size in spec.dcn_shape):
-        return spec
-    axes = []
-    for axis in spec.axes:
-        if axis.name == SLICED_AXIS and (axis.ici == UNKNOWN or axis.ici % num_slices == 0):
-            ici = axis.ici if axis.ici == UNKNOWN else axis.ici // num_slices
-            axis = MeshAxis(axis.name, ici, num_slices)
-        axes.append(axis)
-    return MeshSpec(tuple(axes))

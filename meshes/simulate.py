@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from .make import make
+from .slices import PodSlice
 from .spec import MeshSpec
 
 _config: Any = jax.config  # its options are attributes that type checkers do not see
@@ -14,32 +15,44 @@ _config: Any = jax.config  # its options are attributes that type checkers do no
 @overload
 def simulate(what: int) -> None: ...
 @overload
-def simulate(what: int, spec: str | MeshSpec) -> Mesh: ...
-def simulate(what: int, spec: str | MeshSpec | None = None) -> Mesh | None:
+def simulate(what: int | str, spec: str | MeshSpec, *, num_slices: int = 1) -> Mesh: ...
+@overload
+def simulate(what: str, spec: str | MeshSpec | None = None, *, num_slices: int = 1) -> Mesh: ...
+def simulate(
+    what: int | str, spec: str | MeshSpec | None = None, *, num_slices: int = 1
+) -> Mesh | None:
     """Makes this process simulate devices on its CPU, before or after JAX has started.
 
-    Without `spec` this only asks for the devices and does not start JAX, so that it can come
-    before `jax.distributed.initialize`, where each process simulates `what` devices of its own.
-    Where no platform was chosen yet it chooses the CPU, so that a TPU or GPU of this machine is
+    A number without `spec` only asks for the devices and does not start JAX, so that it can come
+    before `jax.distributed.initialize`; each process then simulates `what` devices of its own.
+    Where no platform was chosen yet this chooses the CPU, so that a TPU or GPU of the machine is
     neither waited for nor locked.
 
     Args:
-      what: how many CPU devices.
-      spec: if given, the mesh to make of exactly that many of them.
+      what: how many CPU devices, or the name of a slice to stand in for: `"v5e:2x4"`.
+      spec: the mesh to make of exactly that many of them; `data=-1` for a named slice.
+      num_slices: how many such slices, or equal parts of that number; as in `topology`, they go
+        to the spec's `dcn.` axes, or else to `data`.
 
     Returns:
-      Nothing without `spec`; with it, the mesh over the first `what` CPU devices.
+      Nothing for a number without `spec`; otherwise the mesh over the first CPU devices, with the
+      axes that `topology(what, spec, num_slices=...)` has.
 
     Raises:
-      ValueError: if `what` is not positive, or the spec does not fit.
+      ValueError: if there is nothing to simulate, or the spec does not fit.
       RuntimeError: if JAX has already started with fewer CPU devices.
     """
-    if what < 1:
-        raise ValueError(f"cannot simulate {what} devices; ask for 1 or more")
-    _request_cpu_devices(what)
-    if spec is None:
+    num_devices = what if isinstance(what, int) else PodSlice.parse(what).num_devices * num_slices
+    if num_devices < 1 or num_slices < 1:
+        raise ValueError(f"cannot simulate {num_devices} devices; ask for 1 or more")
+    _request_cpu_devices(num_devices)
+    if isinstance(what, int) and spec is None:
         return None
-    return make(spec, jax.devices("cpu")[:what])
+    parsed = MeshSpec.parse(spec or "data=-1") if not isinstance(spec, MeshSpec) else spec
+    over_slices = parsed.over_slices(num_slices)
+    if num_slices > 1:
+        over_slices = over_slices.resolve(num_devices, num_slices)
+    return make(over_slices, jax.devices("cpu")[:num_devices])
 
 
 def _request_cpu_devices(num_devices: int) -> None:

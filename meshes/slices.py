@@ -50,7 +50,7 @@ class Chip:
 @functools.cache
 def chips() -> dict[str, Chip]:
     """All generations by name."""
-    text = importlib.resources.files(__package__).joinpath("slices.toml").read_text()
+    text = importlib.resources.files("meshes").joinpath("slices.toml").read_text()
     return {name: _chip(name, entry) for name, entry in tomllib.loads(text).items()}
 
 

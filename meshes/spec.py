@@ -94,6 +94,18 @@ class MeshSpec:
                 parts.append(f"{axis.name}={axis.ici}")
         return ",".join(parts)
 
+    def over_slices(self, num_slices: int) -> Self:
+        """Gives the slices to `data` if no axis has any: sequences never talk to each other."""
+        if num_slices == 1 or any(size != 1 for size in self.dcn_shape):
+            return self
+        axes = []
+        for axis in self.axes:
+            if axis.name == SLICED_AXIS and (axis.ici == UNKNOWN or axis.ici % num_slices == 0):
+                ici = axis.ici if axis.ici == UNKNOWN else axis.ici // num_slices
+                axis = MeshAxis(axis.name, ici, num_slices)
+            axes.append(axis)
+        return type(self)(tuple(axes))
+
     def resolve(self, num_devices: int, num_slices: int = 1) -> Self:
         """Fills in an open size and checks that every device is used exactly once.
 

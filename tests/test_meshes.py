@@ -9,14 +9,20 @@ import sys
 import textwrap
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import meshes
 from meshes import MeshAxis, MeshSpec
 from meshes.make import split_slices
+from shardpage import PagedKVCache, ShardLayout, page_attention, write_kv
+
+from .cases import Case, make
+from .tolerance import assert_within_rounding
 
 
 @pytest.fixture
@@ -190,6 +196,27 @@ class TestSimulate:
         mesh = meshes.simulate(4, "data=2,context=2")
         assert list(mesh.devices.flat) == devices[:4]
 
+    @pytest.mark.parametrize(
+        ("name", "spec", "num_slices", "shape"),
+        [
+            ("v5e:2x4", "data=2,context=-1", 1, {"data": 2, "context": 4}),
+            ("v5e:2x4", None, 1, {"data": 8}),
+            ("tpu7x:2x2x1", "kv=8", 1, {"kv": 8}),
+            ("v5e:2x2", "data=2,context=4", 2, {"data": 2, "context": 4}),
+            ("v5e:2x2", "dcn.data=2,data=2,kv=2", 2, {"data": 4, "kv": 2}),
+        ],
+    )
+    def test_stands_in_for_a_named_slice(self, devices, name, spec, num_slices, shape):
+        mesh = meshes.simulate(name, spec, num_slices=num_slices)
+        assert dict(mesh.shape) == shape
+        assert list(mesh.devices.flat) == devices
+
+    def test_named_slices_must_fit_the_spec(self, devices):
+        with pytest.raises(ValueError, match=r"8 devices in 2 slices of 4, and mesh 'kv=8'"):
+            meshes.simulate("v5e:2x2", "kv=8", num_slices=2)
+        with pytest.raises(ValueError, match="unknown slice 'v5e'"):
+            meshes.simulate("v5e", "kv=8")
+
     def test_says_that_it_is_too_late(self, devices):
         present = jax.local_device_count()
         with pytest.raises(RuntimeError, match=rf"started with {present} CPU.*simulate\(4096\)"):
@@ -244,3 +271,99 @@ def test_processes_with_gaps_between_their_device_ids():
         out, err = rank.communicate(timeout=120)
         assert rank.returncode == 0, err
         assert json.loads(out.splitlines()[-1]) == [6.0, 0, 1, 2048, 2049]
+
+
+class TestPlanHeads:
+    @pytest.mark.parametrize(
+        ("heads", "spec", "shape", "layout"),
+        [
+            ((32, 8), "data=2,kv=4", {"data": 2, "kv": 4}, ShardLayout("data", "kv", None)),
+            ((6, 3), "kv=8", {"kv": 1, "kv_rest": 8}, ShardLayout(None, "kv", ("kv_rest",))),
+            ((4, 1), "data=2,kv=4", {"data": 2, "kv": 1, "kv_rest": 4},
+             ShardLayout("data", "kv", ("kv_rest",))),
+            ((64, 8), "kv=16,context=2", {"kv": 8, "kv_rest": 2, "context": 2},
+             ShardLayout(None, "kv", ("context", "kv_rest"))),
+            ((12, 6), "kv=4", {"kv": 2, "kv_rest": 2}, ShardLayout(None, "kv", ("kv_rest",))),
+            ((8, 8), "data=8", {"data": 8}, ShardLayout("data", None, None)),
+        ],
+    )  # fmt: skip
+    def test_from_sizes_alone(self, heads, spec, shape, layout):
+        plan = meshes.plan_heads(*heads, spec)
+        assert isinstance(plan.mesh, AbstractMesh)
+        assert dict(plan.mesh.shape) == shape
+        assert plan.layout == layout
+        assert (plan.copies, plan.extra_bytes) == (1, 0)
+        assert plan.head_shards == shape.get("kv", 1)
+
+    def test_keeps_devices_in_order_and_axis_types(self, devices):
+        mesh = meshes.make("data=2,kv=4", devices, axis_types=AxisType.Explicit)
+        plan = meshes.plan_heads(4, 2, mesh)
+        assert list(plan.mesh.devices.flat) == devices
+        assert plan.mesh.axis_types == (AxisType.Explicit,) * 3
+        assert meshes.plan_heads(8, 4, mesh).mesh is mesh
+
+    def test_replicating_says_what_it_costs(self):
+        plan = meshes.plan_heads(6, 3, "kv=8", surplus="replicate", cache_bytes=2**30)
+        assert (plan.copies, plan.extra_bytes, plan.context) == (8, 7 * 2**30, None)
+        assert "8 times the cache, 7 GiB more over all devices" in plan.reason
+        assert meshes.plan_heads(6, 3, "kv=8", surplus="replicate").extra_bytes is None
+
+    def test_refusing_names_the_nearest_sizes(self):
+        with pytest.raises(ValueError, match=r"12 KV heads.*kv=8.*kv=4, kv=6, kv=12.*no copies"):
+            meshes.plan_heads(24, 12, "kv=8", surplus="refuse")
+        assert meshes.plan_heads(24, 12, "kv=4", surplus="refuse").head_shards == 4
+
+    def test_refuses_uneven_groups_and_open_sizes(self):
+        with pytest.raises(ValueError, match="num_q_heads=8 must be a multiple of num_kv_heads=3"):
+            meshes.plan_heads(8, 3, "kv=8")
+        with pytest.raises(ValueError, match="sizes must be known here"):
+            meshes.plan_heads(6, 3, "kv=-1")
+
+    @pytest.mark.parametrize(
+        ("heads", "spec", "surplus"),
+        [
+            ((6, 3), "kv=8", "context"),
+            ((4, 1), "data=2,kv=4", "context"),
+            ((4, 2), "kv=4,context=2", "context"),
+            ((4, 2), "kv=4,context=2", "replicate"),
+        ],
+    )
+    def test_works_end_to_end(self, devices, heads, spec, surplus):
+        plan = meshes.plan_heads(*heads, meshes.make(spec, devices), surplus=surplus)
+        check_end_to_end(plan, *heads)
+
+    def test_eight_heads_on_sixteen_devices(self):
+        result = run_python("""
+            import meshes
+            mesh = meshes.simulate(16, "kv=16")
+            from tests.test_meshes import check_end_to_end
+            check_end_to_end(meshes.plan_heads(16, 8, mesh), 16, 8)
+            print("checked")
+        """)
+        assert result.stdout.endswith("checked\n"), result.stderr
+
+    def test_works_in_one_jit_with_arrays_on_the_uncut_mesh(self, devices):
+        mesh = meshes.make("data=2,kv=4", devices)
+        plan = meshes.plan_heads(2, 1, mesh)
+        weight = jax.device_put(np.ones(4, np.float32), NamedSharding(mesh, P("kv")))
+        cache = jax.device_put(np.ones(8, np.float32), NamedSharding(plan.mesh, P("kv_rest")))
+        assert float(jax.jit(lambda w, c: w.sum() + c.sum())(weight, cache)) == 12.0
+
+
+def check_end_to_end(plan: meshes.HeadPlan, num_heads: int, num_kv_heads: int):
+    """Attention on a plan's mesh is right, and its cache is there as often as the plan says."""
+    case = Case(f"plan{num_kv_heads}", num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16)
+    counts = plan.layout.shards(plan.mesh)
+    assert (counts.heads, counts.context) == (plan.head_shards, plan.context_shards)
+    inputs = make(case, num_seq_shards=counts.seqs, num_context_shards=counts.context)
+    on_mesh = {"mesh": plan.mesh, "layout": plan.layout}
+    out, lse = page_attention(*inputs.arrays, **on_mesh, kv_layout="blocks_first", return_lse=True)
+    assert_within_rounding(inputs, out, lse)
+
+    cache = PagedKVCache.zeros(inputs.num_pages, num_kv_heads, 16, 16, **on_mesh)
+    whole = sum(array.nbytes for array in jax.tree.leaves(cache))
+    assert cache.bytes_per_device() * plan.mesh.size == plan.copies * whole
+    token = np.ones((counts.seqs, num_kv_heads, 16), jax.numpy.bfloat16)
+    rows = np.arange(counts.seqs, dtype=np.int32) * (case.num_seqs // counts.seqs)
+    cache = write_kv(cache, token, token, rows, 0 * rows, inputs.block_tables, **on_mesh)
+    assert float(cache.key.astype(np.float32).sum()) == token.size

@@ -1,0 +1,179 @@
+"""Which devices hold which KV heads: a plan for any number of heads on any mesh."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from .spec import MeshSpec, divisors
+
+if TYPE_CHECKING:
+    from shardpage import ShardLayout
+
+Surplus = Literal["context", "replicate", "refuse"]
+REST = "rest"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadPlan:
+    """How heads lie on a mesh, in the form that `page_attention` and `PagedKVCache` take.
+
+    Attributes:
+      mesh: the given mesh, or the same devices in the same order with the KV axis in two parts,
+        e.g. `kv=16` as `kv=8,kv_rest=2`. Only axes and no devices if only sizes were given.
+      seqs, heads, context: the mesh axes of the three splits; see `layout`.
+      head_shards: shards of the KV heads.
+      context_shards: shards of one sequence's pages.
+      copies: devices that hold the same part of the cache; 1 unless replicated.
+      extra_bytes: bytes, over all devices, that the copies cost; None if the size is not known.
+      reason: one sentence for people.
+    """
+
+    mesh: Mesh | AbstractMesh
+    seqs: str | None
+    heads: str | None
+    context: str | tuple[str, ...] | None
+    head_shards: int
+    context_shards: int
+    copies: int
+    extra_bytes: int | None
+    reason: str
+
+    @property
+    def layout(self) -> "ShardLayout":
+        """The `layout` argument of the library's functions."""
+        from shardpage import ShardLayout  # the only way in which meshes knows the library
+
+        return ShardLayout(seqs=self.seqs, heads=self.heads, context=self.context)
+
+
+def plan_heads(
+    num_q_heads: int,
+    num_kv_heads: int,
+    mesh: Mesh | AbstractMesh | MeshSpec | str | Mapping[str, int],
+    *,
+    surplus: Surplus = "context",
+    cache_bytes: int | None = None,
+    seqs: str = "data",
+    heads: str = "kv",
+    context: str = "context",
+) -> HeadPlan:
+    """Lays KV heads on a mesh whose KV axis need not divide them.
+
+    Where the axis divides the heads, they are split over it. Otherwise the largest part of the
+    axis that does is used for heads, and the rest of it
+
+    - `"context"`: splits the pages of each sequence as well. No copies; costs a merge.
+    - `"replicate"`: holds copies of the cache and repeats the same work.
+    - `"refuse"`: is an error that names the nearest sizes without a rest.
+
+    Args:
+      num_q_heads: query heads of the model.
+      num_kv_heads: its KV heads; must divide the query heads.
+      mesh: a mesh, or only sizes: `"data=2,kv=8"`, a `MeshSpec` without open sizes, a mapping.
+      surplus: what to do with the rest of the KV axis.
+      cache_bytes: bytes of the whole cache, to say what copies cost.
+      seqs, heads, context: names of the mesh axes of the three splits; absent ones are not split.
+
+    Returns:
+      The plan; pass `mesh=plan.mesh, layout=plan.layout`.
+
+    Raises:
+      ValueError: if the query heads do not divide, or `surplus="refuse"` and there is some.
+    """
+    if num_kv_heads < 1 or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_q_heads=} must be a multiple of {num_kv_heads=}: each KV head serves equally "
+            f"many query heads"
+        )
+    mesh = _as_mesh(mesh)
+    sizes = {str(name): int(size) for name, size in mesh.shape.items()}
+    kv_size = sizes.get(heads, 1)
+    head_shards = math.gcd(num_kv_heads, kv_size)
+    rest = kv_size // head_shards
+    if rest > 1 and surplus == "refuse":
+        raise ValueError(_refusal(num_kv_heads, heads, kv_size))
+    plan = HeadPlan(
+        mesh=mesh,
+        seqs=seqs if seqs in sizes else None,
+        heads=heads if heads in sizes else None,
+        context=context if context in sizes else None,
+        head_shards=head_shards,
+        context_shards=sizes.get(context, 1),
+        copies=1,
+        extra_bytes=0,
+        reason=f"{num_kv_heads} KV heads over {heads}={kv_size}, evenly",
+    )
+    if rest == 1:
+        return plan
+    return _with_rest(plan, num_kv_heads, rest, surplus, cache_bytes, context)
+
+
+def _with_rest(
+    plan: HeadPlan,
+    num_kv_heads: int,
+    rest: int,
+    surplus: Surplus,
+    cache_bytes: int | None,
+    context: str,
+) -> HeadPlan:
+    """The plan on the mesh whose KV axis is cut into the part for heads and the rest."""
+    heads = plan.heads
+    assert heads is not None
+    each = num_kv_heads // plan.head_shards
+    start = (
+        f"{num_kv_heads} KV heads over {heads}={plan.head_shards * rest}: {each} each on "
+        f"{plan.head_shards} shard(s), and the other factor {rest}"
+    )
+    cut = dataclasses.replace(plan, mesh=_cut_axis(plan.mesh, heads, plan.head_shards))
+    if surplus == "replicate":
+        extra = None if cache_bytes is None else (rest - 1) * cache_bytes
+        cost = "" if extra is None else f", {extra / 2**30:.3g} GiB more over all devices"
+        reason = f"{start} holds copies: {rest} times the cache{cost}"
+        return dataclasses.replace(cut, copies=rest, extra_bytes=extra, reason=reason)
+    return dataclasses.replace(
+        cut,
+        context=(*([context] if plan.context else []), f"{heads}_{REST}"),
+        context_shards=plan.context_shards * rest,
+        reason=f"{start} splits the pages of each sequence: no copies, and a merge over it",
+    )
+
+
+def _refusal(num_kv_heads: int, heads: str, kv_size: int) -> str:
+    fitting = divisors(num_kv_heads)
+    nearest = sorted(fitting, key=lambda size: abs(math.log(size / kv_size)))[:3]
+    return (
+        f"{num_kv_heads} KV heads do not divide over {heads}={kv_size}; the nearest sizes that "
+        f"work are {', '.join(f'{heads}={size}' for size in sorted(nearest))}. Give the surplus to "
+        f"context (surplus='context', no copies), or replicate it (surplus='replicate')"
+    )
+
+
+def _as_mesh(mesh: Mesh | AbstractMesh | MeshSpec | str | Mapping[str, int]) -> Mesh | AbstractMesh:
+    if isinstance(mesh, Mesh | AbstractMesh):
+        return mesh
+    if isinstance(mesh, str):
+        mesh = MeshSpec.parse(mesh)
+    if isinstance(mesh, MeshSpec):
+        mesh = dict(zip(mesh.names, mesh.shape, strict=True))
+    if any(size < 1 for size in mesh.values()):
+        raise ValueError(f"mesh sizes must be known here, without -1; got {dict(mesh)}")
+    return AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh))
+
+
+def _cut_axis(mesh: Mesh | AbstractMesh, name: str, first: int) -> Mesh | AbstractMesh:
+    """Cuts an axis in two, `name` of size `first` outside `name_rest`; devices keep their order.
+
+    The order matters: arrays on the uncut mesh can go into one jit with arrays on this one.
+    """
+    names, shape, types = list(mesh.axis_names), list(mesh.axis_sizes), list(mesh.axis_types)
+    at = names.index(name)
+    names[at : at + 1] = [name, f"{name}_{REST}"]
+    shape[at : at + 1] = [first, shape[at] // first]
+    types[at : at + 1] = [types[at]] * 2
+    settings: dict[str, Any] = {"axis_types": tuple(types)}
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(tuple(shape), tuple(names), **settings)
+    return Mesh(mesh.devices.reshape(shape), tuple(names), **settings)
