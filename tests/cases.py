@@ -167,7 +167,7 @@ WORKLOADS = (
 )
 
 
-def case(name: str) -> Case:
+def named(name: str) -> Case:
     """The case or workload of this name."""
     return {case.name: case for case in (*CASES, *WORKLOADS)}[name]
 
