@@ -1,0 +1,221 @@
+"""The TPU backend: one persistent Pallas kernel a TensorCore. See `kernels/README.md`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import blocks
+from ..kernels import decode, softmax, walk
+from ..kernels.decode import Config, Cores
+from ..kernels.geometry import LANES, SUBLANES, Geometry
+from ..kv_layout import KVLayout
+from ..pages import LocalPages
+from ..partial import Partial, merge
+from ..spec import AttentionSpec
+from ..vma import vary_together
+
+_DTYPES = ("float32", "bfloat16")
+# Tests run the interpreter with race detection by changing this.
+INTERPRET = pltpu.InterpretParams()
+
+
+def attend(
+    query: jax.Array,
+    key_cache: jax.Array,
+    value_cache: jax.Array | None,
+    pages: LocalPages,
+    spec: AttentionSpec,
+) -> Partial:
+    """Attends over this device's pages with a Pallas TPU kernel.
+
+    Args:
+      query: `[num_seqs, num_heads, head_dim]`.
+      key_cache: in the layout of `spec.kv`, float32 or bfloat16. Its rows may be packed: last two
+        axes `[page_size // pack, pack * head_dim]`, the same bytes as `[page_size, head_dim]`.
+      value_cache: as key_cache, or None if fused.
+      pages: what to attend to.
+      spec: options.
+
+    Returns:
+      Attention and lse in float32, over the pages of this device.
+
+    Raises:
+      NotImplementedError: for shapes and options that the kernel does not have.
+    """
+    geometry = _geometry(query, key_cache, spec.kv)
+    interpret = spec.platform != "tpu" if spec.interpret is None else spec.interpret
+    chip = blocks.current_chip()
+    cores = _cores(spec, chip, geometry)
+    if cores.by_heads:
+        geometry = dataclasses.replace(
+            geometry, num_kv_heads=geometry.num_kv_heads // cores.count
+        )
+    num_seqs, max_pages = pages.ids.shape
+    num_splits = max(spec.num_splits, 1)
+    config = Config(
+        geometry=geometry,
+        sizes=blocks.decode_sizes(
+            geometry,
+            chip,
+            cores,
+            num_seqs=num_seqs,
+            num_splits=num_splits,
+            max_pages=max_pages,
+            block_pages=spec.pages_per_compute_block,
+        ),
+        logits=softmax.Logits(spec.scale, spec.soft_cap, max(spec.mask_value, -2e38)),
+        cores=cores,
+        num_seqs=num_seqs,
+        num_splits=num_splits,
+    )
+    caches = (key_cache,) if value_cache is None else (key_cache, value_cache)
+    return _attend(config, INTERPRET if interpret else False, query, caches, pages)
+
+
+def _geometry(query: jax.Array, key_cache: jax.Array, kv: KVLayout) -> Geometry:
+    """Reads the sizes off the arrays; refuses what the kernel cannot do."""
+    num_heads, head_dim = query.shape[1:]
+    sizes = kv.sizes(key_cache.shape)
+    pack = sizes.head_dim // head_dim
+    geometry = Geometry(
+        kv=kv,
+        num_kv_heads=sizes.num_kv_heads,
+        queries_per_kv_head=num_heads // sizes.num_kv_heads,
+        head_dim=head_dim,
+        pack=pack,
+        page_rows=sizes.page_size,
+        dtype=np.dtype(key_cache.dtype),
+    )
+    if geometry.dtype.name not in _DTYPES:
+        raise NotImplementedError(
+            f"caches of {geometry.dtype.name} have no TPU matmul; use bfloat16 or float32, or "
+            "backend='xla'"
+        )
+    if geometry.row_dim != sizes.head_dim or (pack > 1 and geometry.row_dim != LANES):
+        raise NotImplementedError(
+            f"a cache row of {sizes.head_dim} numbers for {head_dim=}: a row holds one token, or "
+            f"packs as many as fill {LANES} lanes"
+        )
+    if geometry.page_rows % SUBLANES:
+        nearest = -(-geometry.page_size // (SUBLANES * pack)) * SUBLANES * pack
+        raise NotImplementedError(
+            f"page_size={geometry.page_size} with {pack} tokens a cache row is not a multiple of "
+            f"the {SUBLANES} rows of a TPU tile; use page_size={nearest}, or backend='xla'"
+        )
+    return geometry
+
+
+def _cores(spec: AttentionSpec, chip: blocks.Chip, geometry: Geometry) -> Cores:
+    return Cores()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(config, interpret, query, caches, pages) -> Partial:
+    geometry, cores = config.geometry, config.cores
+    plan, held = walk.plan(
+        pages.start,
+        pages.stop,
+        block_tokens=config.block_tokens,
+        num_splits=config.num_splits,
+        num_cores=1 if cores.by_heads else cores.count,
+    )
+    rows = query_rows(geometry, query.astype(geometry.dtype), cores)
+    result = _call(config, interpret, plan, pages.ids, rows, caches)
+    return _merge(config, result, held)
+
+
+def query_rows(geometry: Geometry, query: jax.Array, cores: Cores) -> jax.Array:
+    num_seqs, _, head_dim = query.shape
+    shards = cores.count if cores.by_heads else 1
+    queries = query.reshape(
+        num_seqs, shards, geometry.num_kv_heads, 1, geometry.queries_per_kv_head, head_dim
+    )
+    copies = [
+        jnp.pad(queries, [(0, 0)] * 5 + [(j * head_dim, (geometry.pack - 1 - j) * head_dim)])
+        for j in range(geometry.pack)
+    ]
+    rows = jnp.concatenate(copies, axis=3).reshape(
+        num_seqs, shards, geometry.num_kv_heads, geometry.queries_per_head, geometry.row_dim
+    )
+    spare = geometry.rows_per_head - geometry.queries_per_head
+    rows = jnp.pad(rows, [(0, 0)] * 3 + [(0, spare), (0, 0)])
+    rows = rows.reshape(num_seqs, shards, -1, geometry.row_dim)
+    rows = jnp.pad(rows, [(0, 0)] * 2 + [(0, geometry.rows - rows.shape[2]), (0, 0)])
+    return jnp.moveaxis(rows, 1, 0)
+
+
+def _call(config: Config, interpret, plan, ids, rows, caches) -> jax.Array:
+    geometry, sizes, cores = config.geometry, config.sizes, config.cores
+    scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    if sizes.table_entries:
+        spare = -ids.shape[1] % LANES
+        table = jnp.pad(ids, ((0, 0), (0, spare))).reshape(config.num_seqs, -1, 1, LANES)
+    else:
+        table = ids.reshape(-1)
+    args = vary_together(plan, table, rows, caches)
+    return pl.pallas_call(
+        functools.partial(decode.kernel, config=config),
+        grid=(cores.count,),
+        in_specs=[
+            jax.tree.map(lambda _: scalar, plan),
+            hbm if sizes.table_entries else scalar,
+            hbm,
+            (hbm,) * len(caches),
+        ],
+        out_specs=hbm,
+        scratch_shapes=decode.scratch_shapes(config),
+        out_shape=jax.ShapeDtypeStruct(
+            (cores.count, config.num_segments, geometry.rows, geometry.out_lanes),
+            jnp.float32,
+            manual_axis_type=jax.typeof(args[0][0]).manual_axis_type,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel" if cores.count > 1 else "arbitrary",),
+            disable_bounds_checks=True,
+            vmem_limit_bytes=blocks.current_chip().vmem_bytes,
+        ),
+        interpret=interpret,
+        name="shardpage_decode",
+    )(*args)
+
+
+def _merge(config: Config, result: jax.Array, held: jax.Array) -> Partial:
+    """From the kernel's rows to one partial a query head."""
+    geometry, cores = config.geometry, config.cores
+    result = result.reshape(
+        cores.count, config.num_seqs, config.num_splits, geometry.rows, geometry.out_lanes
+    )
+    if cores.by_heads:
+        held = jnp.broadcast_to(held, (cores.count, *held.shape[1:]))
+    result = jnp.where(held[..., None, None], result, 0.0)
+    lse = jnp.where(held[..., None], result[..., -1], -jnp.inf)
+    heads = geometry.num_kv_heads
+    used = heads * geometry.rows_per_head
+
+    def by_query(x):
+        x = x[:, :, :, :used].reshape(*x.shape[:3], heads, geometry.rows_per_head, *x.shape[4:])
+        x = x[:, :, :, :, : geometry.queries_per_head]
+        return x.reshape(*x.shape[:4], geometry.pack, geometry.queries_per_kv_head, *x.shape[5:])
+
+    out, lse = by_query(result[..., : geometry.row_dim]), by_query(lse)
+    dim = geometry.head_dim
+    out = jnp.stack(
+        [out[:, :, :, :, j, :, j * dim : (j + 1) * dim] for j in range(geometry.pack)], axis=4
+    )
+    # [cores, seqs, splits, heads, pack, queries]
+    parts = [
+        Partial(out[c, :, s, :, j], lse[c, :, s, :, j])
+        for c in range(1 if cores.by_heads else cores.count)
+        for s in range(config.num_splits)
+        for j in range(geometry.pack)
+    ]
+    merged = functools.reduce(merge, parts)
+    return Partial(
+        merged.out.reshape(config.num_seqs, -1, dim), merged.lse.reshape(config.num_seqs, -1)
+    )

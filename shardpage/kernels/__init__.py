@@ -1,0 +1,1 @@
+"""Pallas TPU kernels: `decode` attends over pages, `write` puts tokens into them."""

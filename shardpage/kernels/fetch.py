@@ -1,0 +1,140 @@
+"""What comes from HBM: pages into a ring of buffers, and the page ids that say which.
+
+Every copy is asynchronous. A ring's entry is refilled as soon as it was used, so that all its
+other entries are in flight meanwhile; one semaphore an entry counts the bytes of a whole block.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..kv_layout import KVLayout
+from .geometry import LANES, Geometry
+from .walk import Cursor, Walk
+
+_UNROLL = 8  # page copies issued between two branches, where their number is not known
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidentTable:
+    """All page ids in scalar memory: `ids` is flat, `width` entries a sequence."""
+
+    ids: Any
+    width: int
+    block_pages: int
+    walk: Walk
+
+    def start(self, cursor: Cursor, entry: jax.Array) -> None:
+        del cursor, entry
+
+    def wait(self, entry: jax.Array) -> None:
+        del entry
+
+    def page_ids(self, cursor: Cursor, entry: jax.Array):
+        """A function from a page of the block to its id."""
+        del entry
+        sequence = self.walk.sequence(cursor.segment)
+        base = sequence * self.width + cursor.block * self.block_pages
+        return lambda page: self.ids[base + page]
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedTable:
+    """Page ids in HBM, `[num_seqs, windows, 1, 128]`: a ring of windows in scalar memory.
+
+    Each block fetches the window with its ids, although several share one: half a KiB a block
+    buys a pipeline without branches. A cursor that is done fetches some window all the same.
+    """
+
+    windows: Any
+    ring: Any
+    semaphores: Any
+    block_pages: int
+    walk: Walk
+
+    def start(self, cursor: Cursor, entry: jax.Array) -> None:
+        last_sequence = self.windows.shape[0] - 1
+        sequence = jnp.minimum(self.walk.sequence(cursor.segment), last_sequence)
+        window = lax.div(cursor.block * self.block_pages, LANES)
+        self._copy(self.windows.at[sequence, window], entry).start()
+
+    def wait(self, entry: jax.Array) -> None:
+        self._copy(self.windows.at[0, 0], entry).wait()
+
+    def _copy(self, window: Any, entry: jax.Array):
+        return pltpu.make_async_copy(window, self.ring.at[entry], self.semaphores.at[entry])
+
+    def page_ids(self, cursor: Cursor, entry: jax.Array):
+        """A function from a page of the block to its id."""
+        base = lax.rem(cursor.block * self.block_pages, LANES)
+        return lambda page: self.ring[entry, 0, base + page]
+
+
+@dataclasses.dataclass(frozen=True)
+class PageRing:
+    """Blocks of pages on their way into `buffers`, `[slots, block_pages, *page_shape]` each."""
+
+    geometry: Geometry
+    block_pages: int
+    caches: Sequence[Any]
+    buffers: Sequence[Any]
+    semaphores: Any
+    first_head: jax.Array | int
+
+    def start_full(self, page_ids, slot: jax.Array) -> None:
+        """Fetches a whole block; no branches, so it overlaps with the arithmetic around it."""
+        for page in range(self.block_pages):
+            self._start_page(page_ids, page, slot)
+
+    def start(self, page_ids, num_pages: jax.Array, slot: jax.Array) -> None:
+        """Fetches the first pages of a block."""
+        unroll = min(_UNROLL, self.block_pages)
+
+        chunks = lax.div(num_pages, unroll)
+
+        @pl.loop(0, chunks)
+        def _(chunk):
+            for page in range(unroll):
+                self._start_page(page_ids, chunk * unroll + page, slot)
+
+        @pl.loop(chunks * unroll, num_pages)
+        def _(page):
+            self._start_page(page_ids, page, slot)
+
+    def _start_page(self, page_ids, page: jax.Array | int, slot: jax.Array) -> None:
+        page_id = page_ids(page)
+        for cache, buffer in zip(self.caches, self.buffers, strict=True):
+            pltpu.make_async_copy(
+                self._page(cache, page_id), buffer.at[slot, page], self.semaphores.at[slot]
+            ).start()
+
+    def _page(self, cache: Any, page_id: jax.Array):
+        heads = pl.ds(self.first_head, self.geometry.num_kv_heads)
+        match self.geometry.kv:
+            case KVLayout.BLOCKS_FIRST:
+                return cache.at[page_id, heads]
+            case KVLayout.HEADS_FIRST:
+                return cache.at[heads, page_id]
+            case KVLayout.FUSED:
+                return cache.at[page_id, :, heads]
+
+    def wait_full(self, slot: jax.Array) -> None:
+        self._wait(slot, self.block_pages)
+
+    def wait(self, num_pages: jax.Array, slot: jax.Array) -> None:
+        """Waits for the bytes of so many pages: one wait for each binary digit of the number."""
+        bit = 1 << (self.block_pages.bit_length() - 1)
+        while bit:
+            pl.when(num_pages & bit != 0)(lambda bit=bit: self._wait(slot, bit))
+            bit //= 2
+
+    def _wait(self, slot: jax.Array, num_pages: int) -> None:
+        for buffer in self.buffers:
+            pages = buffer.at[slot, pl.ds(0, num_pages)]
+            pltpu.make_async_copy(pages, pages, self.semaphores.at[slot]).wait()

@@ -1,0 +1,194 @@
+"""Attention of all query rows over one block in fast memory, as an online softmax.
+
+Logits are kept in units of log2, for which the hardware has the exponential. A masked logit is
+-inf, and the running maximum starts at a finite floor, so that no difference is ever NaN.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from .geometry import LANES, SUBLANES, Geometry
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """What becomes of a dot product: scaled, capped, in units of log2."""
+
+    scale: float
+    soft_cap: float | None
+    floor: float
+
+    def __call__(self, dots: jax.Array) -> jax.Array:
+        if self.soft_cap is None:
+            return dots * (self.scale * LOG2_E)
+        return jnp.tanh(dots * (self.scale / self.soft_cap)) * (self.soft_cap * LOG2_E)
+
+
+class State(NamedTuple):
+    """References to the running softmax of all rows, float32."""
+
+    maximum: Any  # [rows, 128], each row repeated over the lanes
+    total: Any  # [rows, 128], likewise
+    out: Any  # [rows, row_dim], not yet divided by the total
+
+
+class Span(NamedTuple):
+    """The tokens that may be seen, `[start, stop)`, and the number of the chunk's first token."""
+
+    start: jax.Array
+    stop: jax.Array
+    first_token: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Some pages of one slot of the ring."""
+
+    geometry: Geometry
+    buffers: Sequence[Any]
+    slot: jax.Array
+    first_page: jax.Array | int
+    num_pages: int
+
+    @property
+    def num_rows(self) -> int:
+        """Cache rows a KV head."""
+        return self.num_pages * self.geometry.page_rows
+
+    def keys(self, head: int) -> jax.Array:
+        """[num_rows, row_dim]"""
+        return self._load(0, head)
+
+    def values(self, head: int) -> jax.Array:
+        """[num_rows, row_dim]"""
+        return self._load(1, head)
+
+    def _load(self, which: int, head: int) -> jax.Array:
+        pages = pl.ds(self.first_page, self.num_pages)
+        if self.geometry.kv.fused:
+            loaded = self.buffers[0][self.slot, pages, which, head]
+        else:
+            loaded = self.buffers[which][self.slot, pages, head]
+        return loaded.reshape(self.num_rows, self.geometry.row_dim)
+
+
+def reset(state: State, logits: Logits) -> None:
+    """No tokens seen yet."""
+    state.maximum[...] = jnp.full(state.maximum.shape, logits.floor, jnp.float32)
+    state.total[...] = jnp.zeros(state.total.shape, jnp.float32)
+    state.out[...] = jnp.zeros(state.out.shape, jnp.float32)
+
+
+def attend(chunk: Chunk, query: Any, state: State, logits: Logits, span: Span | None) -> None:
+    """Adds a chunk to the running softmax of all rows.
+
+    Args:
+      chunk: where keys and values are.
+      query: reference to the query rows, [rows, row_dim] in the caches' dtype.
+      state: is updated.
+      logits: scale and cap.
+      span: None if all tokens of the chunk are to be seen and hold numbers. Otherwise neither
+        the logits nor the numbers of the others reach the result, whatever they are.
+    """
+    for group in range(chunk.geometry.num_groups):
+        _attend_group(chunk, group, query, state, logits, span)
+
+
+def _attend_group(chunk, group, query, state, logits, span) -> None:
+    geometry = chunk.geometry
+    size = geometry.rows_per_group
+    rows = pl.ds(group * size, size)
+    heads = geometry.heads_of(group)
+    keys = [chunk.keys(head) for head in heads]
+    values = [chunk.values(head) for head in heads]
+    if span is not None:
+        unseen = ~_seen_numbers(geometry, chunk.num_rows, span)
+        values = [jnp.where(unseen, 0, value) for value in values]
+        if geometry.pack > 1:  # a row's other tokens would spoil a dot product
+            keys = [jnp.where(unseen, 0, key) for key in keys]
+
+    queries = query[rows, :]
+    log2_weights = logits(_own_rows(geometry, [_dot(queries, key, over=1) for key in keys]))
+    if span is not None:
+        seen = _seen_logits(geometry, chunk.num_rows, span)
+        log2_weights = jnp.where(seen, log2_weights, -jnp.inf)
+
+    old = state.maximum[rows, :][:, :1]
+    new = jnp.maximum(old, jnp.max(log2_weights, axis=1, keepdims=True))
+    weights = jnp.exp2(log2_weights - new)
+    fade = jnp.exp2(old - new)
+    total = fade * state.total[rows, :][:, :1] + jnp.sum(weights, axis=1, keepdims=True)
+    weights = weights.astype(geometry.dtype)
+    added = _own_rows(geometry, [_dot(weights, value, over=0) for value in values])
+    state.out[rows, :] = state.out[rows, :] * fade + added
+    state.maximum[rows, :] = jnp.broadcast_to(new, (size, LANES))
+    state.total[rows, :] = jnp.broadcast_to(total, (size, LANES))
+
+
+def _dot(rows: jax.Array, matrix: jax.Array, *, over: int) -> jax.Array:
+    """Contracts the rows' last axis with one of the matrix, in float32."""
+    precision = lax.Precision.HIGHEST if matrix.dtype == jnp.float32 else None
+    return lax.dot_general(
+        rows,
+        matrix,
+        (((1,), (over,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _own_rows(geometry: Geometry, by_head: list[jax.Array]) -> jax.Array:
+    """Takes each row from its own KV head's result: all were computed for all rows of the group."""
+    shape = by_head[0].shape
+    result = by_head[0]
+    head = lax.broadcasted_iota(jnp.int32, shape, 0) >> (geometry.rows_per_head.bit_length() - 1)
+    for index in range(1, len(by_head)):
+        result = jnp.where(head == index, by_head[index], result)
+    return result
+
+
+def _seen_logits(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
+    """Which logits count: [rows_per_group, num_rows]."""
+    shape = (geometry.rows_per_group, num_rows)
+    token = lax.broadcasted_iota(jnp.int32, shape, 1)
+    if geometry.pack > 1:
+        row = lax.broadcasted_iota(jnp.int32, shape, 0) & (geometry.rows_per_head - 1)
+        token = token * geometry.pack + lax.div(row, geometry.queries_per_kv_head)
+    return _within(token + span.first_token, span)
+
+
+def _seen_numbers(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
+    """Which numbers of keys or values count: [num_rows, row_dim]."""
+    shape = (num_rows, geometry.row_dim)
+    token = lax.broadcasted_iota(jnp.int32, shape, 0)
+    if geometry.pack > 1:
+        lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+        token = token * geometry.pack + lax.div(lane, geometry.head_dim)
+    return _within(token + span.first_token, span)
+
+
+def _within(token: jax.Array, span: Span) -> jax.Array:
+    return (token >= span.start) & (token < span.stop)
+
+
+def write_result(state: State, result: Any) -> None:
+    """Divides, and writes `[rows, row_dim]` values and the natural lse in the last 128 lanes."""
+    total = state.total[...]
+    some = total > 0
+    lse = jnp.where(some, state.maximum[...] + jnp.log2(total), -jnp.inf) / LOG2_E
+    row_dim = state.out.shape[-1]
+    inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)[:, :1]
+    result[:, pl.ds(0, row_dim)] = state.out[...] * inverse
+    result[:, pl.ds(result.shape[-1] - LANES, LANES)] = lse
+
+
+assert SUBLANES == 8
