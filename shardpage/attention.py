@@ -73,7 +73,8 @@ def page_attention(
         that are not fetched and may have been freed.
       kv_layout: "blocks_first" `[pages, kv_heads, page, dim]`, "heads_first"
         `[kv_heads, pages, page, dim]`, or "fused" `[pages, 2, kv_heads, page, dim]` (keys, then
-        values). None takes the only one that these shapes allow.
+        values). None takes the only one that these shapes allow. The last two axes of each may
+        be packed, `page * dim / 128, 128`, where head_dim divides 128.
       mesh: splits the call over the devices of this mesh. None attends on one device, without
         collectives, also inside a `shard_map` of your own.
       layout: which mesh axis splits what; None for `ShardLayout.of(mesh)`.
@@ -107,7 +108,8 @@ def page_attention(
         interpret=interpret,
     )
     kv = validate.kv_layout(kv_layout, query, key_cache, value_cache)
-    sizes = kv.sizes(key_cache.shape)
+    validate.cache_row(key_cache, query.shape[-1])
+    sizes = kv.sizes(key_cache.shape, query.shape[-1])
     validate.head_sizes(query, sizes)
     platform = platform_of(mesh, key_cache)
     spec = AttentionSpec(
@@ -187,7 +189,7 @@ def _attend(call: _Call, arrays: _Arrays) -> tuple[jax.Array, jax.Array]:
 def _attend_shard(call: _Call, arrays: _Arrays) -> tuple[jax.Array, jax.Array]:
     """One device's part: plan, attend, merge."""
     spec, layout, query = call.spec, call.layout, arrays.query
-    sizes = spec.kv.sizes(arrays.key_cache.shape)
+    sizes = spec.kv.sizes(arrays.key_cache.shape, query.shape[-1])
     with jax.named_scope("plan"):
         pages, invalid = plan(
             arrays.context_lens,

@@ -10,14 +10,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from . import backends, validate
-from .kv_layout import CacheSizes, KVLayout
+from .kv_layout import PACKED_ROW, CacheSizes, KVLayout
 from .layout import ShardLayout
 from .pages import local_range, seq_shard_index
 from .placement import as_int32, place, platform_of
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("kv_layout",)
+    jax.tree_util.register_dataclass,
+    data_fields=("key", "value"),
+    meta_fields=("kv_layout", "head_dim"),
 )
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
@@ -28,11 +30,13 @@ class PagedKVCache:
       value: pages of values; None if fused.
       kv_layout: "blocks_first", "heads_first" or "fused"; static. Attend with
         `page_attention(query, cache.key, cache.value, ..., kv_layout=cache.kv_layout)`.
+      head_dim: numbers a token and head; static. Rows of a packed cache hold several tokens.
     """
 
     key: Any
     value: Any
     kv_layout: validate.KVLayoutName
+    head_dim: int
 
     @classmethod
     def zeros(
@@ -43,7 +47,8 @@ class PagedKVCache:
         head_dim: int,
         *,
         dtype: Any = jnp.bfloat16,
-        kv_layout: validate.KVLayoutName = "blocks_first",
+        kv_layout: validate.KVLayoutName | None = None,
+        packed: bool | None = None,
         mesh: Mesh | None = None,
         layout: ShardLayout | None = None,
     ) -> "PagedKVCache":
@@ -55,7 +60,11 @@ class PagedKVCache:
           page_size: tokens a page.
           head_dim: numbers a token and head.
           dtype: float32, bfloat16 or float16.
-          kv_layout: "blocks_first", "heads_first" or "fused".
+          kv_layout: "blocks_first", "heads_first" or "fused"; None for what suits the mesh's
+            devices: "fused" on TPU (half as many DMAs), "blocks_first" elsewhere.
+          packed: keep tokens of a narrow head together in rows of 128 numbers, `[..., page_size *
+            head_dim / 128, 128]`, which a TPU does not pad to twice their size and more. None
+            does so on TPU where head_dim divides 128 and a page fills its rows.
           mesh: devices to split it over; None for one device.
           layout: which mesh axis splits what; None for `ShardLayout.of(mesh)`.
 
@@ -66,8 +75,11 @@ class PagedKVCache:
         for name, size in sizes._asdict().items():
             if size < 1:
                 raise ValueError(f"{name}={size} must be at least 1")
+        on_tpu = platform_of(mesh, None) == "tpu"
+        kv_layout = kv_layout or ("fused" if on_tpu else "blocks_first")
         kv = validate.named_kv_layout(kv_layout)
-        shape = jax.ShapeDtypeStruct(kv.shape(sizes), dtype)
+        packing = _packing(sizes, packed, on_tpu)
+        shape = jax.ShapeDtypeStruct(kv.shape(sizes, packing), dtype)
         validate.cache_arrays(shape, None)
         sharding = None
         if mesh is not None:
@@ -76,12 +88,12 @@ class PagedKVCache:
             validate.divisibility(layout.shards(mesh), layout, sizes)
             sharding = NamedSharding(mesh, layout.cache_spec(kv))
         make = jax.jit(lambda: jnp.zeros(shape.shape, dtype), out_shardings=sharding)
-        return cls(make(), None if kv.fused else make(), kv_layout)
+        return cls(make(), None if kv.fused else make(), kv_layout, head_dim)
 
     @property
     def sizes(self) -> CacheSizes:
         """`(num_pages, num_kv_heads, page_size, head_dim)` over all devices."""
-        return validate.named_kv_layout(self.kv_layout).sizes(self.key.shape)
+        return validate.named_kv_layout(self.kv_layout).sizes(self.key.shape, self.head_dim)
 
     def bytes_per_device(self) -> int:
         """Bytes of keys and values on each device."""
@@ -89,6 +101,19 @@ class PagedKVCache:
             x.dtype.itemsize * functools.reduce(int.__mul__, x.sharding.shard_shape(x.shape))
             for x in jax.tree.leaves(self)
         )
+
+
+def _packing(sizes: CacheSizes, packed: bool | None, on_tpu: bool) -> int:
+    """Tokens in a row of a cache."""
+    packing, rest = divmod(PACKED_ROW, sizes.head_dim)
+    possible = packing > 1 and rest == 0 and sizes.page_size % packing == 0
+    if packed and not possible:
+        raise ValueError(
+            f"packed=True needs a head_dim below {PACKED_ROW} that divides it, and a page_size "
+            f"that is a multiple of {PACKED_ROW} // head_dim; got {sizes}"
+        )
+    wanted = on_tpu if packed is None else packed
+    return packing if wanted and possible else 1
 
 
 def write_kv(
@@ -131,7 +156,8 @@ def write_kv(
       ValueError: if shapes contradict each other or the mesh.
     """
     kv = validate.named_kv_layout(cache.kv_layout)
-    validate.write_arrays(cache.key, cache.value, kv, key, value, seq_ids, positions, block_tables)
+    tokens = (key, value, seq_ids, positions, block_tables)
+    validate.write_arrays(cache.key, cache.value, kv, cache.head_dim, *tokens)
     platform = platform_of(mesh, cache.key)
     call = _Call(kv, backend or backends.default_for(platform))
     arrays = _Arrays(
@@ -147,7 +173,7 @@ def write_kv(
         arrays = place(arrays, call.array_specs(), mesh, caches=("key_cache", "value_cache"))
     caches = (arrays.key_cache, arrays.value_cache)
     written = _write(call, caches, arrays._replace(key_cache=None, value_cache=None))
-    return PagedKVCache(*written, cache.kv_layout)
+    return PagedKVCache(*written, cache.kv_layout, cache.head_dim)
 
 
 class _Arrays(NamedTuple):
@@ -196,7 +222,7 @@ def _write(call: _Call, caches: tuple, arrays: _Arrays) -> tuple:
 
 def _write_shard(call: _Call, caches: tuple, arrays: _Arrays) -> tuple:
     """One device's part: finds where each of its tokens goes, and writes those that it holds."""
-    sizes = call.kv.sizes(caches[0].shape)
+    sizes = call.kv.sizes(caches[0].shape, arrays.key.shape[-1])
     num_rows, max_blocks = arrays.block_tables.shape
     pages = local_range(sizes.num_pages, call.layout)
     row = arrays.seq_ids - seq_shard_index(call.layout) * num_rows

@@ -15,6 +15,15 @@ from jaxtyping import Array, Float, Int
 
 Axis = str | tuple[str, ...] | None
 
+PACKED_ROW = 128
+
+
+def unpacked(cache: jax.Array | None, head_dim: int) -> jax.Array | None:
+    """A view of a cache with one token a row; outside of TPUs this moves nothing."""
+    if cache is None or cache.shape[-1] == head_dim:
+        return cache
+    return cache.reshape(*cache.shape[:-2], -1, head_dim)
+
 
 class CacheSizes(NamedTuple):
     num_pages: int
@@ -32,7 +41,11 @@ class _Axes:
 
 
 class KVLayout(enum.Enum):
-    """The three layouts of a paged cache. The last two axes are always `page_size, head_dim`."""
+    """The three layouts of a paged cache. The last two axes are always `page_size, head_dim`.
+
+    They may be *packed*: `page_size / n, n * head_dim` with `n * head_dim == 128`, the same bytes
+    in the same order. A TPU pads rows to 128 numbers, so this halves the cache of head_dim 64.
+    """
 
     BLOCKS_FIRST = _Axes(pages=0, heads=1, ndim=4, dims="[pages, kv_heads, page, dim]")
     HEADS_FIRST = _Axes(pages=1, heads=0, ndim=4, dims="[kv_heads, pages, page, dim]")
@@ -43,17 +56,19 @@ class KVLayout(enum.Enum):
         """Whether keys and values share one array (axis 1 tells them apart)."""
         return self is KVLayout.FUSED
 
-    def sizes(self, shape: tuple[int, ...]) -> CacheSizes:
-        """Reads the sizes off the shape of a cache array."""
+    def sizes(self, shape: tuple[int, ...], head_dim: int | None = None) -> CacheSizes:
+        """Reads the sizes off the shape of a cache array; packed, if `head_dim` is narrower."""
         axes = self.value
-        return CacheSizes(shape[axes.pages], shape[axes.heads], shape[-2], shape[-1])
+        head_dim = head_dim or shape[-1]
+        page_size = shape[-2] * shape[-1] // head_dim
+        return CacheSizes(shape[axes.pages], shape[axes.heads], page_size, head_dim)
 
-    def shape(self, sizes: CacheSizes) -> tuple[int, ...]:
-        """The shape of a cache array of these sizes."""
+    def shape(self, sizes: CacheSizes, packing: int = 1) -> tuple[int, ...]:
+        """The shape of a cache array of these sizes, with `packing` tokens in a row."""
         leading = [2] * (self.value.ndim - 2)
         leading[self.value.pages] = sizes.num_pages
         leading[self.value.heads] = sizes.num_kv_heads
-        return (*leading, sizes.page_size, sizes.head_dim)
+        return (*leading, sizes.page_size // packing, sizes.head_dim * packing)
 
     def partition_spec(self, pages: Axis, heads: Axis) -> PartitionSpec:
         """The split of a cache array: `pages` and `heads` are the mesh axes of those two."""
@@ -100,26 +115,6 @@ class KVLayout(enum.Enum):
             _scatter_add_pages(key_cache, page_ids, key, axis),
             _scatter_add_pages(value_cache, page_ids, value, axis),
         )
-
-    def put(
-        self,
-        key_cache: Float[Array, "..."],
-        value_cache: Float[Array, "..."] | None,
-        page_ids: Int[Array, " tokens"],
-        slots: Int[Array, " tokens"],
-        key: Float[Array, "tokens kv_heads dim"],
-        value: Float[Array, "tokens kv_heads dim"],
-    ) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
-        """Overwrites one slot a token; a page id outside the cache drops its token."""
-        if self.fused:
-            both = jnp.stack([key, value], axis=1)
-            return key_cache.at[page_ids, :, :, slots].set(both, mode="drop"), None
-        assert value_cache is not None
-        if self is KVLayout.BLOCKS_FIRST:
-            put = lambda cache, x: cache.at[page_ids, :, slots].set(x, mode="drop")
-        else:
-            put = lambda cache, x: cache.at[:, page_ids, slots].set(x.swapaxes(0, 1), mode="drop")
-        return put(key_cache, key), put(value_cache, value)
 
 
 def _token_dims(lead: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 
 from . import backends
-from .kv_layout import CacheSizes, KVLayout
+from .kv_layout import PACKED_ROW, CacheSizes, KVLayout
 from .layout import ShardCounts, ShardLayout, axis_names
 from .spec import MegacoreMode
 
@@ -127,13 +127,21 @@ def _fused_layout(name: str | None, key_cache: Any, value_cache: Any) -> KVLayou
     return KVLayout.FUSED
 
 
+def cache_row(key_cache: Any, head_dim: int) -> None:
+    """Checks that a row of the cache holds one token's head, or is packed with several."""
+    row = key_cache.shape[-1]
+    if row != head_dim and (row != PACKED_ROW or head_dim < 1 or PACKED_ROW % head_dim):
+        raise ValueError(
+            f"the cache has rows of {row} numbers for {head_dim=}; they must be equal, or the "
+            f"cache packed in rows of {PACKED_ROW}, which head_dim must divide"
+        )
+
+
 def head_sizes(query: Any, sizes: CacheSizes) -> None:
-    """Checks that query heads and head_dim fit the cache."""
-    _, num_heads, head_dim = query.shape
+    """Checks that query heads fit the cache."""
+    num_heads = query.shape[1]
     if min(sizes) < 1 or min(query.shape) < 1:
         raise ValueError(f"no axis may be empty; got query {query.shape} and cache {sizes}")
-    if sizes.head_dim != head_dim:
-        raise ValueError(f"query has {head_dim=}, the cache {sizes.head_dim}; they must be equal")
     if num_heads % sizes.num_kv_heads:
         raise ValueError(
             f"{num_heads=} must be a multiple of num_kv_heads={sizes.num_kv_heads}: each KV head "
@@ -169,7 +177,7 @@ def options(
     if attn_logits_soft_cap is not None and attn_logits_soft_cap <= 0:
         raise ValueError(f"{attn_logits_soft_cap=} must be above 0, or None for no cap")
     _finite("mask_value", mask_value, f"of at most {_MASK_VALUE_LIMIT}")
-    if mask_value is None or mask_value > _MASK_VALUE_LIMIT or mask_value < np.finfo("f4").min:
+    if mask_value is None or mask_value > _MASK_VALUE_LIMIT or mask_value < float(np.finfo("f4").min):
         raise ValueError(
             f"{mask_value=} stands in for -inf: it must lie in float32's range and be at most "
             f"{_MASK_VALUE_LIMIT}, or it could outweigh a real logit; leave it at its default"
@@ -232,6 +240,7 @@ def write_arrays(
     key_cache: Any,
     value_cache: Any,
     kv: KVLayout,
+    head_dim: int,
     key: Any,
     value: Any,
     seq_ids: Any,
@@ -241,7 +250,7 @@ def write_arrays(
     """Checks the arrays of `write_kv` against each other."""
     if kv.fused != (value_cache is None):
         raise ValueError("a fused cache has value=None, any other both key and value")
-    sizes = kv.sizes(key_cache.shape)
+    sizes = kv.sizes(key_cache.shape, head_dim)
     _rank("key", key, "[num_tokens, num_kv_heads, head_dim]", 3)
     wanted = (key.shape[0], sizes.num_kv_heads, sizes.head_dim)
     for name, array in (("key", key), ("value", value)):

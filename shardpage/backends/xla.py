@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ..kv_layout import KVLayout
+from ..kv_layout import KVLayout, unpacked
 from ..pages import LocalPages
 from ..partial import Partial, merge, normalize
 from ..spec import AttentionSpec
@@ -61,8 +61,8 @@ def attend(
             "interpret=True runs a Pallas kernel in the interpreter; the xla backend has none: "
             "use backend='pallas_tpu', or interpret=None"
         )
-    args = vary_together(query.astype(key_cache.dtype), key_cache, value_cache, pages)
-    return _attend(spec, *args)
+    caches = (unpacked(cache, query.shape[-1]) for cache in (key_cache, value_cache))
+    return _attend(spec, *vary_together(query.astype(key_cache.dtype), *caches, pages))
 
 
 class Blocks(NamedTuple):
