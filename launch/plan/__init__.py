@@ -1,0 +1,1 @@
+"""The pod planner behind `shardpage plan`: compile one decode step's attention, read the result."""

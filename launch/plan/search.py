@@ -1,0 +1,139 @@
+"""All legal meshes for a workload, best first."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+from jax.sharding import Mesh
+
+import meshes
+
+from .compiled import DoesNotFitError
+from .estimate import Device, Plan, make_plan, quick_bound
+from .workload import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh, the bound from its shapes, and its plan if it was worth compiling."""
+
+    spec: str
+    sizes: dict[str, int]
+    quick_s: float
+    plan: Plan | None = None
+    too_large: bool = False
+
+    @property
+    def bound_s(self) -> float:
+        """The best bound there is, seconds."""
+        times = self.plan.times if self.plan else None
+        return times.total if times else self.quick_s
+
+    @property
+    def fits(self) -> bool:
+        """Whether it may fit: False if it was compiled and does not."""
+        return not self.too_large and (self.plan is None or self.plan.memory.fits is not False)
+
+
+def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """What fits first, then by the bound on time.
+
+    Of those within 2 % of the best, what splits context least comes first (a merge costs latency,
+    which no bound counts), then what splits heads most (that splits the weights as well).
+    """
+    ordered = sorted(candidates, key=lambda c: (not c.fits, c.bound_s))
+    if not ordered:
+        return []
+    limit = 1.02 * ordered[0].bound_s
+    ties = [c for c in ordered if c.fits == ordered[0].fits and c.bound_s <= limit]
+    ties.sort(key=lambda c: (c.sizes["context"], -c.sizes["kv"]))
+    return ties + [c for c in ordered if c not in ties]
+
+
+def search(
+    workload: Workload,
+    make_mesh: Callable[[str], Mesh],
+    num_devices: int,
+    num_slices: int,
+    device: Device,
+    *,
+    reserved_bytes: int = 0,
+    most: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Candidate]:
+    """Ranks the meshes of axes data, context and kv that hold a workload.
+
+    Candidates are compiled in the order of the bound from their shapes. Once that bound exceeds
+    the best compiled time, no later one can win, and the rest keep it as their only figure.
+
+    Args:
+      workload: the model and its sequences.
+      make_mesh: from a spec to a mesh over all devices.
+      num_devices: how many there are, over all slices.
+      num_slices: slices, which go to `data`.
+      device: its rates, which must be known.
+      reserved_bytes: see `make_plan`.
+      most: compile no more than this many.
+      progress: told about each compilation.
+
+    Returns:
+      All candidates, best first.
+
+    Raises:
+      ValueError: if no mesh is legal.
+    """
+    candidates = ranked(
+        Candidate(spec, sizes, quick_bound(workload, sizes, device))
+        for spec, sizes in legal(workload, num_devices, num_slices)
+    )
+    if not candidates:
+        raise ValueError(
+            f"no mesh of data, context and kv splits {workload.batch} sequences and "
+            f"{workload.model.num_kv_heads} KV heads over {num_devices} devices in {num_slices} "
+            f"slices: make the batch a multiple of {num_slices}"
+        )
+    best = float("inf")
+    num_compiled = 0
+    done: list[Candidate] = []
+    for candidate in candidates:
+        if candidate.quick_s <= best and num_compiled != most:
+            num_compiled += 1
+            progress(f"compiling {candidate.spec}")
+            try:
+                plan = make_plan(workload, make_mesh(candidate.spec), reserved_bytes=reserved_bytes)
+                candidate = dataclasses.replace(candidate, plan=plan)
+            except DoesNotFitError:
+                candidate = dataclasses.replace(candidate, too_large=True)
+            if candidate.plan and candidate.plan.memory.fits:
+                best = min(best, candidate.bound_s)
+        done.append(candidate)
+    return ranked(done)
+
+
+def legal(
+    workload: Workload, num_devices: int, num_slices: int = 1
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """All specs whose axes divide the batch and the KV heads, none with an axis for nothing."""
+    for data, context, kv in meshes.factorings(num_devices, 3):
+        fits = workload.batch % data == 0 and workload.model.num_kv_heads % kv == 0
+        if not fits or data % num_slices or context > workload.max_blocks:
+            continue
+        sizes = {"data": data, "context": context, "kv": kv}
+        named = [f"{name}={size}" for name, size in sizes.items() if size > 1 or name == "data"]
+        yield ",".join(named), sizes
+
+
+def why(best: Candidate, candidates: list[Candidate]) -> str:
+    """One sentence on what makes the best mesh the best."""
+    plan = best.plan
+    if plan is None or plan.times is None or not plan.memory.fits:
+        return "no mesh fits this workload"
+    merges = plan.times.ici + plan.times.dcn
+    reads = f"{plan.read_bytes / 1e9:.3g} GB of HBM to read per device and step"
+    fewest = min(c.plan.read_bytes for c in candidates if c.plan)
+    least = "the least of all compiled" if plan.read_bytes <= fewest * 1.001 else "near the least"
+    if merges == 0:
+        return f"{best.spec} wins: {reads}, {least}, and no collective at all"
+    return (
+        f"{best.spec} wins: {reads}, {least}; splitting context costs a merge of "
+        f"{merges * 1e6:.3g} us, less than what the other meshes read more"
+    )

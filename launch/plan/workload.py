@@ -1,0 +1,138 @@
+"""What is planned: a model's attention, how many sequences, how long, in what pages."""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from typing import Any, Literal, Self
+
+KVLayoutName = Literal["blocks_first", "heads_first", "fused"]
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """Layers of a model that attend alike.
+
+    Attributes:
+      count: how many there are.
+      window: tokens that they look back; None for all.
+    """
+
+    count: int
+    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The shape of a model's attention.
+
+    Attributes:
+      scale: factor on the logits; None for `head_dim ** -0.5`.
+      soft_cap: of the logits, or None.
+      sinks: whether each query head has a sink logit.
+      source: where the numbers are from.
+    """
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerKind, ...]
+    scale: float | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    source: str = "given on the command line"
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """A model from `models.json`.
+
+        Raises:
+          ValueError: for an unknown one, listing the known; for one that cannot run, saying why.
+        """
+        presets = _presets()
+        if name not in presets:
+            known = [n for n, entry in presets.items() if "refused" not in entry]
+            raise ValueError(
+                f"unknown model {name!r}; known are {', '.join(known)}. Or give --layers, --heads, "
+                f"--kv-heads and --head-dim"
+            )
+        entry = dict(presets[name])
+        if "refused" in entry:
+            raise ValueError(f"{name} cannot be planned: {entry['refused']}")
+        layers = tuple(LayerKind(**kind) for kind in entry.pop("layers"))
+        return cls(name=name, layers=layers, **entry)
+
+    @property
+    def num_layers(self) -> int:
+        """All layers."""
+        return sum(kind.count for kind in self.layers)
+
+
+@functools.cache
+def _presets() -> dict[str, dict[str, Any]]:
+    text = importlib.resources.files("launch.plan").joinpath("models.json").read_text()
+    return json.loads(text)
+
+
+def preset_names() -> list[str]:
+    """All presets, the refused ones too."""
+    return list(_presets())
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One decode step: `batch` sequences of `context` tokens each get one token more.
+
+    Attributes:
+      model: whose attention.
+      batch: sequences over all devices.
+      context: tokens of each, the new one included.
+      page_size: tokens a page.
+      dtype: of the cache.
+      query_dtype: of queries and outputs.
+      kv_layout: of the cache.
+      backend: of `page_attention` and `write_kv`; None for the library's choice.
+    """
+
+    model: Model
+    batch: int = 256
+    context: int = 8192
+    page_size: int = 64
+    dtype: str = "bfloat16"
+    query_dtype: str = "bfloat16"
+    kv_layout: KVLayoutName = "blocks_first"
+    backend: str | None = None
+
+    def checked(self) -> Self:
+        """The workload itself.
+
+        Raises:
+          ValueError: if a size makes no sense.
+        """
+        sizes = {"batch": self.batch, "context": self.context, "page size": self.page_size}
+        sizes |= {"layers": self.model.num_layers, "head_dim": self.model.head_dim}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be 1 or more; got {size}")
+        for name, dtype in (("dtype", self.dtype), ("query dtype", self.query_dtype)):
+            if dtype not in ITEMSIZE:
+                raise ValueError(f"{name} {dtype!r} is none of {', '.join(ITEMSIZE)}")
+        if self.kv_layout not in ("blocks_first", "heads_first", "fused"):
+            raise ValueError(
+                f"KV layout {self.kv_layout!r} is not blocks_first, heads_first, fused"
+            )
+        return self
+
+    @property
+    def max_blocks(self) -> int:
+        """Pages a sequence."""
+        return -(-self.context // self.page_size)
+
+    def window_blocks(self, kind: LayerKind) -> int:
+        """Pages of a sequence that these layers look at."""
+        if kind.window is None or kind.window >= self.context:
+            return self.max_blocks
+        first = (self.context - kind.window) // self.page_size
+        return self.max_blocks - first
