@@ -2,19 +2,57 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import shardpage
 
-from .cases import Inputs
+from .cases import KV_LAYOUTS, Case, Inputs
 
-# Every suite that is parametrised with these runs on each of them.
+# Every suite runs on each of these. What runs in an interpreter is slow, and marked so.
 BACKENDS = ("xla",)
+INTERPRETED = ("pallas_tpu",)
+
+_slow = pytest.mark.slow
+
+backends = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(name, marks=_slow if name in INTERPRETED else ()) for name in BACKENDS],
+)
+
+
+def refusal(backend: str, case: Case) -> str | None:
+    """Why a backend does not have what a case asks for; None if it must have it."""
+    if backend == "pallas_tpu":
+        if case.dtype == "float16":
+            return "float16 has no TPU matmul"
+        if case.page_size % 8:
+            return "pages are not whole TPU tiles"
+    return None
+
+
+def oracle_matrix(cases: tuple[Case, ...]) -> list:
+    """(backend, case, kv_layout), all of them. Compiling takes the time, so each case is quick
+    in one layout, in turn, and interpreted in that one only."""
+    return [
+        pytest.param(
+            backend,
+            case,
+            kv_layout,
+            marks=_slow if backend in INTERPRETED or not in_turn else (),
+            id=f"{backend}-{case.name}-{kv_layout}",
+        )
+        for backend in BACKENDS
+        for number, case in enumerate(cases)
+        for turn, kv_layout in enumerate(KV_LAYOUTS)
+        if (in_turn := number % len(KV_LAYOUTS) == turn) or backend not in INTERPRETED
+    ]
 
 
 def attend(inputs: Inputs, backend: str = "xla", **changes):
     """`page_attention` on the arrays and options of a case; returns NumPy (out, lse).
 
-    `changes` are arguments that differ from the case's.
+    Skips what the backend refuses, having seen it refuse. `changes` are arguments that differ
+    from the case's.
     """
     arguments = {
         "query": inputs.query,
@@ -32,5 +70,9 @@ def attend(inputs: Inputs, backend: str = "xla", **changes):
         name: jnp.asarray(value) if isinstance(value, np.ndarray) else value
         for name, value in arguments.items()
     }
+    if reason := refusal(backend, inputs.case):
+        with pytest.raises(NotImplementedError):
+            shardpage.page_attention(**arguments)
+        pytest.skip(f"{backend}: {reason}")
     out, lse = shardpage.page_attention(**arguments, return_lse=True)
     return np.asarray(out), np.asarray(lse)

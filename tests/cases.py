@@ -209,6 +209,7 @@ def make(
     num_context_shards: int = 1,
     placement: Placement = "random",
     poison: bool = True,
+    packed: bool = False,
 ) -> Inputs:
     """Draws the arrays of a case.
 
@@ -221,6 +222,7 @@ def make(
       placement: which context shard holds a sequence's n-th page: "contiguous" ranges,
         "round_robin", "random", or "lopsided" (all on the last shard).
       poison: put NaN in every slot that must not be read.
+      packed: put as many tokens as fit in rows of 128 numbers.
 
     Returns:
       The arrays, as NumPy. Page 0 of every shard is never used. What the tokens hold depends on
@@ -246,6 +248,11 @@ def make(
         caches = np.where(np.isnan(caches), rng.standard_normal(caches.shape, np.float32), caches)
 
     key_cache, value_cache = lay_out(*caches.astype(_DTYPES[case.dtype]), kv_layout)
+    if packed:
+        key_cache, value_cache = (
+            None if cache is None else cache.reshape(*cache.shape[:-2], -1, 128)
+            for cache in (key_cache, value_cache)
+        )
     return Inputs(
         query=query.astype(_DTYPES[case.query_dtype or case.dtype]),
         key_cache=key_cache,

@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Shapes and dtypes named in annotations are checked at every call of what is behind the public
 # functions; those check their arguments themselves, and it is their messages that are tested.
-_CHECKED = ("kv_layout", "partial", "pages", "blocks", "backends", "kernels")
+_CHECKED = ("kv_layout", "pages", "blocks", "backends", "kernels")
 _hook = jaxtyping.install_import_hook(
     [f"shardpage.{name}" for name in _CHECKED], "beartype.beartype"
 )

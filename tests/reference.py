@@ -27,6 +27,7 @@ def page_attention(
     Args:
       query: [num_seqs, num_heads, head_dim].
       key_cache, value_cache: a paged cache in `kv_layout`; `value_cache` is None when "fused".
+        A row of it may hold several tokens.
       context_lens: [num_seqs], tokens.
       block_tables: [num_seqs, max_blocks], global page ids.
       kv_layout: "blocks_first", "heads_first" or "fused".
@@ -43,7 +44,7 @@ def page_attention(
     """
     query = np.asarray(query).astype(np.float64)
     num_seqs, num_heads, head_dim = query.shape
-    keys, values = _pages_of_tokens(key_cache, value_cache, kv_layout)
+    keys, values = _pages_of_tokens(key_cache, value_cache, kv_layout, head_dim)
     num_pages, page_size, num_kv_heads, _ = keys.shape
     scale = head_dim**-0.5 if scale is None else scale
 
@@ -82,13 +83,14 @@ def page_attention(
     return out, lse
 
 
-def _pages_of_tokens(key_cache, value_cache, kv_layout):
+def _pages_of_tokens(key_cache, value_cache, kv_layout, head_dim):
     """Both caches as float64 [num_pages, page_size, num_kv_heads, head_dim]."""
     if kv_layout == "fused":
         assert value_cache is None
         key_cache, value_cache = np.asarray(key_cache)[:, 0], np.asarray(key_cache)[:, 1]
     order = {"blocks_first": (0, 2, 1, 3), "heads_first": (1, 2, 0, 3), "fused": (0, 2, 1, 3)}
+    caches = (np.asarray(cache).astype(np.float64) for cache in (key_cache, value_cache))
     return tuple(
-        np.transpose(np.asarray(cache).astype(np.float64), order[kv_layout])
-        for cache in (key_cache, value_cache)
+        np.transpose(cache.reshape(*cache.shape[:2], -1, head_dim), order[kv_layout])
+        for cache in caches
     )
