@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -9,6 +10,9 @@ import pytest
 # Before any backend starts. On a TPU host: JAX_PLATFORMS=tpu,cpu.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# The first example of a test compiles: no deadline. The same examples in every run.
+hypothesis.settings.register_profile("session", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("session")
 # float32 and bfloat16 never meet unasked in the library.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

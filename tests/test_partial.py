@@ -1,0 +1,91 @@
+"""The merge is algebra: its laws, and that it is what makes every split exact."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardpage import merge_partials
+from shardpage.partial import Partial, add_sinks
+
+finite = st.floats(-50, 50, width=32)
+lse_values = st.one_of(finite, st.just(-np.inf))
+
+
+@st.composite
+def partials(draw) -> Partial:
+    lse = np.array(draw(st.lists(lse_values, min_size=3, max_size=3)), np.float32)
+    out = np.array(draw(st.lists(finite, min_size=6, max_size=6)), np.float32).reshape(3, 2)
+    return Partial(np.where(np.isinf(lse)[:, None], 0, out), lse)
+
+
+def close(a, b):
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+def merged(*parts):
+    return functools.reduce(lambda a, b: merge_partials(*a, *b), parts)
+
+
+@given(partials())
+def test_no_keys_is_the_identity(a):
+    nothing = Partial(np.zeros_like(a.out), np.full_like(a.lse, -np.inf))
+    close(merged(a, nothing), a)
+    close(merged(nothing, a), a)
+
+
+@given(partials(), partials(), partials())
+def test_merging_is_associative_and_commutative(a, b, c):
+    close(merged(merged(a, b), c), merged(a, merged(b, c)))
+    close(merged(a, b), merged(b, a))
+
+
+@given(partials(), partials())
+def test_merging_is_the_softmax_over_the_union(a, b):
+    weights = np.exp(np.stack([a.lse, b.lse]).astype(np.float64))
+    total = weights.sum(0)
+    with np.errstate(all="ignore"):
+        out = (weights[..., None] * np.stack([a.out, b.out])).sum(0) / total[:, None]
+        expected = np.where(total[:, None] > 0, out, 0), np.log(total)
+    close(merged(a, b), expected)
+
+
+def test_empty_with_empty_stays_empty_and_so_do_its_gradients():
+    nothing = Partial(jnp.zeros((2, 4)), jnp.full(2, -jnp.inf))
+    out, lse = merge_partials(*nothing, *nothing)
+    np.testing.assert_array_equal(out, 0)
+    np.testing.assert_array_equal(lse, -np.inf)
+    grad = jax.grad(lambda out: merge_partials(out, nothing.lse, *nothing)[0].sum())(nothing.out)
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_huge_logits_do_not_overflow():
+    out = jnp.ones((1, 2))
+    merged_out, lse = merge_partials(out, jnp.array([3e4]), 3 * out, jnp.array([-3e4]))
+    np.testing.assert_allclose(merged_out, 1)
+    np.testing.assert_allclose(lse, 3e4)
+
+
+def test_output_dtype_is_the_first_partials():
+    out, lse = jnp.ones((1, 2), jnp.bfloat16), jnp.zeros(1)
+    merged_out, merged_lse = merge_partials(out, lse, out, lse)
+    assert merged_out.dtype == jnp.bfloat16
+    assert merged_lse.dtype == jnp.float32
+
+
+def test_shapes_must_match():
+    out, lse = jnp.ones((2, 4)), jnp.zeros(2)
+    with pytest.raises(ValueError, match=r"merge_partials needs out .* got out \(2, 4\)"):
+        merge_partials(out, lse, out, jnp.zeros(3))
+
+
+@given(partials(), finite)
+def test_a_sink_takes_weight_and_adds_no_value(a, sink):
+    out, lse = add_sinks(a, jnp.full(3, sink))
+    share = np.exp(a.lse.astype(np.float64)) / (np.exp(a.lse.astype(np.float64)) + np.exp(sink))
+    close((out, lse), (a.out * share[:, None], np.logaddexp(a.lse, np.float32(sink))))
