@@ -1,7 +1,5 @@
 """shardpage: paged attention for whole TPU pods, in Python on JAX."""
 
-from importlib import metadata as _metadata
-
 from .allocator import OutOfPages as OutOfPages
 from .allocator import PageAllocator as PageAllocator
 from .attention import page_attention as page_attention
@@ -13,4 +11,10 @@ from .partial import merge_partials as merge_partials
 from .validate import validate_tables as validate_tables
 from .validate import validate_writes as validate_writes
 
-__version__ = _metadata.version("shardpage")
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # read when asked for: a source tree on the path has none
+        from importlib import metadata
+
+        return metadata.version("shardpage")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,7 @@ KVLayoutName = typing.Literal["blocks_first", "heads_first", "fused"]
 _CACHE_DTYPES = ("float32", "bfloat16", "float16")
 # A logit below this would be a float32 overflow in the making; see `mask_value`.
 _MASK_VALUE_LIMIT = -1e30
+_FLOAT32_MIN = float(np.finfo(np.float32).min)
 
 
 def attention_arrays(
@@ -177,7 +178,7 @@ def options(
     if attn_logits_soft_cap is not None and attn_logits_soft_cap <= 0:
         raise ValueError(f"{attn_logits_soft_cap=} must be above 0, or None for no cap")
     _finite("mask_value", mask_value, f"of at most {_MASK_VALUE_LIMIT}")
-    if mask_value is None or mask_value > _MASK_VALUE_LIMIT or mask_value < float(np.finfo("f4").min):
+    if mask_value is None or mask_value > _MASK_VALUE_LIMIT or mask_value < _FLOAT32_MIN:
         raise ValueError(
             f"{mask_value=} stands in for -inf: it must lie in float32's range and be at most "
             f"{_MASK_VALUE_LIMIT}, or it could outweigh a real logit; leave it at its default"
