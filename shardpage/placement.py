@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Arrays = TypeVar("Arrays", bound=tuple)
@@ -74,13 +75,14 @@ def _misplaced(name: str, actual: Any, spec: PartitionSpec) -> ValueError:
 
 def as_int32(array: Any) -> jax.Array:
     """Integers as int32; what does not fit becomes -1, an id or length that is refused."""
-    array = jnp.asarray(array)
-    if array.dtype == jnp.int32:
-        return array
-    if jnp.iinfo(array.dtype).max > jnp.iinfo(jnp.int32).max:
-        limit = jnp.asarray(jnp.iinfo(jnp.int32).max, array.dtype)
-        return jnp.where((array > limit) | (array < 0), -1, array.astype(jnp.int32))
-    return array.astype(jnp.int32)
+    # JAX would silently cut NumPy's int64 to its lower half, which could be a valid id.
+    numpy = jnp if isinstance(array, jax.Array) else np
+    array = numpy.asarray(array)
+    limit = np.iinfo(np.int32).max
+    if np.iinfo(array.dtype).max > limit:
+        fits = (array >= 0) & (array <= limit)
+        array = numpy.where(fits, array.astype(np.int32), np.int32(-1))
+    return jnp.asarray(array.astype(np.int32))
 
 
 def platform_of(mesh: Mesh | AbstractMesh | None, array: Any) -> str:

@@ -154,6 +154,14 @@ class TestArguments:
             )
             tolerance.assert_within_rounding(inputs, out)
 
+    def test_ids_that_only_their_lower_half_makes_valid(self, backend):
+        inputs = make(named("plain"))
+        inputs.block_tables = inputs.block_tables.astype(np.int64)
+        inputs.block_tables[0, 0] += 2**32
+        out = shardpage.page_attention(*inputs.arrays, kv_layout="blocks_first", backend=backend)
+        assert np.isnan(out[0]).all()
+        assert np.isfinite(out[1:]).all()
+
     @pytest.mark.parametrize("kv_layout", ["blocks_first", "heads_first"])
     def test_deduces_the_only_legal_layout(self, backend, kv_layout):
         """15 pages cannot be the KV heads of 8 query heads."""
@@ -188,83 +196,22 @@ class TestArguments:
             tolerance.assert_within_rounding(layer, out, lse)
 
 
-class TestMerge:
-    """Partial results over disjoint keys: an algebra."""
-
-    @staticmethod
-    def draw(seed: int, empty: float = 0.3):
-        rng = np.random.default_rng(seed)
-        out = rng.standard_normal((5, 8, 16)).astype(np.float32)
-        lse = (50 * rng.standard_normal((5, 8))).astype(np.float32)
-        none = rng.random((5, 8)) < empty
-        return jnp.where(none[..., None], 0.0, out), jnp.where(none, -jnp.inf, lse)
-
-    @staticmethod
-    def exactly(a, b):
-        (out_a, lse_a), (out_b, lse_b) = ([np.float64(x) for x in part] for part in (a, b))
-        lse = np.logaddexp(lse_a, lse_b)
-        weight_a, weight_b = (
-            np.exp(x - np.where(np.isinf(lse), 0, lse))[..., None] for x in (lse_a, lse_b)
-        )
-        return out_a * weight_a + out_b * weight_b, lse
-
-    @staticmethod
-    def same(actual, expected):
-        np.testing.assert_allclose(actual[0], expected[0], rtol=0, atol=3e-5)
-        np.testing.assert_allclose(actual[1], expected[1], rtol=1e-6, atol=1e-5)
-
-    def test_is_the_softmax_over_the_union(self):
-        a, b = self.draw(0), self.draw(1)
-        self.same(shardpage.merge_partials(*a, *b), self.exactly(a, b))
-
-    def test_is_commutative_and_associative(self):
-        a, b, c = (self.draw(seed) for seed in range(3))
-        merge = shardpage.merge_partials
-        self.same(merge(*a, *b), merge(*b, *a))
-        self.same(merge(*merge(*a, *b), *c), merge(*a, *merge(*b, *c)))
-
-    def test_no_keys_is_the_identity(self):
-        a = self.draw(0)
-        nothing = jnp.zeros_like(a[0]), jnp.full_like(a[1], -jnp.inf)
-        for merged in (
-            shardpage.merge_partials(*a, *nothing),
-            shardpage.merge_partials(*nothing, *a),
-        ):
-            self.same(merged, a)
-        for merged, zero in zip(shardpage.merge_partials(*nothing, *nothing), nothing, strict=True):
-            np.testing.assert_array_equal(merged, zero)
-
-    def test_keeps_the_dtype_of_out(self):
-        (out_a, lse_a), (out_b, lse_b) = self.draw(0), self.draw(1)
-        out, lse = shardpage.merge_partials(
-            out_a.astype(jnp.bfloat16), lse_a, out_b.astype(jnp.bfloat16), lse_b
-        )
-        assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
-
-    def test_gradient_is_finite_at_the_identity(self):
-        a = self.draw(0, empty=1.0)
-        grads = jax.grad(lambda *x: shardpage.merge_partials(*x)[0].sum(), argnums=(0, 2))(*a, *a)
-        assert all(np.isfinite(grad).all() for grad in grads)
-
-    @backends
-    def test_of_two_calls_is_the_call_over_all_pages(self, backend):
-        """Each sequence is cut after some page; both parts are attended on their own."""
-        inputs = make(named("one_page_blocks"))
-        page_size, max_blocks = inputs.case.page_size, inputs.case.max_blocks
-        lens = inputs.context_lens
-        cut = np.minimum(lens, page_size * (np.arange(len(lens)) % (max_blocks + 1)))
-        cut = (cut // page_size * page_size).astype(np.int32)
-        shifted = np.full_like(inputs.block_tables, -1)
-        for seq, pages in enumerate(cut // page_size):
-            shifted[seq, : max_blocks - pages] = inputs.block_tables[seq, pages:]
-        merged = shardpage.merge_partials(
-            *map(jnp.asarray, attend(inputs, backend, context_lens=cut)),
-            *map(
-                jnp.asarray,
-                attend(inputs, backend, context_lens=lens - cut, block_tables=shifted),
-            ),
-        )
-        tolerance.assert_within_rounding(inputs, *merged)
+@backends
+def test_two_calls_merge_to_the_call_over_all_pages(backend):
+    """Each sequence is cut after some page; both parts are attended on their own."""
+    inputs = make(named("one_page_blocks"))
+    page_size, max_blocks = inputs.case.page_size, inputs.case.max_blocks
+    lens = inputs.context_lens
+    cut = np.minimum(lens, page_size * (np.arange(len(lens)) % (max_blocks + 1)))
+    cut = (cut // page_size * page_size).astype(np.int32)
+    shifted = np.full_like(inputs.block_tables, -1)
+    for seq, pages in enumerate(cut // page_size):
+        shifted[seq, : max_blocks - pages] = inputs.block_tables[seq, pages:]
+    merged = shardpage.merge_partials(
+        *attend(inputs, backend, context_lens=cut),
+        *attend(inputs, backend, context_lens=lens - cut, block_tables=shifted),
+    )
+    tolerance.assert_within_rounding(inputs, *merged)
 
 
 @backends
@@ -294,7 +241,7 @@ class TestAnyInput:
 
     @pytest.mark.slow
     @settings(
-        max_examples=40,
+        max_examples=25,
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],

@@ -1,26 +1,22 @@
 """Every error about arguments, by its message: the value, the rule, the way out.
 
-All are raised before anything is compiled.
+All are raised before anything is compiled. Those about meshes are in test_sharding.py.
 """
-
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 import shardpage
-from shardpage import ShardLayout
 
-from .cases import build_mesh, cache_shape, named
+from .cases import cache_shape, named
 
 PLAIN = named("plain")  # 8 sequences, 8 / 4 heads of 64, tables of 4 pages of 16
 NUM_PAGES = 32
 
 
-def call(mesh=None, kv_layout="blocks_first", **changes):
+def call(kv_layout="blocks_first", **changes):
     """A call that is right but for the changes."""
     cache = jnp.zeros(cache_shape(PLAIN, NUM_PAGES, "blocks_first"))
     arguments = {
@@ -31,7 +27,7 @@ def call(mesh=None, kv_layout="blocks_first", **changes):
         "block_tables": jnp.zeros((8, 4), jnp.int32),
         **changes,
     }
-    return shardpage.page_attention(**arguments, kv_layout=kv_layout, mesh=mesh)
+    return shardpage.page_attention(**arguments, kv_layout=kv_layout)
 
 
 def zeros(*shape: int, dtype=jnp.float32):
@@ -130,19 +126,6 @@ def test_kv_layout(kv_layout, changes, message):
         call(kv_layout=kv_layout, **changes)
 
 
-def test_kv_layout_is_not_deduced_from_a_shards_shape():
-    mesh = build_mesh("kv=2")
-    heads = PartitionSpec(None, "kv")
-    attend = jax.shard_map(
-        lambda query, cache: call(query=query, key_cache=cache, value_cache=cache, kv_layout=None),
-        mesh=mesh,
-        in_specs=(heads, heads),
-        out_specs=heads,
-    )
-    with pytest.raises(ValueError, match=r"cannot be deduced inside a shard_map, .* one of \['bl"):
-        attend(zeros(8, 8, 64), zeros(32, 4, 16, 64))
-
-
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -190,61 +173,6 @@ def test_a_traced_option():
 def test_what_xla_cannot(option, value, message):
     with pytest.raises(NotImplementedError, match=message):
         call(backend="xla", **{option: value})
-
-
-class TestMesh:
-    def test_layout_without_mesh(self):
-        with pytest.raises(ValueError, match=r"ShardLayout\(.*\) names axes of a mesh; pass mesh="):
-            call(layout=ShardLayout())
-
-    def test_unknown_axis(self):
-        with pytest.raises(
-            ValueError, match=r"names 'kv'; the mesh has the axes \('data', 'model'"
-        ):
-            call(build_mesh("data=2,model=2"), layout=ShardLayout(context=None))
-
-    def test_axis_used_twice(self):
-        layout = ShardLayout(seqs="data", heads=None, context=("context", "data"))
-        with pytest.raises(ValueError, match="uses mesh axis 'data' twice; an axis splits one"):
-            call(build_mesh("data=2,context=2"), layout=layout)
-
-    def test_sequences_that_do_not_divide(self):
-        changes = {
-            "query": zeros(6, 8, 64),
-            "context_lens": zeros(6, dtype=jnp.int32),
-            "block_tables": zeros(6, 4, dtype=jnp.int32),
-        }
-        message = "num_seqs=6 must be divisible by the 4 shards of mesh axis 'data'; pad to 8 with"
-        with pytest.raises(ValueError, match=message):
-            call(build_mesh("data=4"), **changes)
-
-    def test_pages_that_do_not_divide(self):
-        changes = {name: zeros(30, 4, 16, 64) for name in ("key_cache", "value_cache")}
-        message = (
-            r"num_pages=30 must be divisible by the 8 page shards of mesh axes "
-            r"\('data', 'context'\); make the cache of 32 pages"
-        )
-        with pytest.raises(ValueError, match=message):
-            call(build_mesh("data=2,context=4"), **changes)
-
-    def test_kv_heads_that_do_not_divide(self):
-        """The way out: the factorings that work, and that they need no copies."""
-        message = (
-            "num_kv_heads=4 must be divisible by the 8 shards of mesh axis 'kv'. These heads x "
-            "context factorings of the axis work: 4 x 2, 2 x 4, 1 x 8. Moving the surplus to "
-            "context='context' costs no KV copies"
-        )
-        with pytest.raises(ValueError, match=re.escape(message)):
-            call(build_mesh("kv=8"))
-
-    def test_a_cache_that_is_spread_otherwise(self):
-        """Small arrays are resharded; gathering a cache would have to be asked for."""
-        mesh = build_mesh("data=2,kv=2")
-        elsewhere = jax.NamedSharding(mesh, PartitionSpec(None, None, "kv"))
-        cache = jax.device_put(zeros(32, 4, 16, 64), elsewhere)
-        message = r"key_cache is spread .* this call needs P\(.*'data'.*\); moving a ca"
-        with pytest.raises(ValueError, match=message):
-            call(mesh, key_cache=cache, value_cache=cache)
 
 
 class TestTables:
@@ -300,9 +228,3 @@ class TestTables:
         self.check("num_seqs=4 must be divisible by num_seq_shards=3", num_seq_shards=3)
         self.check("num_pages=15 must be divisible by num_seq_shards=2", num_pages=15,
                    num_seq_shards=2)  # fmt: skip
-
-
-def test_merge_of_other_shapes():
-    out, lse = zeros(2, 8, 64), zeros(2, 8)
-    with pytest.raises(ValueError, match=r"merge_partials needs .*got out \(2, 8, 64\) and \(2, 4"):
-        shardpage.merge_partials(out, lse, zeros(2, 4, 64), zeros(2, 4))
