@@ -56,6 +56,9 @@ def plan(
     reserve_gib: Annotated[
         float, typer.Option(help="GiB of each device to leave alone, for weights for example.")
     ] = 0.0,
+    confirm: Annotated[
+        bool, typer.Option(help="Compile the largest batch that should fit, too.")
+    ] = True,
     most: Annotated[
         int | None, typer.Option(help="Compile no more than so many meshes of a search.")
     ] = None,
@@ -97,8 +100,10 @@ def plan(
         if mesh is None or find:
             _search(work, make_mesh, num_devices, slices, reserved, most, json_file, png)
         else:
-            _one(work, make_mesh, mesh, num_devices, slices, reserved, json_file, png)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+            _one(work, make_mesh, mesh, num_devices, slices, reserved, confirm, json_file, png)
+    except typer.Exit:  # a RuntimeError itself
+        raise
+    except (ValueError, RuntimeError) as error:
         _fail(str(error), USAGE)
 
 
@@ -125,6 +130,7 @@ def _one(
     num_devices: int,
     slices: int,
     reserved: int,
+    confirm: bool,
     json_file: pathlib.Path | None,
     png: pathlib.Path | None,
 ) -> None:
@@ -141,7 +147,7 @@ def _one(
             NOT_FIT,
         )
     largest = None
-    if plan.memory.fits is not None:
+    if confirm and plan.memory.fits is not None:
         _progress("compiling the largest batch")
         largest = confirm_largest_batch(plan)
     typer.echo(report.describe(plan, largest))

@@ -40,17 +40,19 @@ class Row:
 def point(series: str, chips: int) -> tuple[str, int, int]:
     """The mesh, batch and context of a series at a size.
 
-    "more sequences" and "longer context" keep the cache of a chip at 4 sequences of 8192 tokens
-    of one KV head (from 8 chips on); "same work" is 768 sequences of 8192 tokens on however many.
+    From 8 chips on, "more sequences" and "longer context" give every chip the same: two of the
+    eight KV heads of 4 sequences, 4096 tokens of each. "same work" is 768 sequences of 8192 tokens
+    on however many chips there are.
     """
-    kv = min(chips, 8)
+    if series == "same work":
+        kv = min(chips, 8)
+        return f"data={chips // kv},context=1,kv={kv}", 768, 8192
+    kv = min(chips, 4)
     rest = chips // kv
     if series == "more sequences":
         context = min(rest, 2)
-        return f"data={rest // context},context={context},kv={kv}", 4 * rest, 8192
-    if series == "longer context":
-        return f"data=1,context={rest},kv={kv}", 4, 8192 * rest
-    return f"data={rest},context=1,kv={kv}", 768, 8192
+        return f"data={rest // context},context={context},kv={kv}", 4 * rest // context, 8192
+    return f"data=1,context={rest},kv={kv}", 4, 4096 * rest
 
 
 def measure(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 KVLayoutName = Literal["blocks_first", "heads_first", "fused"]
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -119,10 +119,9 @@ class Workload:
         for name, dtype in (("dtype", self.dtype), ("query dtype", self.query_dtype)):
             if dtype not in ITEMSIZE:
                 raise ValueError(f"{name} {dtype!r} is none of {', '.join(ITEMSIZE)}")
-        if self.kv_layout not in ("blocks_first", "heads_first", "fused"):
-            raise ValueError(
-                f"KV layout {self.kv_layout!r} is not blocks_first, heads_first, fused"
-            )
+        if self.kv_layout not in get_args(KVLayoutName):
+            known = ", ".join(get_args(KVLayoutName))
+            raise ValueError(f"KV layout {self.kv_layout!r} is none of {known}")
         return self
 
     @property
