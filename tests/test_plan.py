@@ -232,7 +232,7 @@ class TestCommand:
         path, picture = tmp_path / "plan.json", tmp_path / "plan.png"
         pytest.importorskip("matplotlib", reason="pictures need matplotlib")
         result = invoke("--topology", V5E, "--mesh", "data=2,context=4", "--json", str(path),
-                        "--png", str(picture), "--reserve-gib", "15.9")  # fmt: skip
+                        "--png", str(picture), "--reserve-gib", "15.98")  # fmt: skip
         assert result.exit_code == 0, result.output
         for line in ("8 x TPU v5 lite as data=2,context=4", "fits; at most", "(compiled)",
                      "all-reduce over context", "tokens/s", "A better mesh: data=2,kv=4",

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import meshes
 
@@ -31,10 +30,6 @@ class Row:
     sent_bytes: int
     num_collectives: int
     compile_s: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
 
 
 def point(series: str, chips: int) -> tuple[str, int, int]:

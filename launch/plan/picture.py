@@ -18,7 +18,7 @@ def draw(plans: list[Plan], path: pathlib.Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(11, 1.6 + 0.42 * len(plans)), layout="constrained")
+    figure = Figure(figsize=(11, 2.1 + 0.36 * len(plans)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     memory, time = figure.subplots(1, 2, sharey=True)
@@ -33,21 +33,24 @@ def draw(plans: list[Plan], path: pathlib.Path, title: str) -> None:
         },
     )
     limit = plans[0].memory.limit
-    if limit is not None:
-        memory.axvline(limit / GIB, color="black", linestyle="--", label="HBM")
-    memory.set_xlabel("GiB on each device")
-    memory.legend(fontsize=8)
-    times = [plan.times for plan in plans]
-    if all(times):
+    room = "" if limit is None else f" (of {limit / GIB:.3g})"
+    if limit is not None and max(plan.memory.total for plan in plans) > 0.3 * limit:
+        memory.axvline(limit / GIB, color="black", linestyle="--")
+    _label(memory, f"GiB on each device{room}")
+    times = [plan.times for plan in plans if plan.times]
+    if len(times) == len(plans):
         parts = ("hbm", "ici", "dcn")
-        bars = {part.upper(): [getattr(t, part) * 1e3 for t in times] for part in parts}
-        _stack(time, names, bars)
-        time.set_xlabel("ms a step at least (attention only)")
-        time.legend(fontsize=8)
+        _stack(time, names, {p.upper(): [getattr(t, p) * 1e3 for t in times] for p in parts})
+        _label(time, "ms a step at least (attention only)")
     else:
         time.set_axis_off()
     memory.invert_yaxis()
     figure.savefig(path, dpi=120)
+
+
+def _label(axes, text: str) -> None:
+    axes.set_xlabel(text)
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
 
 
 def _stack(axes, names: list[str], parts: dict[str, list[float]]) -> None:

@@ -40,7 +40,7 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "?"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
+        if seconds >= 0.9995 * scale:
             return f"{seconds / scale:.3g} {unit}"
     return "0" if seconds == 0 else f"{seconds * 1e9:.3g} ns"
 
@@ -68,7 +68,7 @@ def describe(plan: Plan, largest_batch: int | None) -> str:
 def _headline(plan: Plan) -> str:
     work, split, model = plan.workload, plan.split, plan.workload.model
     windows = ", ".join(
-        f"{kind.count} layers" + (f" of window {kind.window}" if kind.window else "")
+        f"{kind.count} layers " + (f"with a window of {kind.window}" if kind.window else "in full")
         for kind in model.layers
     )
     return (

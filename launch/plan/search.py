@@ -11,6 +11,8 @@ from .compiled import DoesNotFitError
 from .estimate import Device, Plan, make_plan, quick_bound
 from .workload import Workload
 
+TIE = 1.02  # bounds this near to each other are as good as equal
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -35,16 +37,21 @@ class Candidate:
 
 
 def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """What fits first, then by the bound on time.
+    """What fits first, then what was compiled, then by the bound on time.
 
     Of those within 2 % of the best, what splits context least comes first (a merge costs latency,
     which no bound counts), then what splits heads most (that splits the weights as well).
     """
-    ordered = sorted(candidates, key=lambda c: (not c.fits, c.bound_s))
+    ordered = sorted(candidates, key=lambda c: (not c.fits, c.plan is None, c.bound_s))
     if not ordered:
         return []
-    limit = 1.02 * ordered[0].bound_s
-    ties = [c for c in ordered if c.fits == ordered[0].fits and c.bound_s <= limit]
+    best = ordered[0]
+    ties = [
+        c
+        for c in ordered
+        if (c.fits, c.plan is None) == (best.fits, best.plan is None)
+        and c.bound_s <= TIE * best.bound_s
+    ]
     ties.sort(key=lambda c: (c.sizes["context"], -c.sizes["kv"]))
     return ties + [c for c in ordered if c not in ties]
 
@@ -58,12 +65,14 @@ def search(
     *,
     reserved_bytes: int = 0,
     most: int | None = None,
+    compare: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Candidate]:
     """Ranks the meshes of axes data, context and kv that hold a workload.
 
     Candidates are compiled in the order of the bound from their shapes. Once that bound exceeds
-    the best compiled time, no later one can win, and the rest keep it as their only figure.
+    the best compiled time by more than a tie, no later one can win, and the rest keep it as their
+    only figure.
 
     Args:
       workload: the model and its sequences.
@@ -73,6 +82,7 @@ def search(
       device: its rates, which must be known.
       reserved_bytes: see `make_plan`.
       most: compile no more than this many.
+      compare: also compile the likeliest mesh of every size of `context`, to be looked at.
       progress: told about each compilation.
 
     Returns:
@@ -91,11 +101,13 @@ def search(
             f"{workload.model.num_kv_heads} KV heads over {num_devices} devices in {num_slices} "
             f"slices: make the batch a multiple of {num_slices}"
         )
+    examples = {c.sizes["context"]: c.spec for c in reversed(candidates)} if compare else {}
     best = float("inf")
     num_compiled = 0
     done: list[Candidate] = []
     for candidate in candidates:
-        if candidate.quick_s <= best and num_compiled != most:
+        can_win = candidate.quick_s <= TIE * best or candidate.spec in examples.values()
+        if can_win and num_compiled != most:
             num_compiled += 1
             progress(f"compiling {candidate.spec}")
             try:
@@ -133,7 +145,9 @@ def why(best: Candidate, candidates: list[Candidate]) -> str:
     least = "the least of all compiled" if plan.read_bytes <= fewest * 1.001 else "near the least"
     if merges == 0:
         return f"{best.spec} wins: {reads}, {least}, and no collective at all"
+    together = max(c.sizes["data"] * c.sizes["kv"] for c in candidates)
     return (
-        f"{best.spec} wins: {reads}, {least}; splitting context costs a merge of "
-        f"{merges * 1e6:.3g} us, less than what the other meshes read more"
+        f"{best.spec} wins: {reads}, {least}. Sequences and KV heads divide over {together} of the "
+        f"{plan.split.mesh.size} devices, so contexts have to be split as well, and the fewer ways "
+        f"the better: this merge takes {merges * 1e6:.3g} us"
     )
