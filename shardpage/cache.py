@@ -172,8 +172,8 @@ def write_kv(
         call = dataclasses.replace(call, mesh=mesh, layout=layout)
         arrays = place(arrays, call.array_specs(), mesh, caches=("key_cache", "value_cache"))
     caches = (arrays.key_cache, arrays.value_cache)
-    written = _write(call, caches, arrays._replace(key_cache=None, value_cache=None))
-    return PagedKVCache(*written, cache.kv_layout, cache.head_dim)
+    new = _write(call, caches, arrays._replace(key_cache=None, value_cache=None))
+    return PagedKVCache(new[0], new[1], cache.kv_layout, cache.head_dim)
 
 
 class _Arrays(NamedTuple):

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Arrays = TypeVar("Arrays", bound=tuple)
@@ -28,23 +29,23 @@ def place(
     Raises:
       ValueError: if a cache is spread over devices in another way.
     """
-    names = type(arrays)._fields  # pyright: ignore[reportAttributeAccessIssue]
-    placed = (
+    names: tuple[str, ...] = type(arrays)._fields  # pyright: ignore[reportAttributeAccessIssue]
+    placed = [
         _place(name, array, mesh, spec, name in caches)
         for name, array, spec in zip(names, arrays, specs, strict=True)
-    )
+    ]
     return type(arrays)(*placed)
 
 
 def _place(name: str, array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec, cache: bool):
     if array is None:
         return None
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         return _place_traced(name, array, mesh, spec, cache)
     if isinstance(mesh, AbstractMesh):
         return array
     target = NamedSharding(mesh, spec)
-    actual = getattr(array, "sharding", None)
+    actual: Any = getattr(array, "sharding", None)
     if actual == target:
         return array
     spread = actual is not None and len(actual.device_set) > 1
@@ -89,6 +90,6 @@ def platform_of(mesh: Mesh | AbstractMesh | None, array: Any) -> str:
     """The platform a call runs on: its mesh's, else its array's, else JAX's default."""
     if isinstance(mesh, Mesh):
         return mesh.devices.flat[0].platform
-    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+    if isinstance(array, jax.Array) and not isinstance(array, Tracer):
         return next(iter(array.devices())).platform
     return jax.default_backend()

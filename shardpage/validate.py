@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 
@@ -418,7 +419,7 @@ def _positive_int(name: str, value: Any, meaning: str) -> None:
 
 
 def _finite(name: str, value: Any, meaning: str) -> None:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ValueError(f"{name} is traced; it is a static option: pass a Python number")
     if value is not None and not math.isfinite(value):
         raise ValueError(f"{name}={value!r} must be a finite number {meaning}")

@@ -32,7 +32,7 @@ from .xla_walk import Items, Walk, make_walk, walk_blocks
 # Bytes of keys and values that one step fetches. A CPU wants them to stay in its caches between
 # the fetch and the matmuls; an accelerator wants enough work for each kernel that it launches.
 _STEP_BYTES = {"cpu": 2 << 20}
-_STEP_BYTES_ELSEWHERE = 32 << 20
+_STEP_BYTES_ELSEWHERE = 64 << 20
 # Tokens of one lane's block, where a step holds several lanes.
 _LANE_TOKENS = 512
 
@@ -206,7 +206,9 @@ def _forward(spec, query, key_cache, value_cache, pages):
 def _backward(spec, residuals, cotangent):
     from .xla_backward import gradients  # only those who differentiate pay for it
 
-    return (*gradients(spec, *residuals, cotangent), None)
+    query, key_cache, value_cache, pages, partial = residuals
+    grads = gradients(spec, query, key_cache, value_cache, pages, partial, cotangent)
+    return (*grads, None)
 
 
 _attend.defvjp(_forward, _backward)
