@@ -34,7 +34,7 @@ def place(
         _place(name, array, mesh, spec, name in caches)
         for name, array, spec in zip(names, arrays, specs, strict=True)
     ]
-    return type(arrays)(*placed)
+    return type(arrays)(*placed)  # pyright: ignore[reportArgumentType]
 
 
 def _place(name: str, array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec, cache: bool):
@@ -48,8 +48,9 @@ def _place(name: str, array: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec
     actual: Any = getattr(array, "sharding", None)
     if actual == target:
         return array
-    spread = actual is not None and len(actual.device_set) > 1
-    if cache and spread and not actual.is_equivalent_to(target, array.ndim):
+    if actual is None or len(actual.device_set) == 1:
+        return jax.device_put(array, target)
+    if cache and not actual.is_equivalent_to(target, array.ndim):
         raise _misplaced(name, actual, spec)
     return jax.device_put(array, target)
 
