@@ -19,7 +19,7 @@ from .kernels.geometry import LANES, SUBLANES, Geometry, round_up
 
 MIB = 1 << 20
 
-_BLOCK_BYTES = MIB
+_BLOCK_BYTES = 2 * MIB
 _MIN_BLOCK_TOKENS = 128
 _MAX_BLOCK_TOKENS = 2048
 _MAX_BLOCK_PAGES = 128

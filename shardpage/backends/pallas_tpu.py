@@ -20,6 +20,7 @@ from ..spec import AttentionSpec
 from ..vma import vary_together
 
 _DTYPES = ("float32", "bfloat16")
+_LARGE_COPY_BYTES = 32 << 10
 # Tests run the interpreter with race detection by changing this.
 INTERPRET = pltpu.InterpretParams()
 
@@ -111,7 +112,26 @@ def _geometry(query: jax.Array, key_cache: jax.Array, kv: KVLayout) -> Geometry:
 
 
 def _cores(spec: AttentionSpec, chip: blocks.Chip, geometry: Geometry) -> Cores:
-    return Cores()
+    """How the cores of this device share the call."""
+    mode, heads = spec.megacore_mode, geometry.num_kv_heads
+    if mode is None or (mode == "auto" and chip.cores == 1):
+        return Cores()
+    if chip.cores == 1:
+        raise NotImplementedError(
+            f"megacore_mode={mode!r} splits a call over the two TensorCores of a v4 or v5p chip; "
+            f"a device of this kind ({chip.name}) is one core: use megacore_mode=None or 'auto'"
+        )
+    if mode == "kv_head" and heads % chip.cores:
+        raise ValueError(
+            f"megacore_mode='kv_head' needs KV heads divisible by the {chip.cores} cores, a device "
+            f"holds {heads}; use 'batch', which cuts the work at any page block, or 'auto'"
+        )
+    if mode == "auto":
+        # Both balance. Heads need no merge, but halve the copies, which should stay large.
+        halves = blocks.page_bytes(geometry) // (geometry.num_arrays * chip.cores)
+        by_heads = heads % chip.cores == 0 and halves >= _LARGE_COPY_BYTES
+        return Cores(chip.cores, by_heads)
+    return Cores(chip.cores, by_heads=mode == "kv_head")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -99,39 +99,59 @@ def attend(chunk: Chunk, query: Any, state: State, logits: Logits, span: Span | 
       span: None if all tokens of the chunk are to be seen and hold numbers. Otherwise neither
         the logits nor the numbers of the others reach the result, whatever they are.
     """
-    for group in range(chunk.geometry.num_groups):
-        _attend_group(chunk, group, query, state, logits, span)
+    groups = range(chunk.geometry.num_groups)
+    # Phase by phase rather than group by group: one group's matmul hides another's softmax.
+    scores = [_scores(chunk, group, query, logits, span) for group in groups]
+    weights = [_weights(chunk.geometry, group, scores[group], state) for group in groups]
+    for group in groups:
+        fade, weight = weights[group]
+        _add_values(chunk, group, fade, weight, state, span)
 
 
-def _attend_group(chunk, group, query, state, logits, span) -> None:
+def _rows(geometry: Geometry, group: int):
+    return pl.ds(group * geometry.rows_per_group, geometry.rows_per_group)
+
+
+def _scores(chunk, group, query, logits, span) -> jax.Array:
+    """Logits of a group's rows, -inf where a token is not seen; [rows_per_group, num_rows]."""
     geometry = chunk.geometry
-    size = geometry.rows_per_group
-    rows = pl.ds(group * size, size)
-    heads = geometry.heads_of(group)
-    keys = [chunk.keys(head) for head in heads]
-    values = [chunk.values(head) for head in heads]
+    keys = [chunk.keys(head) for head in geometry.heads_of(group)]
+    if span is not None and geometry.pack > 1:  # a row's other tokens would spoil a dot product
+        seen = _seen_numbers(geometry, chunk.num_rows, span)
+        keys = [jnp.where(seen, key, 0) for key in keys]
+    queries = query[_rows(geometry, group), :]
+    scores = logits(_own_rows(geometry, [_dot(queries, key, over=1) for key in keys]))
     if span is not None:
-        unseen = ~_seen_numbers(geometry, chunk.num_rows, span)
-        values = [jnp.where(unseen, 0, value) for value in values]
-        if geometry.pack > 1:  # a row's other tokens would spoil a dot product
-            keys = [jnp.where(unseen, 0, key) for key in keys]
+        scores = jnp.where(_seen_logits(geometry, chunk.num_rows, span), scores, -jnp.inf)
+    return scores
 
-    queries = query[rows, :]
-    log2_weights = logits(_own_rows(geometry, [_dot(queries, key, over=1) for key in keys]))
-    if span is not None:
-        seen = _seen_logits(geometry, chunk.num_rows, span)
-        log2_weights = jnp.where(seen, log2_weights, -jnp.inf)
 
-    old = state.maximum[rows, :][:, :1]
-    new = jnp.maximum(old, jnp.max(log2_weights, axis=1, keepdims=True))
-    weights = jnp.exp2(log2_weights - new)
+def _weights(geometry, group, scores, state) -> tuple[jax.Array, jax.Array]:
+    """Updates maximum and total; returns the factor on what was summed so far, and the weights."""
+    rows = _rows(geometry, group)
+    old = state.maximum[rows, :]
+    new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
+    weights = jnp.exp2(scores - _across(new, scores.shape[1]))
     fade = jnp.exp2(old - new)
-    total = fade * state.total[rows, :][:, :1] + jnp.sum(weights, axis=1, keepdims=True)
-    weights = weights.astype(geometry.dtype)
+    state.maximum[rows, :] = new
+    state.total[rows, :] = state.total[rows, :] * fade + jnp.sum(weights, axis=1, keepdims=True)
+    return fade, weights.astype(geometry.dtype)
+
+
+def _across(column: jax.Array, width: int) -> jax.Array:
+    """Widens [rows, 128] of equal lanes, which costs nothing, to [rows, width]."""
+    return jnp.tile(column, (1, -(-width // LANES)))[:, :width]
+
+
+def _add_values(chunk, group, fade, weights, state, span) -> None:
+    geometry = chunk.geometry
+    values = [chunk.values(head) for head in geometry.heads_of(group)]
+    if span is not None:  # a weight of 0 does not silence a NaN
+        seen = _seen_numbers(geometry, chunk.num_rows, span)
+        values = [jnp.where(seen, value, 0) for value in values]
     added = _own_rows(geometry, [_dot(weights, value, over=0) for value in values])
-    state.out[rows, :] = state.out[rows, :] * fade + added
-    state.maximum[rows, :] = jnp.broadcast_to(new, (size, LANES))
-    state.total[rows, :] = jnp.broadcast_to(total, (size, LANES))
+    rows = _rows(geometry, group)
+    state.out[rows, :] = state.out[rows, :] * _across(fade, geometry.row_dim) + added
 
 
 def _dot(rows: jax.Array, matrix: jax.Array, *, over: int) -> jax.Array:
@@ -186,8 +206,8 @@ def write_result(state: State, result: Any) -> None:
     some = total > 0
     lse = jnp.where(some, state.maximum[...] + jnp.log2(total), -jnp.inf) / LOG2_E
     row_dim = state.out.shape[-1]
-    inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)[:, :1]
-    result[:, pl.ds(0, row_dim)] = state.out[...] * inverse
+    inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
+    result[:, pl.ds(0, row_dim)] = state.out[...] * _across(inverse, row_dim)
     result[:, pl.ds(result.shape[-1] - LANES, LANES)] = lse
 
 
