@@ -313,13 +313,14 @@ class TestPod:
             assert all(row.temp_bytes <= first.temp_bytes for row in rest)
         else:
             assert {row.cache_bytes for row in rows} == {first.cache_bytes}
-            assert all(row.temp_bytes <= 1.05 * first.temp_bytes for row in rest)
+            # (With 8 chips a sequence has fewer pages than the backend takes at a time.)
+            assert max(row.temp_bytes for row in rest) <= 1.05 * min(row.temp_bytes for row in rest)
             assert {row.num_collectives for row in rows} == {first.num_collectives}
             # What a ring sends tends to twice the bytes of the merge as the group grows.
             assert all(row.sent_bytes <= 2 * first.sent_bytes for row in rest)
         if series == "more sequences":
             assert {row.sent_bytes for row in rows} == {first.sent_bytes}
-            assert max(row.temp_bytes for row in rest) == min(row.temp_bytes for row in rest)
+            assert {row.temp_bytes for row in rows} == {first.temp_bytes}
 
     def test_the_example_of_the_readme(self):
         work = Workload(Model.preset("llama-3-70b"), backend="xla")
