@@ -1,0 +1,30 @@
+"""The command line: each job is a function in a file of its own under `launch.jobs`."""
+
+import sys
+
+try:
+    import typer
+except ImportError:  # a plain `pip install shardpage` is the library alone
+    sys.exit("the shardpage command needs typer and rich: pip install 'shardpage[launch]'")
+
+from .jobs import generate, verify
+
+app = typer.Typer(
+    name="shardpage",
+    help="Paged attention for whole TPU pods, from a laptop up.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate.generate)
+app.command()(verify.verify)
+
+
+def main() -> None:
+    """Runs the job that the command line names."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The matrix of `shardpage verify`: problems, answers of the library, and what the oracle says."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+import shardpage
+from shardpage import PageAllocator, PagedKVCache, ShardLayout
+
+from . import oracle
+
+PAGE_SIZE, HEAD_DIM, QUERIES_PER_KV_HEAD = 16, 64, 3
+# Tokens of the sequences on each data shard: none, one, a full page, and ragged ones.
+CONTEXT_LENS = (0, 1, 16, 37, 90)
+MAX_BLOCKS = 6
+
+# An error of so many times that of a plain computation in the same dtype is still rounding.
+MULTIPLE, FLOOR = 4.0, 1e-6
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"sliding_window": 40},
+    "soft cap": {"attn_logits_soft_cap": 3.0},
+    "sinks": {"sinks": True},
+    "splits": {"num_splits": 3},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the matrix: where, and on which cache."""
+
+    backend: str
+    kv_layout: str
+    dtype: str
+
+
+ROWS = (
+    Row("xla", "blocks_first", "float32"),
+    Row("xla", "heads_first", "float32"),
+    Row("xla", "fused", "float32"),
+    Row("xla", "blocks_first", "bfloat16"),
+    Row("pallas_tpu", "heads_first", "float32"),
+    Row("pallas_tpu", "fused", "bfloat16"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One cell of the matrix: an error and what it may be, or why there is none."""
+
+    row: Row
+    column: str
+    error: float | None = None
+    limit: float = 0.0
+    refusal: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the answer is exact, up to rounding, or was refused with a reason."""
+        return bool(self.refusal) or (self.error is not None and self.error <= self.limit)
+
+
+COLUMNS = ("write", *OPTIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Random sequences, their tokens dense for the oracle and paged for the library."""
+
+    query: np.ndarray  # [num_seqs, num_heads, head_dim]
+    keys: list[np.ndarray]  # a sequence each: [num_tokens, num_kv_heads, head_dim]
+    values: list[np.ndarray]
+    sinks: np.ndarray  # [num_heads]
+    tables: np.ndarray  # [num_seqs, max_blocks]
+    num_pages: int
+    num_seq_shards: int
+
+    @property
+    def context_lens(self) -> np.ndarray:
+        """[num_seqs] tokens of each sequence."""
+        return np.array([len(key) for key in self.keys], np.int32)
+
+
+def make_problem(mesh: Mesh, dtype: str) -> Problem:
+    """Draws sequences for every data shard, their pages spread over the context shards."""
+    rng = np.random.default_rng(1)
+    shards = ShardLayout.of(mesh).shards(mesh)
+    num_kv_heads = max(shards.heads, 2)
+    lens = CONTEXT_LENS * shards.seqs
+    per_pool = MAX_BLOCKS * len(CONTEXT_LENS) // shards.context + 1
+    num_pages = per_pool * shards.pages
+    allocator = PageAllocator(
+        num_pages,
+        PAGE_SIZE,
+        num_seq_shards=shards.seqs,
+        num_context_shards=shards.context,
+        max_blocks=MAX_BLOCKS,
+    )
+    for seq, num_tokens in enumerate(lens):
+        allocator.allocate(seq, num_tokens, seq // len(CONTEXT_LENS))
+    draw = lambda *shape: np.asarray(rng.standard_normal(shape), jnp.dtype(dtype))
+    return Problem(
+        query=draw(len(lens), num_kv_heads * QUERIES_PER_KV_HEAD, HEAD_DIM),
+        keys=[draw(n, num_kv_heads, HEAD_DIM) for n in lens],
+        values=[draw(n, num_kv_heads, HEAD_DIM) for n in lens],
+        sinks=np.asarray(rng.standard_normal(num_kv_heads * QUERIES_PER_KV_HEAD), np.float32),
+        tables=allocator.block_tables(range(len(lens))),
+        num_pages=num_pages,
+        num_seq_shards=shards.seqs,
+    )
+
+
+def check_row(row: Row, mesh: Mesh) -> Iterator[Check]:
+    """Answers every column of a row."""
+    problem = make_problem(mesh, row.dtype)
+    try:
+        cache = write_tokens(problem, row, mesh)
+    except NotImplementedError as refused:
+        yield Check(row, "write", refusal=str(refused))
+        return
+    yield Check(row, "write", write_error(problem, cache))
+    for column, options in OPTIONS.items():
+        try:
+            out, lse = answer(problem, row, mesh, cache, options)
+        except NotImplementedError as refused:
+            yield Check(row, column, refusal=str(refused))
+            continue
+        error, limit = compare(problem, out, lse, options)
+        yield Check(row, column, error, limit)
+
+
+def write_tokens(problem: Problem, row: Row, mesh: Mesh) -> PagedKVCache:
+    """Writes every token of the problem with `write_kv` into a cache of NaN.
+
+    Each data shard brings its own sequences' tokens, equally many.
+    """
+    num_kv_heads = problem.keys[0].shape[1]
+    sizes = (problem.num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM)
+    cache = PagedKVCache.zeros(*sizes, dtype=row.dtype, kv_layout=row.kv_layout, mesh=mesh)
+    cache = jax.tree.map(lambda x: jax.device_put(jnp.full_like(x, jnp.nan), x.sharding), cache)
+    lens = problem.context_lens
+    seq_ids = np.repeat(np.arange(len(lens)), lens).astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in lens]).astype(np.int32)
+    return shardpage.write_kv(
+        cache,
+        np.concatenate(problem.keys),
+        np.concatenate(problem.values),
+        seq_ids,
+        positions,
+        problem.tables,
+        mesh=mesh,
+    )
+
+
+def write_error(problem: Problem, cache: PagedKVCache) -> float:
+    """The largest difference between the tokens and what their slots hold; 0 if written right."""
+    worst = 0.0
+    pages = [np.asarray(x).astype(np.float32) for x in jax.tree.leaves(cache)]
+    if cache.kv_layout == "fused":
+        pages = [pages[0][:, 0], pages[0][:, 1]]
+    elif cache.kv_layout == "heads_first":
+        pages = [x.swapaxes(0, 1) for x in pages]
+    for stored, tokens in zip(pages, (problem.keys, problem.values), strict=True):
+        # [pages, kv_heads, page, dim], whether the rows were packed or not
+        stored = stored.reshape(*stored.shape[:2], PAGE_SIZE, HEAD_DIM)
+        for table, expected in zip(problem.tables, tokens, strict=True):
+            found = stored[table].swapaxes(1, 2).reshape(-1, *stored.shape[1::2])[: len(expected)]
+            difference = np.abs(found - expected.astype(np.float32))
+            worst = max(worst, float(np.max(difference, initial=0.0)))
+    return worst
+
+
+def answer(
+    problem: Problem, row: Row, mesh: Mesh, cache: PagedKVCache, options: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The library's (out, lse)."""
+    layout = ShardLayout.of(mesh)
+    place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    options = options | {"sinks": problem.sinks if options.get("sinks") else None}
+    attend = functools.partial(
+        shardpage.page_attention,
+        kv_layout=cache.kv_layout,
+        mesh=mesh,
+        backend=row.backend,
+        return_lse=True,
+        **options,
+    )
+    out, lse = attend(
+        place(problem.query, layout.query_spec),
+        cache.key,
+        cache.value,
+        place(problem.context_lens, layout.lens_spec),
+        place(problem.tables, layout.tables_spec),
+    )
+    return np.asarray(out).astype(np.float64), np.asarray(lse).astype(np.float64)
+
+
+def compare(
+    problem: Problem, out: np.ndarray, lse: np.ndarray, options: dict[str, Any]
+) -> tuple[float, float]:
+    """The error of an answer, and the error that rounding excuses."""
+    attend = functools.partial(
+        oracle.attend,
+        window=options.get("sliding_window"),
+        soft_cap=options.get("attn_logits_soft_cap"),
+        sinks=problem.sinks if options.get("sinks") else None,
+    )
+    error = rounding = 0.0
+    sequences = zip(problem.query, problem.keys, problem.values, strict=True)
+    for seq, (query, keys, values) in enumerate(sequences):
+        exact_out, exact_lse = attend(query, keys, values)
+        plain_out, _ = attend(query, keys, values, precision=np.float32)
+        rounding = max(rounding, float(np.abs(plain_out - exact_out).max()))
+        error = max(error, float(np.abs(out[seq] - exact_out).max()))
+        if np.isneginf(exact_lse).all() and np.isneginf(lse[seq]).all():
+            continue
+        # an error in lse is one of the same relative size in every weight
+        error = max(error, float(np.abs(lse[seq] - exact_lse).max()))
+    limit = MULTIPLE * rounding + FLOOR
+    return (error if np.isfinite(error) else np.inf), limit

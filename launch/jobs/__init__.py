@@ -1,0 +1,1 @@
+"""The jobs of `shardpage`, one file each: a function whose parameters are its options."""

@@ -1,0 +1,122 @@
+"""`shardpage generate`: a real language model answers prompts, its attention paged and sharded."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..devices import MeshOption, SimulateOption
+
+
+def generate(
+    mesh: MeshOption = None,
+    simulate: SimulateOption = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A file with a prompt on each line, or FILE.json with a list of prompts; - is "
+            "standard input, which is also read if there is no other prompt.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; higher is more varied.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="For a temperature above 0.")] = 0,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page.")] = 16,
+    num_pages: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Pages of the pool, over all devices. Default: enough for the batch."
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Prompts that run at the same time, rounded up to the data shards."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the weights and the cache.")
+    ] = "float32",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the results here, as they come."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Prompts are in chat form already, or no chat at all.")
+    ] = False,
+) -> None:
+    """Answer prompts with SmolLM2-135M, its KV cache in pages over a mesh of devices."""
+    from .. import serve
+    from ..signals import Stopped, stop_on_signals
+    from ..smollm2 import MissingWeights
+
+    options = serve.Options(
+        mesh=mesh,
+        simulate=simulate,
+        prompts=read_prompts(prompt or [], prompts),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        page_size=page_size,
+        num_pages=num_pages,
+        batch=batch,
+        dtype=dtype,
+        json_file=json_file,
+        raw=raw,
+    )
+    try:
+        with stop_on_signals():
+            all_finished = serve.run(options)
+    except Stopped as stopped:
+        print(f"stopped by {stopped.signal_name}", file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None
+    except MissingWeights as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if not all_finished:
+        raise typer.Exit(1)
+
+
+def read_prompts(given: list[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, of a file and of standard input, in this order.
+
+    Raises:
+      typer.BadParameter: if there are none, or the file cannot be read.
+    """
+    prompts = list(given)
+    if file is not None and str(file) != "-":
+        try:
+            prompts += _read_file(file)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"{file}: {error}", param_hint="--prompts") from None
+    elif file is not None or (not prompts and not sys.stdin.isatty()):
+        prompts += _lines(sys.stdin.read())
+    if not prompts:
+        raise typer.BadParameter(
+            "there is no prompt; give one, e.g. --prompt 'What is the capital of France?', a file "
+            "with --prompts FILE, or lines on standard input",
+            param_hint="--prompt",
+        )
+    return prompts
+
+
+def _read_file(file: Path) -> list[str]:
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".json":
+        return _lines(text)
+    prompts = json.loads(text)
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("a JSON file of prompts must hold a list of texts")
+    return prompts
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,95 @@
+"""`shardpage verify`: is attention exact on this machine and mesh? A matrix of answers."""
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from ..devices import MeshOption, SimulateOption
+
+SHORT = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def verify(
+    mesh: MeshOption = None,
+    simulate: SimulateOption = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Check this one only: xla or pallas_tpu.")
+    ] = None,
+) -> None:
+    """Compare page attention with an exact oracle: backends x layouts x options."""
+    from ..signals import Stopped, stop_on_signals
+
+    try:
+        with stop_on_signals():
+            num_missed = _run(mesh, simulate, backend)
+    except Stopped as stopped:
+        raise typer.Exit(stopped.exit_code) from None
+    if num_missed:
+        print(f"error: {num_missed} result(s) miss the oracle", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> int:
+    """Checks and prints the matrix; returns how many results miss."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    from .. import checks
+    from ..devices import describe_mesh, is_simulated, open_mesh
+
+    rows = [row for row in checks.ROWS if backend in (None, row.backend)]
+    if not rows:
+        names = ", ".join(dict.fromkeys(row.backend for row in checks.ROWS))
+        raise typer.BadParameter(f"{backend!r} is none of {names}", param_hint="--backend")
+    began = time.perf_counter()
+    mesh = open_mesh(mesh_option, simulate, spare_cpu_devices=True)
+    table = Table("backend", "cache", *checks.COLUMNS)
+    table.columns[1].no_wrap = True
+    console = Console()
+    refusals: dict[str, None] = {}
+    done: list[checks.Check] = []
+    console.print(Text(f"mesh {describe_mesh(mesh, is_simulated(mesh))}"))
+    with Live(table, console=console, auto_refresh=console.is_terminal) as live:
+        for row in rows:
+            found = list(checks.check_row(row, mesh))
+            cells = {check.column: _cell(check) for check in found}
+            shown = [cells.get(column, Text("-")) for column in checks.COLUMNS]
+            table.add_row(row.backend, f"{row.kv_layout} {SHORT[row.dtype]}", *shown)
+            if console.is_terminal:
+                live.refresh()
+            refusals |= {
+                f"{row.backend}: {check.refusal}": None for check in found if check.refusal
+            }
+            done += found
+    console.print()
+    for refusal in refusals:
+        console.print(Text(f"refused by {refusal}", style="yellow"))
+    missed = [check for check in done if not check.ok]
+    for check in missed:
+        where = f"{check.row.backend} {check.row.kv_layout} {check.row.dtype} {check.column}"
+        console.print(
+            Text(f"MISS {where}: error {check.error:.1e}, rounding allows {check.limit:.1e}")
+        )
+    console.print(
+        Text(
+            f"{sum(check.ok and not check.refusal for check in done)} exact up to rounding, "
+            f"{sum(bool(check.refusal) for check in done)} refused, {len(missed)} missed, in "
+            f"{time.perf_counter() - began:.0f} s; cells are the largest error of outputs and lse"
+        )
+    )
+    return len(missed)
+
+
+def _cell(check):
+    """An error in green or red, or that it was refused."""
+    from rich.text import Text
+
+    if check.refusal:
+        return Text("refused", style="yellow")
+    if check.ok:
+        return Text(f"{check.error:.0e}" if check.error else "exact", style="green")
+    return Text(f"MISS {check.error:.0e}", style="bold red")

@@ -1,0 +1,138 @@
+"""What a run leaves behind: the --json file, and the tables at the end."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .devices import describe_mesh, is_simulated
+from .engine import Engine, Request
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+MOST_DEVICES_SHOWN = 16
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replaces a file at once: a reader, or a crash, finds the old content or all of the new."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False
+    ) as file:
+        try:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(file.name, 0o666 & ~mask)  # as open() would have made it
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def rates(engine: Engine) -> dict[str, float | int | None]:
+    """Speeds over the whole run, compilation apart."""
+    stats = engine.stats
+    per_second = lambda tokens, seconds: round(tokens / seconds, 2) if seconds else None
+    return {
+        "prefill_tokens_per_second": per_second(stats.prefill_tokens, stats.prefill_seconds),
+        "decode_tokens_per_second": per_second(stats.decode_tokens, stats.decode_seconds),
+        "decode_steps": stats.decode_steps,
+        "compile_seconds": round(stats.compile_seconds, 2),
+    }
+
+
+def prompt_table(requests: list[Request]) -> Table:
+    """Per prompt: tokens, how it ended, speed."""
+    table = Table(title="prompts", title_justify="left")
+    for name in ("#", "prompt tokens", "new tokens", "first after", "tokens/s"):
+        table.add_column(name, justify="right")
+    table.add_column("ended")
+    for number, request in enumerate(requests, 1):
+        wait = None
+        if request.first_token is not None and request.started is not None:
+            wait = request.first_token - request.started
+        speed = request.tokens_per_second
+        table.add_row(
+            str(number),
+            str(len(request.prompt_ids)),
+            str(len(request.ids)),
+            f"{wait:.2f} s" if wait is not None else "-",
+            f"{speed:.1f}" if speed is not None else "-",
+            request.ending or "-",
+        )
+    return table
+
+
+def devices(engine: Engine, mesh: "Mesh") -> list[dict[str, Any]]:
+    """Per device: its place in the mesh, its pages, and the bytes of cache and weights."""
+    names = mesh.axis_names
+    position_of = dict(zip(mesh.devices.flat, np.ndindex(mesh.devices.shape), strict=True))
+    pages = engine.pool.num_pages // engine.peak_pages.size
+    rows = []
+    for device, position in position_of.items():
+        place = dict(zip(names, map(int, position), strict=True))
+        rows.append(
+            {
+                "device": str(device),
+                "position": place,
+                "pages": pages,
+                "peak_pages": int(engine.peak_pages[place.get("data", 0), place.get("context", 0)]),
+                "kv_bytes": engine.cache_bytes_per_device,
+                "weight_bytes": engine.weight_bytes_per_device,
+            }
+        )
+    return rows
+
+
+def device_table(engine: Engine, mesh: "Mesh") -> Table:
+    """Per device: pages and bytes."""
+    table = Table(title="devices", title_justify="left")
+    table.add_column("device")
+    for name in ("at", "pages used", "of", "KV cache", "weights"):
+        table.add_column(name, justify="right")
+    rows = devices(engine, mesh)
+    for row in rows[:MOST_DEVICES_SHOWN]:
+        table.add_row(
+            row["device"],
+            " ".join(f"{name}:{index}" for name, index in row["position"].items()),
+            str(row["peak_pages"]),
+            str(row["pages"]),
+            _megabytes(row["kv_bytes"]),
+            _megabytes(row["weight_bytes"]),
+        )
+    if len(rows) > MOST_DEVICES_SHOWN:
+        table.add_row(f"... {len(rows) - MOST_DEVICES_SHOWN} more")
+    return table
+
+
+def print_summary(engine: Engine, mesh: "Mesh", requests: list[Request], console: Console) -> None:
+    """The tables at the end of a run, and its rates."""
+    console.print()
+    console.print(prompt_table(requests))
+    console.print(device_table(engine, mesh))
+    console.print(Text(f"mesh {describe_mesh(mesh, is_simulated(mesh))}"))
+    found = rates(engine)
+    prefill, decode = found["prefill_tokens_per_second"], found["decode_tokens_per_second"]
+    console.print(
+        Text(
+            f"read {engine.stats.prefill_tokens} prompt tokens"
+            + (f" at {prefill} tokens/s" if prefill else "")
+            + f", made {sum(len(request.ids) for request in requests)} new ones"
+            + (f" at {decode} tokens/s" if decode else "")
+            + f"; compiled for {found['compile_seconds']} s"
+        )
+    )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

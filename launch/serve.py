@@ -1,0 +1,210 @@
+"""A run of `shardpage generate`: model, mesh and pool from the options, then serve the prompts."""
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import typer
+from rich.console import Console
+
+from . import results, smollm2
+from .console import open_output
+from .devices import describe_mesh, is_simulated, mesh_text, open_mesh
+from .engine import Engine, Pool, Request, num_cached_tokens
+
+# The widest batch of sequences on one data shard, unless the options say otherwise.
+ROWS_PER_SHARD = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of the job, as `launch.jobs.generate` documents them."""
+
+    prompts: list[str]
+    mesh: str | None = None
+    simulate: int | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+    page_size: int = 16
+    num_pages: int | None = None
+    batch: int | None = None
+    dtype: str = "float32"
+    json_file: Path | None = None
+    raw: bool = False
+
+
+def run(options: Options) -> bool:
+    """Serves the prompts of the options and shows what comes of it.
+
+    Returns:
+      Whether all of them were answered.
+
+    Raises:
+      typer.BadParameter: if options do not fit each other, the model or the devices.
+      launch.smollm2.MissingWeights: if there is no model.
+    """
+    began = time.perf_counter()
+    file = smollm2.GGUFFile(smollm2.find_weights())
+    config = file.config()
+    mesh = open_mesh(options.mesh, options.simulate, num_kv_heads=config.num_kv_heads)
+    tokenizer = file.tokenizer()
+    encode = tokenizer.encode if options.raw else tokenizer.encode_chat
+    requests = [
+        Request(key, encode(prompt), options.max_new_tokens)
+        for key, prompt in enumerate(options.prompts)
+    ]
+    model = smollm2.Model(config, mesh, options.temperature, options.seed)
+    shards = model.layout.shards(mesh)
+    pool = choose_pool(options, requests, shards.seqs, shards.context, config.max_context_len)
+    report = _Report(options, mesh, requests, tokenizer)
+    report.write()  # before the work: a path that cannot be written to is an error now
+
+    engine = None
+    try:
+        with open_output(options.prompts, lambda: report.progress(engine)) as output:
+            output.status(f"mesh {describe_mesh(mesh, is_simulated(mesh))}")
+            output.status("reading weights ...")
+            dtype = jnp.dtype(options.dtype)
+            weights = smollm2.put_weights(file.weights(), model.split, dtype)
+            engine = Engine(
+                model,
+                weights,
+                pool,
+                dtype=dtype,
+                stop_id=tokenizer.stop_id,
+                on_compile=lambda what: output.status(f"compiling {what} ..."),
+            )
+            report.engine, report.load_seconds = engine, time.perf_counter() - began
+            _show(engine, requests, tokenizer, output, report)
+    finally:
+        report.write()
+        if engine is not None:
+            results.print_summary(engine, mesh, requests, Console())
+    return all(request.finished for request in requests)
+
+
+def _show(engine: Engine, requests: list[Request], tokenizer, output, report: "_Report") -> None:
+    """Serves requests, passing their text on as it comes."""
+    streams = [smollm2.TextStream(tokenizer) for _ in requests]
+    # closing: an exception here must also end the engine's loop, which then ends its requests
+    with contextlib.closing(engine.run(requests)) as events:
+        for event in events:
+            index = event.request.key
+            if event.kind == "started":
+                output.started(index)
+            elif event.token is not None:
+                output.write(index, streams[index].push(event.token))
+            elif event.kind == "ended":
+                output.write(index, streams[index].flush())
+                output.ended(index, event.request.error or "")
+                report.write()
+            output.tick()
+
+
+def choose_pool(
+    options: Options,
+    requests: list[Request],
+    num_seq_shards: int,
+    num_context_shards: int,
+    max_context_len: int,
+) -> Pool:
+    """Sizes the batch and its pool of pages: by default enough for the longest to run together.
+
+    Raises:
+      typer.BadParameter: if --num-pages does not divide over the page shards.
+    """
+    wanted = options.batch or ROWS_PER_SHARD * num_seq_shards
+    rows_per_shard = -(-min(wanted, len(requests)) // num_seq_shards)
+    num_tokens = [num_cached_tokens(len(r.prompt_ids), r.max_new_tokens) for r in requests]
+    blocks = sorted(
+        (-(-n // options.page_size) for n in num_tokens if n <= max_context_len), reverse=True
+    ) or [1]
+    num_pages = options.num_pages
+    if num_pages is None:
+        per_pool = -(-sum(blocks[:rows_per_shard]) // num_context_shards)
+        num_pages = per_pool * num_context_shards * num_seq_shards
+    num_shards = num_seq_shards * num_context_shards
+    if num_pages % num_shards:
+        below = num_pages // num_shards * num_shards
+        nearest = " or ".join(str(n) for n in (below, below + num_shards) if n)
+        raise typer.BadParameter(
+            f"{num_pages} pages do not divide over the {num_shards} page shards of the mesh "
+            f"(data x context); use {nearest}",
+            param_hint="--num-pages",
+        )
+    return Pool(
+        num_rows=rows_per_shard * num_seq_shards,
+        num_pages=num_pages,
+        page_size=options.page_size,
+        max_blocks=min(blocks[0], num_pages // num_seq_shards),
+    )
+
+
+class _Report:
+    """The --json file, and the line of progress."""
+
+    def __init__(self, options: Options, mesh, requests: list[Request], tokenizer):
+        self._options, self._mesh = options, mesh
+        self._requests, self._tokenizer = requests, tokenizer
+        self.engine: Engine | None = None
+        self.load_seconds: float | None = None
+
+    def write(self) -> None:
+        """Replaces the --json file, if one is wanted, by what is known now."""
+        path = self._options.json_file
+        if path is None:
+            return
+        try:
+            results.write_json(path, self._content())
+        except OSError as error:
+            raise typer.BadParameter(f"{path}: {error.strerror}", param_hint="--json") from None
+
+    def progress(self, engine: Engine | None) -> str:
+        """One line: how far the run is, and how fast."""
+        if engine is None:
+            return ""
+        stats, rates = engine.stats, results.rates(engine)
+        num_ended = sum(request.ending is not None for request in self._requests)
+        parts = [f"{num_ended} of {len(self._requests)} prompts done"]
+        for count, what, rate in (
+            (stats.prefill_tokens, "prompt tokens read", rates["prefill_tokens_per_second"]),
+            (stats.decode_tokens, "tokens made", rates["decode_tokens_per_second"]),
+        ):
+            parts.append(f"{count} {what}" + (f" ({rate}/s)" if rate else ""))
+        used = engine.pool.num_pages - engine.allocator.num_free()
+        return ", ".join([*parts, f"{used} of {engine.pool.num_pages} pages in use"])
+
+    def _content(self) -> dict[str, Any]:
+        options, engine = self._options, self.engine
+        settings = dataclasses.asdict(options)
+        for name in ("prompts", "json_file", "mesh", "simulate"):
+            del settings[name]
+        load_seconds = self.load_seconds
+        return {
+            "prompts": [self._prompt(request) for request in self._requests],
+            "mesh": mesh_text(self._mesh),
+            "simulated": is_simulated(self._mesh),
+            "settings": settings,
+            "rates": {
+                "load_seconds": None if load_seconds is None else round(load_seconds, 2),
+                **({} if engine is None else results.rates(engine)),
+            },
+            "devices": [] if engine is None else results.devices(engine, self._mesh),
+        }
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        speed = request.tokens_per_second
+        return {
+            "prompt": self._options.prompts[request.key],
+            "prompt_ids": list(request.prompt_ids),
+            "ids": request.ids,
+            "text": self._tokenizer.decode(request.ids),
+            "finished": request.finished,
+            "ending": request.ending,
+            "error": request.error,
+            "tokens_per_second": None if speed is None else round(speed, 2),
+        }

@@ -1,0 +1,62 @@
+"""Ending on request: Ctrl-C and SIGTERM as exceptions, and the exit codes that they stand for."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+class Stopped(BaseException):
+    """Someone asked this process to end. Not an `Exception`: nothing handles it by accident."""
+
+    def __init__(self, signal_name: str):
+        super().__init__(signal_name)
+        self.signal_name = signal_name
+
+    @property
+    def exit_code(self) -> int:
+        """The conventional exit code."""
+        return EXIT_CODES[self.signal_name]
+
+
+@contextmanager
+def stop_on_signals(grace_seconds: float = 10.0) -> Iterator[None]:
+    """Raises `Stopped` in the main thread at the first SIGINT or SIGTERM; ignores later ones.
+
+    What is cleaned up after the first is thereby not cut short by an impatient second. A main
+    thread that is stuck outside Python (in a compilation, or a collective that never ends) cannot
+    see the exception: the process then ends at once after `grace_seconds`.
+    """
+    left = threading.Event()
+
+    def stop(number: int, frame: object) -> None:
+        for name in EXIT_CODES:
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
+        raise Stopped(signal.Signals(number).name)
+
+    def watch() -> None:
+        number = os.read(wakeup_read, 1)  # written when a signal comes, even if nobody handles it
+        names = [name for name in EXIT_CODES if number == bytes([signal.Signals[name]])]
+        if names and not left.wait(grace_seconds):
+            os.write(2, f"stopped by {names[0]}, stuck for {grace_seconds:.0f} s\n".encode())
+            os._exit(EXIT_CODES[names[0]])
+
+    wakeup_read, wakeup_write = os.pipe()
+    os.set_blocking(wakeup_write, False)
+    wakeup_before = signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+    before = {name: signal.signal(signal.Signals[name], stop) for name in EXIT_CODES}
+    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        left.set()
+        for name, handler in before.items():
+            signal.signal(signal.Signals[name], handler)
+        signal.set_wakeup_fd(wakeup_before)
+        os.close(wakeup_write)  # the watcher reads the end of it
+        watcher.join()
+        os.close(wakeup_read)
