@@ -38,10 +38,9 @@ def test_packed_rows(backend, kv_layout, dtype, head_dim):
 
 
 @backends
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_large_logits_do_not_overflow(backend, dtype):
+def test_large_logits_do_not_overflow(backend):
     """Logits of several hundred: exp of any of them, without the running peak, is inf."""
-    inputs = make(Case(f"large_logits_{dtype}", dtype=dtype, attn_scale=40.0, num_seqs=4))
+    inputs = make(Case("large_logits", attn_scale=40.0, num_seqs=4))
     tolerance.assert_within_rounding(inputs, *attend(inputs, backend))
 
 
@@ -126,13 +125,10 @@ class TestOptionsThatChangeNothing:
         inputs = make(named("three_splits"))
         tolerance.assert_within_rounding(inputs, *attend(inputs, backend, **options))
 
-    def test_mask_value(self, backend):
-        self.check(backend, mask_value=-1e30)
+    def test_mask_value_and_ways_to_walk(self, backend):
+        self.check(backend, mask_value=-1e30, inline_seq_dim=False, megacore_mode="auto")
 
-    def test_walk_over_sequences_and_cores(self, backend):
-        self.check(backend, inline_seq_dim=False, megacore_mode="auto")
-
-    @pytest.mark.parametrize(("num_splits", "pages"), [(2, 2), (100, None), (0, 2)])
+    @pytest.mark.parametrize(("num_splits", "pages"), [(2, 2), (0, 2)])
     def test_splits_and_blocks(self, backend, num_splits, pages):
         self.check(backend, num_splits=num_splits, pages_per_compute_block=pages)
 
