@@ -7,7 +7,7 @@ try:
 except ImportError:  # a plain `pip install shardpage` is the library alone
     sys.exit("the shardpage command needs typer and rich: pip install 'shardpage[launch]'")
 
-from .jobs import generate, verify
+from .jobs import generate, plan, verify
 
 app = typer.Typer(
     name="shardpage",
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate.generate)
+app.command()(plan.plan)
 app.command()(verify.verify)
 
 

@@ -332,6 +332,7 @@ class TestPlanHeads:
         plan = meshes.plan_heads(*heads, meshes.make(spec, devices), surplus=surplus)
         check_end_to_end(plan, *heads)
 
+    @pytest.mark.slow
     def test_eight_heads_on_sixteen_devices(self):
         result = run_python("""
             import meshes

@@ -200,6 +200,7 @@ class TestSearch:
         assert found == [s for s in meshes.factorings(8, 3) if 8 % s[0] == 0 and 4 % s[2] == 0]
         assert all(sizes["data"] % 2 == 0 for _, sizes in legal(WORK, 8, num_slices=2))
 
+    @pytest.mark.slow
     def test_stops_when_no_other_can_win_and_is_right(self):
         work = dataclasses.replace(WORK, batch=2)  # context has to split
         candidates = searched(work)
