@@ -81,34 +81,39 @@ def attend(
 def _geometry(query: jax.Array, key_cache: jax.Array, kv: KVLayout) -> Geometry:
     """Reads the sizes off the arrays; refuses what the kernel cannot do."""
     num_heads, head_dim = query.shape[1:]
-    sizes = kv.sizes(key_cache.shape)
-    pack = sizes.head_dim // head_dim
+    sizes = kv.sizes(key_cache.shape, head_dim)
+    pack = key_cache.shape[-1] // head_dim
     geometry = Geometry(
         kv=kv,
         num_kv_heads=sizes.num_kv_heads,
         queries_per_kv_head=num_heads // sizes.num_kv_heads,
         head_dim=head_dim,
         pack=pack,
-        page_rows=sizes.page_size,
+        page_rows=sizes.page_size // pack,
         dtype=np.dtype(key_cache.dtype),
     )
-    if geometry.dtype.name not in _DTYPES:
+    check_cache(geometry.dtype, head_dim, pack, geometry.page_rows)
+    return geometry
+
+
+def check_cache(dtype: np.dtype, head_dim: int, pack: int, page_rows: int) -> None:
+    """Refuses caches that the kernels cannot work on."""
+    if dtype.name not in _DTYPES:
         raise NotImplementedError(
-            f"caches of {geometry.dtype.name} have no TPU matmul; use bfloat16 or float32, or "
+            f"a TPU has no matmul for caches of {dtype.name}; use bfloat16 or float32, or "
             "backend='xla'"
         )
-    if geometry.row_dim != sizes.head_dim or (pack > 1 and geometry.row_dim != LANES):
+    if pack > 1 and head_dim * pack != LANES:
         raise NotImplementedError(
-            f"a cache row of {sizes.head_dim} numbers for {head_dim=}: a row holds one token, or "
-            f"packs as many as fill {LANES} lanes"
+            f"rows of {pack} tokens of {head_dim=} are {head_dim * pack} numbers long; a row holds "
+            f"one token, or packs as many as fill {LANES}"
         )
-    if geometry.page_rows % SUBLANES:
-        nearest = -(-geometry.page_size // (SUBLANES * pack)) * SUBLANES * pack
+    if page_rows % SUBLANES:
+        nearest = -(-page_rows // SUBLANES) * SUBLANES * pack
         raise NotImplementedError(
-            f"page_size={geometry.page_size} with {pack} tokens a cache row is not a multiple of "
-            f"the {SUBLANES} rows of a TPU tile; use page_size={nearest}, or backend='xla'"
+            f"page_size={page_rows * pack}, {pack} to a cache row, does not fill tiles of "
+            f"{SUBLANES} rows; use page_size={nearest}, or backend='xla'"
         )
-    return geometry
 
 
 def _cores(spec: AttentionSpec, chip: blocks.Chip, geometry: Geometry) -> Cores:

@@ -80,7 +80,7 @@ class Scratch(NamedTuple):
     query: Any  # [rows, row_dim] of the segment at work
     state: softmax.State
     results: Any  # [2, rows, out_lanes]
-    ids: Any  # [table_entries, 1, 128] in scalar memory
+    ids: Any  # [table_entries * 128] in scalar memory
     page_semaphores: Any  # [slots]
     query_semaphores: Any  # [slots]
     result_semaphores: Any  # [2]
@@ -308,7 +308,7 @@ def scratch_shapes(config: Config) -> Scratch:
             out=pltpu.VMEM((rows, row_dim), jnp.float32),
         ),
         results=pltpu.VMEM((2, rows, geometry.out_lanes), jnp.float32),
-        ids=pltpu.SMEM((entries, 1, LANES), jnp.int32),
+        ids=pltpu.SMEM((entries * LANES,), jnp.int32),
         page_semaphores=pltpu.SemaphoreType.DMA((sizes.slots,)),
         query_semaphores=pltpu.SemaphoreType.DMA((sizes.slots,)),
         result_semaphores=pltpu.SemaphoreType.DMA((2,)),

@@ -46,7 +46,7 @@ class ResidentTable:
 
 @dataclasses.dataclass(frozen=True)
 class PagedTable:
-    """Page ids in HBM, `[num_seqs, windows, 1, 128]`: a ring of windows in scalar memory.
+    """Page ids in HBM, `[num_seqs, windows, 1, 128]`: a flat ring of windows in scalar memory.
 
     Each block fetches the window with its ids, although several share one: half a KiB a block
     buys a pipeline without branches. A cursor that is done fetches some window all the same.
@@ -62,18 +62,19 @@ class PagedTable:
         last_sequence = self.windows.shape[0] - 1
         sequence = jnp.minimum(self.walk.sequence(cursor.segment), last_sequence)
         window = lax.div(cursor.block * self.block_pages, LANES)
-        self._copy(self.windows.at[sequence, window], entry).start()
+        self._copy(self.windows.at[sequence, window, 0], entry).start()
 
     def wait(self, entry: jax.Array) -> None:
-        self._copy(self.windows.at[0, 0], entry).wait()
+        self._copy(self.windows.at[0, 0, 0], entry).wait()
 
     def _copy(self, window: Any, entry: jax.Array):
-        return pltpu.make_async_copy(window, self.ring.at[entry], self.semaphores.at[entry])
+        place = pl.ds(pl.multiple_of(entry * LANES, LANES), LANES)
+        return pltpu.make_async_copy(window, self.ring.at[place], self.semaphores.at[entry])
 
     def page_ids(self, cursor: Cursor, entry: jax.Array):
         """A function from a page of the block to its id."""
-        base = lax.rem(cursor.block * self.block_pages, LANES)
-        return lambda page: self.ring[entry, 0, base + page]
+        base = entry * LANES + lax.rem(cursor.block * self.block_pages, LANES)
+        return lambda page: self.ring[base + page]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .geometry import LANES, SUBLANES, Geometry
+from .geometry import LANES, Geometry
 
 LOG2_E = math.log2(math.e)
 
@@ -211,4 +211,3 @@ def write_result(state: State, result: Any) -> None:
     result[:, pl.ds(result.shape[-1] - LANES, LANES)] = lse
 
 
-assert SUBLANES == 8

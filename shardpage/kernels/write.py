@@ -1,0 +1,238 @@
+"""Putting tokens into pages in place: a ring of tiles on their way in and out again.
+
+What HBM can take is a tile: some rows of one page, for all KV heads. A tile that gets tokens is
+read, changed and written back; nothing else of the cache is touched. Tokens come sorted, so that
+a tile is on its way only once however many tokens go there, and tiles never meet.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
+
+from ..kv_layout import KVLayout
+from .geometry import SUBLANES
+
+_RING_BYTES = 4 << 20
+_MAX_RING = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Static sizes.
+
+    Attributes:
+      kv: layout of the caches.
+      num_kv_heads: KV heads of a page.
+      head_dim: numbers a token and head.
+      pack: tokens in a cache row.
+      page_rows: cache rows a page and head.
+      dtype: of the caches.
+    """
+
+    kv: KVLayout
+    num_kv_heads: int
+    head_dim: int
+    pack: int
+    page_rows: int
+    dtype: np.dtype
+
+    @property
+    def rows(self) -> int:
+        """Cache rows a tile and head: what the HBM of any generation takes unshifted."""
+        rows = SUBLANES * 4 // self.dtype.itemsize
+        return rows if self.page_rows % rows == 0 else SUBLANES
+
+    @property
+    def row_dim(self) -> int:
+        return self.head_dim * self.pack
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The leading axes of a tile, and of a token."""
+        return (*((2,) if self.kv.fused else ()), self.num_kv_heads)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that one tile may get."""
+        return self.rows * self.pack
+
+    @property
+    def ring(self) -> int:
+        """Tiles on their way; even, half of them in."""
+        token_bytes = 4 * self.row_dim * self.max_tokens
+        bytes_each = np.prod(self.heads) * (self.rows * self.row_dim * self.dtype.itemsize)
+        fits = int(_RING_BYTES // (bytes_each + np.prod(self.heads) * token_bytes))
+        return max(2, min(_MAX_RING, fits // 2 * 2))
+
+
+class Plan(NamedTuple):
+    """Tokens sorted by tile, for scalar memory; int32. Dropped tokens are last."""
+
+    first: Int[Array, " num_tokens_plus_1"]  # tile -> its first token; then where the last ends
+    page: Int[Array, " num_tokens"]
+    slot: Int[Array, " num_tokens"]
+    num_tiles: Int[Array, " 1"]
+
+
+def plan(
+    tiles: Tiles, num_pages: int, page: Int[Array, " num_tokens"], slot: Int[Array, " num_tokens"]
+) -> tuple[Plan, Int[Array, " num_tokens"]]:
+    """Sorts tokens by the tile that they go to.
+
+    Args:
+      tiles: sizes.
+      num_pages: of the cache; a page id outside drops its token.
+      page: page of each token.
+      slot: its place in the page.
+
+    Returns:
+      The plan, and the order of the tokens in it.
+    """
+    num_tokens = page.shape[0]
+    held = (page >= 0) & (page < num_pages)
+    tiles_per_page = tiles.page_rows // tiles.rows
+    tile = page * tiles_per_page + slot // tiles.max_tokens
+    tile = jnp.where(held, tile, num_pages * tiles_per_page)
+    order = jnp.argsort(tile)
+    tile = tile[order]
+    before = jnp.concatenate([jnp.full((1,), -1, jnp.int32), tile[:-1]])
+    starts = (tile != before) & held[order]
+    num_held = jnp.sum(held, dtype=jnp.int32)
+    index = jnp.arange(num_tokens, dtype=jnp.int32)
+    first = jnp.sort(jnp.append(jnp.where(starts, index, num_held), num_held))
+    num_tiles = jnp.sum(starts, dtype=jnp.int32).reshape(1)
+    return Plan(first, page[order], slot[order], num_tiles), order
+
+
+class Scratch(NamedTuple):
+    """References, one of each a cache array, but for the semaphores."""
+
+    tiles: Sequence[Any]  # [ring, *heads, rows, row_dim]
+    tokens: Sequence[Any]  # [ring, max_tokens, *heads, 1, row_dim] float32
+    fetched: Any  # semaphores, [ring]
+    stored: Any
+
+
+def scratch_shapes(tiles: Tiles, num_arrays: int) -> Scratch:
+    heads, row_dim, ring = tiles.heads, tiles.row_dim, tiles.ring
+    return Scratch(
+        tiles=(pltpu.VMEM((ring, *heads, tiles.rows, row_dim), tiles.dtype),) * num_arrays,
+        tokens=(pltpu.VMEM((ring, tiles.max_tokens, *heads, 1, row_dim), jnp.float32),)
+        * num_arrays,
+        fetched=pltpu.SemaphoreType.DMA((ring,)),
+        stored=pltpu.SemaphoreType.DMA((ring,)),
+    )
+
+
+def kernel(plan_, tokens, caches_in, *caches_and_scratch, tiles: Tiles) -> None:
+    """The body of the `pallas_call`; the caches after `caches_in` are the same, aliased."""
+    caches, scratch = caches_and_scratch[: len(caches_in)], caches_and_scratch[len(caches_in) :]
+    Kernel(tiles, plan_, tokens, caches, Scratch(*scratch)).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The phases of the pipeline; `tile` counts the tiles of the plan."""
+
+    tiles: Tiles
+    plan: Any
+    tokens: Sequence[Any]  # [num_tokens, *heads, 1, row_dim] float32 in HBM
+    caches: Sequence[Any]
+    scratch: Scratch
+
+    def run(self) -> None:
+        count = self.plan.num_tiles[0]
+        ahead = self.tiles.ring // 2
+        pl.loop(0, jnp.minimum(ahead, count))(self.start_fetch)
+
+        @pl.loop(0, count)
+        def _(tile):
+            coming = tile + ahead
+            # The slot of the coming tile was last used by the one `ahead` before this.
+            pl.when((tile >= ahead) & (coming < count))(lambda: self.wait_store(tile - ahead))
+            pl.when(coming < count)(lambda: self.start_fetch(coming))
+            self.wait_fetch(tile)
+            pl.loop(*self.span(tile))(lambda token: self.put(tile, token))
+            self.start_store(tile)
+
+        pl.loop(jnp.maximum(count - 2 * ahead, 0), count)(self.wait_store)
+
+    def slot(self, tile: jax.Array) -> jax.Array:
+        return lax.rem(tile, self.tiles.ring)
+
+    def span(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The tokens of a tile."""
+        return self.plan.first[tile], self.plan.first[tile + 1]
+
+    def start_fetch(self, tile: jax.Array) -> None:
+        slot = self.slot(tile)
+        first, end = self.span(tile)
+        for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True):
+            source = self.tile_of(cache, first)
+            pltpu.make_async_copy(source, buffer.at[slot], self.scratch.fetched.at[slot]).start()
+        pl.loop(first, end)(lambda token: self.start_token(token, first, slot))
+
+    def start_token(self, token: jax.Array, first: jax.Array, slot: jax.Array) -> None:
+        for tokens, buffer in zip(self.tokens, self.scratch.tokens, strict=True):
+            pltpu.make_async_copy(
+                tokens.at[token], buffer.at[slot, token - first], self.scratch.fetched.at[slot]
+            ).start()
+
+    def wait_fetch(self, tile: jax.Array) -> None:
+        slot = self.slot(tile)
+        semaphore = self.scratch.fetched.at[slot]
+        for buffer in self.scratch.tiles:
+            pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], semaphore).wait()
+
+        @pl.loop(*self.span(tile))
+        def _(_token):
+            for buffer in self.scratch.tokens:
+                pltpu.make_async_copy(buffer.at[slot, 0], buffer.at[slot, 0], semaphore).wait()
+
+    def put(self, tile: jax.Array, token: jax.Array) -> None:
+        """Replaces the token's numbers in the tile."""
+        slot, sizes = self.slot(tile), self.tiles
+        place = lax.rem(self.plan.slot[token], sizes.max_tokens)
+        shape = (sizes.rows, sizes.row_dim)
+        own = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.div(place, sizes.pack)
+        if sizes.pack > 1:
+            lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+            own &= lax.div(lane, sizes.head_dim) == lax.rem(place, sizes.pack)
+        index = token - self.plan.first[tile]
+        for buffer, tokens in zip(self.scratch.tiles, self.scratch.tokens, strict=True):
+            for head in np.ndindex(*sizes.heads):
+                old = buffer[(slot, *head)].astype(jnp.float32)
+                new = jnp.where(own, tokens[(slot, index, *head)], old)
+                buffer[(slot, *head)] = new.astype(sizes.dtype)
+
+    def start_store(self, tile: jax.Array) -> None:
+        slot = self.slot(tile)
+        for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True):
+            target = self.tile_of(cache, self.plan.first[tile])
+            pltpu.make_async_copy(buffer.at[slot], target, self.scratch.stored.at[slot]).start()
+
+    def wait_store(self, tile: jax.Array) -> None:
+        slot = self.slot(tile)
+        for buffer in self.scratch.tiles:
+            semaphore = self.scratch.stored.at[slot]
+            pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], semaphore).wait()
+
+    def tile_of(self, cache: Any, token: jax.Array):
+        page = self.plan.page[token]
+        first_row = lax.div(self.plan.slot[token], self.tiles.max_tokens) * self.tiles.rows
+        rows = pl.ds(pl.multiple_of(first_row, self.tiles.rows), self.tiles.rows)
+        match self.tiles.kv:
+            case KVLayout.BLOCKS_FIRST:
+                return cache.at[page, :, rows]
+            case KVLayout.HEADS_FIRST:
+                return cache.at[:, page, rows]
+            case KVLayout.FUSED:
+                return cache.at[page, :, :, rows]
