@@ -1,5 +1,6 @@
 """Simulated devices: many CPU devices in one process, standing in for a pod."""
 
+import os
 from typing import Any, overload
 
 import jax
@@ -64,6 +65,9 @@ def _request_cpu_devices(num_devices: int) -> None:
         )
     try:
         requested = _config.jax_num_cpu_devices
+        # XLA's thread pool. Interpreted Pallas kernels occupy a thread a device while they wait for
+        # each other, and with none to spare they wait for ever.
+        os.environ.setdefault("NPROC", str(max(2 * num_devices + 4, os.cpu_count() or 1)))
         _config.update("jax_num_cpu_devices", max(num_devices, requested))
     except RuntimeError:  # JAX has started: what it has is what there is
         num_present = jax.local_device_count("cpu")

@@ -289,6 +289,7 @@ def validate_tables(
     page_size: int,
     num_seq_shards: int = 1,
     max_context_len: int | None = None,
+    sliding_window: int | None = None,
 ) -> None:
     """Checks on the host what compiled code can only answer with NaN.
 
@@ -301,6 +302,7 @@ def validate_tables(
       num_seq_shards: shards of the mesh axis that splits sequences; sequence and pages must
         belong to the same one.
       max_context_len: as passed to `page_attention`.
+      sliding_window: as passed to `page_attention`; pages wholly before it are not looked at.
 
     Raises:
       ValueError: naming the sequence, the entry, its value and the rule that it breaks.
@@ -325,12 +327,13 @@ def validate_tables(
             )
         shard = seq // (num_seqs // num_seq_shards)
         first = shard * pages_per_shard
-        used = tables[seq, : -(-length // page_size)]
+        first_block = max(length - (sliding_window or length), 0) // page_size
+        used = tables[seq, first_block : -(-length // page_size)]
         bad = np.flatnonzero((used < first) | (used >= first + pages_per_shard))
         if bad.size:
-            entry = int(bad[0])
+            entry = first_block + int(bad[0])
             raise ValueError(
-                f"sequence {seq}, entry {entry}: page id {int(used[entry])} must be in "
+                f"sequence {seq}, entry {entry}: page id {int(tables[seq, entry])} must be in "
                 f"[{first}, {first + pages_per_shard}), the pages of its shard {shard} of "
                 f"{num_seq_shards}; {num_pages=}"
             )

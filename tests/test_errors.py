@@ -190,6 +190,12 @@ class TestTables:
                 np.array(lens), tables, **{"num_pages": 16, "page_size": 16, **changes}
             )
 
+    def test_pages_before_the_window_may_be_freed(self):
+        tables = np.array([[-1, -1, 2, 3]])
+        shardpage.validate_tables([60], tables, num_pages=4, page_size=16, sliding_window=20)
+        with pytest.raises(ValueError, match="sequence 0, entry 1: page id -1 must be in"):
+            shardpage.validate_tables([60], tables, num_pages=4, page_size=16, sliding_window=29)
+
     def test_accepts_what_is_right(self):
         tables = np.full((4, 4), -1)
         tables[0, :3], tables[2, 0], tables[3] = [0, 1, 2], 9, [8, 15, 10, 12]

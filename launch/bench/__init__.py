@@ -1,0 +1,1 @@
+"""Measurements: each prints a table and keeps its figures as JSON under `results/`."""
