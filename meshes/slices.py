@@ -8,8 +8,6 @@ import re
 import tomllib
 from typing import Any, Self
 
-GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -27,6 +25,7 @@ class Chip:
     counts: str
     names: tuple[str, ...]
     hbm_gib: float
+    usable_gib: float
     hbm_gbps: float
     bf16_tflops: float
     ici_gbps: float
@@ -35,11 +34,6 @@ class Chip:
     cubes: bool = False
     megacore_config: str | None = None
     separate_config: str | None = None
-
-    @property
-    def hbm_bytes(self) -> int:
-        """HBM of one chip in bytes."""
-        return int(self.hbm_gib * GIB)
 
     @classmethod
     def of_kind(cls, device_kind: str) -> "Chip | None":

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,17 @@ class TestTopology:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(RuntimeError, match=r"pip install 'shardpage\[tpu\]'"):
             meshes.topology("v5e:2x2")
+
+    @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+    def test_usable_memory_is_what_the_compiler_says(self, name):
+        mesh = meshes.topology(name)
+        split = NamedSharding(mesh, P("data"))
+        x = jax.ShapeDtypeStruct((mesh.size, 2**30, 128), jnp.int8, sharding=split)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="exceeds available HBM") as caught:
+            jax.jit(lambda x: x + 1).lower(x).compile()
+        said = re.search(r"available HBM \(([\d.]+)G\)", str(caught.value))
+        assert said
+        assert float(said[1]) == pytest.approx(PodSlice.parse(name).chip.usable_gib, abs=0.011)
 
     def test_leaves_the_environment_as_it_was(self):
         before = dict(os.environ)

@@ -34,7 +34,7 @@ class Device:
         return cls(
             first.device_kind,
             chip,
-            hbm_bytes=chip.hbm_bytes // len(cores),
+            hbm_bytes=int(chip.usable_gib * 2**30 * chip.devices) // len(cores),
             hbm_rate=chip.hbm_gbps * 1e9 / len(cores),
             ici_rate=chip.ici_gbps * 1e9 / 2 / len(cores),  # one direction
             dcn_rate=None if chip.dcn_gbit is None else chip.dcn_gbit * 1e9 / 8 / len(cores),
