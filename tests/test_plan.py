@@ -222,6 +222,24 @@ class TestSearch:
     def test_compiles_no_more_than_asked(self):
         assert sum(c.plan is not None for c in searched(WORK, most=1)) == 1
 
+    def test_a_mesh_that_cannot_be_compiled_does_not_end_the_search(self, monkeypatch):
+        def refuse_heads(work, mesh, **options):
+            if "kv" in mesh.axis_names:
+                raise NotImplementedError("not with heads split")
+            return make_plan(work, mesh, **options)
+
+        monkeypatch.setattr("launch.plan.search.make_plan", refuse_heads)
+        candidates = searched.__wrapped__(WORK)
+        assert candidates[0].spec == "data=8"
+        assert {c.refused for c in candidates if "kv" in c.spec} == {None, "not with heads split"}
+
+    def test_says_when_nothing_fits_anywhere(self):
+        result = invoke("--topology", "v5e:2x2", "--context", str(2**20), "--batch", "512",
+                        "--page-size", "128", "--most", "1")  # fmt: skip
+        assert result.exit_code == 1
+        assert "error: no mesh works; " in result.output
+        assert "it holds at most" in result.output
+
     def test_no_legal_mesh_is_an_error(self):
         device = Device.of(meshes.topology(V5E))
         with pytest.raises(ValueError, match="no mesh of data, context and kv splits 7 sequences"):

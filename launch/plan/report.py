@@ -173,7 +173,7 @@ def ranking(candidates: list[Candidate], most: int = 12) -> str:
     for candidate in candidates[:most]:
         plan = candidate.plan
         times = plan.times if plan else None
-        if candidate.too_large:
+        if candidate.refused:
             fits = "no"
         else:
             fits = "?" if plan is None else "yes" if plan.memory.fits else "no"

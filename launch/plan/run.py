@@ -123,8 +123,9 @@ def _search(request: Request) -> None:
     print(report.ranking(candidates))
     best = candidates[0]
     if best.plan is None:
+        why_not = best.refused or "not compiled"
         room = _room(request, request.make_mesh(best.spec))
-        raise NotEnoughMemoryError(f"no mesh has the HBM for one layer; {best.spec}: {room}")
+        raise NotEnoughMemoryError(f"no mesh works; {best.spec}: {why_not}; {room}")
     reason = why(best, candidates)
     print(f"\n{reason}.\n\n{report.describe(best.plan, None)}", flush=True)
     ranking = [
@@ -133,6 +134,7 @@ def _search(request: Request) -> None:
             "least_seconds": candidate.bound_s,
             "compiled": candidate.plan is not None,
             "fits": candidate.plan.memory.fits if candidate.plan else None,
+            "refused": candidate.refused,
         }
         for candidate in candidates
     ]

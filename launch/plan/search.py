@@ -7,7 +7,6 @@ from jax.sharding import Mesh
 
 import meshes
 
-from .compiled import DoesNotFitError
 from .estimate import Device, Plan, make_plan, quick_bound
 from .workload import Workload
 
@@ -16,13 +15,21 @@ TIE = 1.02  # bounds this near to each other are as good as equal
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh, the bound from its shapes, and its plan if it was worth compiling."""
+    """A mesh, the bound from its shapes, and its plan if it was worth compiling.
+
+    Attributes:
+      spec: the axes as text.
+      sizes: the same, with all three axes.
+      quick_s: the bound from shapes alone, seconds.
+      plan: what came of compiling.
+      refused: why compiling it failed: memory, or a limit of the backend.
+    """
 
     spec: str
     sizes: dict[str, int]
     quick_s: float
     plan: Plan | None = None
-    too_large: bool = False
+    refused: str | None = None
 
     @property
     def bound_s(self) -> float:
@@ -32,8 +39,8 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether it may fit: False if it was compiled and does not."""
-        return not self.too_large and (self.plan is None or self.plan.memory.fits is not False)
+        """Whether it may fit: False if it was compiled and does not, or could not be."""
+        return self.refused is None and (self.plan is None or self.plan.memory.fits is not False)
 
 
 def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -113,8 +120,8 @@ def search(
             try:
                 plan = make_plan(workload, make_mesh(candidate.spec), reserved_bytes=reserved_bytes)
                 candidate = dataclasses.replace(candidate, plan=plan)
-            except DoesNotFitError:
-                candidate = dataclasses.replace(candidate, too_large=True)
+            except (ValueError, NotImplementedError) as error:
+                candidate = dataclasses.replace(candidate, refused=str(error))
             if candidate.plan and candidate.plan.memory.fits:
                 best = min(best, candidate.bound_s)
         done.append(candidate)
