@@ -26,8 +26,7 @@ MULTIPLE, FLOOR = 4.0, 1e-6
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 40},
-    "soft cap": {"attn_logits_soft_cap": 3.0},
-    "sinks": {"sinks": True},
+    "cap, sinks": {"attn_logits_soft_cap": 3.0, "sinks": True},
     "splits": {"num_splits": 3},
 }
 
@@ -44,8 +43,7 @@ class Row:
 ROWS = (
     Row("xla", "blocks_first", "float32"),
     Row("xla", "heads_first", "float32"),
-    Row("xla", "fused", "float32"),
-    Row("xla", "blocks_first", "bfloat16"),
+    Row("xla", "fused", "bfloat16"),
     Row("pallas_tpu", "heads_first", "float32"),
     Row("pallas_tpu", "fused", "bfloat16"),
 )

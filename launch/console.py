@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 LINE_WIDTH = 88
-PROGRESS_EVERY_S = 3.0
+PROGRESS_EVERY_S = 5.0
 LINES_OF_A_PANEL = 6
 
 
@@ -59,7 +59,7 @@ class PlainOutput:
             self._print(index, line)
         while len(self._lines[index]) > LINE_WIDTH:
             first = textwrap.wrap(self._lines[index], LINE_WIDTH, drop_whitespace=False)[0]
-            self._print(index, first)
+            self._print(index, first.rstrip())
             self._lines[index] = self._lines[index][len(first) :].lstrip(" ")
 
     def ended(self, index: int, note: str) -> None:

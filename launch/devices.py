@@ -35,7 +35,13 @@ SimulateOption = Annotated[
 AXES = {"data": "sequences", "kv": "KV heads", "context": "the pages of a sequence"}
 
 
-def open_mesh(spec: str | None, simulate: int | None, *, num_kv_heads: int | None = None) -> "Mesh":
+def open_mesh(
+    spec: str | None,
+    simulate: int | None,
+    *,
+    num_kv_heads: int | None = None,
+    spare_cpu_devices: bool = False,
+) -> "Mesh":
     """Makes the mesh that the options ask for.
 
     Args:

@@ -126,7 +126,7 @@ def choose_pool(
     num_pages = options.num_pages
     if num_pages is None:
         per_pool = -(-sum(blocks[:rows_per_shard]) // num_context_shards)
-        num_pages = per_pool * num_context_shards * num_seq_shards
+        num_pages = _power_of_two(per_pool) * num_context_shards * num_seq_shards
     num_shards = num_seq_shards * num_context_shards
     if num_pages % num_shards:
         below = num_pages // num_shards * num_shards
@@ -140,8 +140,13 @@ def choose_pool(
         num_rows=rows_per_shard * num_seq_shards,
         num_pages=num_pages,
         page_size=options.page_size,
-        max_blocks=min(blocks[0], num_pages // num_seq_shards),
+        max_blocks=min(_power_of_two(blocks[0]), num_pages // num_seq_shards),
     )
+
+
+def _power_of_two(least: int) -> int:
+    """The next one: of few different shapes, more programs are found in the compilation cache."""
+    return max(8, 1 << (least - 1).bit_length())
 
 
 class _Report:

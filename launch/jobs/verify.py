@@ -48,7 +48,8 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
     began = time.perf_counter()
     mesh = open_mesh(mesh_option, simulate, spare_cpu_devices=True)
     table = Table("backend", "cache", *checks.COLUMNS)
-    table.columns[1].no_wrap = True
+    for column in table.columns:
+        column.no_wrap = True
     console = Console()
     refusals: dict[str, None] = {}
     done: list[checks.Check] = []

@@ -1,0 +1,311 @@
+"""A language model served on the library: the right tokens on every mesh, and the pool's rules."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch.engine import Engine, Pool, Request, num_cached_tokens
+from launch.smollm2 import GGUFFile, MissingWeights, Model, TextStream, find_weights, put_weights
+
+from . import tiny_model
+from .cases import build_mesh
+
+DATA = pathlib.Path(__file__).parent / "data"
+ORACLE = json.loads((DATA / "smollm2_public.json").read_text(encoding="utf-8"))
+LOGITS = np.load(DATA / "smollm2_public.npz")
+CLEAR_MARGIN = 0.005  # below it, rounding may choose the other token
+SHORT = ("capital", "colours", "haiku")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model: (config, weights on the host, tokenizer)."""
+    try:
+        file = GGUFFile(find_weights())
+    except MissingWeights as error:
+        pytest.skip(str(error))
+    return file.config(), file.weights(), file.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    tiny_model.write(path)
+    return GGUFFile(path)
+
+
+def serve(model: Model, weights, requests, stop_id, **options) -> Engine:
+    """Runs requests to their end; the pool is as large as it needs to be, unless given."""
+    engine = make_engine(model, weights, requests, stop_id, **options)
+    for _ in engine.run(requests):
+        pass
+    return engine
+
+
+def make_engine(model, weights, requests, stop_id, *, page_size=16, num_pages=None, rows=None, **kw):
+    shards = model.layout.shards(model.mesh)
+    rows = rows or len(requests)
+    rows = -(-rows // shards.seqs) * shards.seqs
+    lens = [num_cached_tokens(len(r.prompt_ids), r.max_new_tokens) for r in requests]
+    blocks = [-(-n // page_size) for n in lens]
+    if num_pages is None:
+        num_pages = -(-sum(blocks) // shards.context) * shards.pages
+    pool = Pool(rows, num_pages, page_size, max_blocks=max(blocks))
+    return Engine(model, weights, pool, dtype=jnp.float32, stop_id=stop_id, **kw)
+
+
+def assert_tokens_match(ids, oracle) -> None:
+    """Equal, wherever the outside implementation was not of two minds."""
+    for step, (token, expected, margin) in enumerate(
+        zip(ids, oracle["greedy_ids"], oracle["margin"], strict=False)
+    ):
+        if token != expected:
+            assert margin < CLEAR_MARGIN, f"step {step}: {token}, not {expected}"
+            return  # from here on the two texts differ
+    assert len(ids) == len(oracle["greedy_ids"])
+
+
+def assert_says_what_the_oracle_says(smollm2, mesh_spec, names):
+    config, host_weights, tokenizer = smollm2
+    model = Model(config, build_mesh(mesh_spec))
+    weights = put_weights(host_weights, model.split, jnp.float32)
+    requests = [
+        Request(key, ORACLE[name]["prompt_ids"], max_new_tokens=48)
+        for key, name in enumerate(names)
+    ]
+    chunk_lens = (32, 128) if "inventory" in names else (32,)
+    serve(
+        model, weights, requests, tokenizer.stop_id, chunk_lens=chunk_lens, keep_first_logits=True
+    )
+    for name, request in zip(names, requests, strict=True):
+        expected = LOGITS[f"{name}.first_logits"]
+        assert np.abs(request.first_logits - expected).max() < 2e-3, name
+        assert_tokens_match(request.ids, ORACLE[name])
+
+
+@pytest.mark.parametrize(
+    "mesh_spec",
+    [
+        "data=2,context=4",
+        pytest.param("data=1", marks=pytest.mark.slow),
+        pytest.param("data=2,kv=3", marks=pytest.mark.slow),
+        pytest.param("data=2,context=2,kv=1", marks=pytest.mark.slow),
+    ],
+)
+def test_short_prompts_give_the_tokens_of_an_outside_implementation(smollm2, mesh_spec):
+    assert_says_what_the_oracle_says(smollm2, mesh_spec, SHORT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh_spec", ["data=1", "data=2,context=4", "data=2,kv=3", "data=2,context=2,kv=1"]
+)
+def test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation(smollm2, mesh_spec):
+    assert_says_what_the_oracle_says(smollm2, mesh_spec, tuple(ORACLE))
+
+
+def test_vocabulary_is_that_of_the_model(smollm2):
+    tokenizer = smollm2[2]
+    for oracle in ORACLE.values():
+        assert tokenizer.encode(oracle["prompt"]) == oracle["prompt_ids"]
+        said = oracle["text"].removesuffix("<|im_end|>")
+        assert tokenizer.decode(oracle["greedy_ids"]) == said
+        stream = TextStream(tokenizer)
+        assert "".join(map(stream.push, oracle["greedy_ids"])) + stream.flush() == said
+
+
+def test_chat_form_is_the_models_template_and_keeps_special_words_of_the_user_as_text(smollm2):
+    tokenizer = smollm2[2]
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    expected = (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi 12!<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert tokenizer.encode_chat("Hi 12!") == tokenizer.encode(expected)
+    sly = tokenizer.encode_chat("<|im_end|>")
+    assert sly.count(tokenizer.stop_id) == 2  # of the system's and of the user's turn
+    assert tokenizer.encode("<|im_end|>") == [tokenizer.stop_id]
+
+
+def test_characters_of_several_tokens_come_out_whole(tiny_file):
+    tokenizer = tiny_file.tokenizer()
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode("aé🙂")]
+    assert pieces == ["a", "", "é", "", "", "", "🙂"]
+    stream.push(tokenizer.encode("é")[0])
+    assert stream.flush() == "\ufffd"
+
+
+# The engine, on a tiny model -----------------------------------------------------------------
+
+
+PROMPT_LENS = (5, 40, 1, 17, 33)
+
+
+def tiny_requests(tiny_file, max_new_tokens=12, prompt_lens=PROMPT_LENS):
+    rng = np.random.default_rng(7)
+    vocab_size = tiny_file.config().vocab_size
+    return [
+        Request(key, rng.integers(3, vocab_size, n).tolist(), max_new_tokens)
+        for key, n in enumerate(prompt_lens)
+    ]
+
+
+def tiny_serve(tiny_file, mesh_spec="data=1", requests=None, temperature=0.0, seed=0, **options):
+    model = Model(tiny_file.config(), build_mesh(mesh_spec), temperature, seed)
+    weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
+    requests = requests or tiny_requests(tiny_file)
+    options.setdefault("chunk_lens", (32,))
+    engine = serve(model, weights, requests, tiny_model.STOP_ID, **options)
+    return [request.ids for request in requests], engine
+
+
+@pytest.fixture(scope="session")
+def alone(tiny_file):
+    """The answer to each prompt, served on its own by a dense float64 model."""
+    return [dense_answer(tiny_file, request) for request in tiny_requests(tiny_file)]
+
+
+def dense_answer(tiny_file, request) -> list[int]:
+    ids = list(request.prompt_ids)
+    while len(ids) < len(request.prompt_ids) + request.max_new_tokens:
+        ids.append(int(dense_logits(tiny_file, ids).argmax()))
+        if ids[-1] == tiny_model.STOP_ID:
+            break
+    return ids[len(request.prompt_ids) :]
+
+
+def dense_logits(tiny_file, ids) -> np.ndarray:
+    """The last logits in float64 NumPy; interleaved rotary pairs, as the file stores them."""
+    config = tiny_file.config()
+    weight = lambda name: tiny_file.tensor(f"{name}.weight").astype(np.float64)
+    norm = lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps)
+    steps = np.arange(config.head_dim // 2) * 2 / config.head_dim
+    angles = np.arange(len(ids))[:, None] * config.rope_theta**-steps
+
+    def heads(x, name, rotated):
+        x = (x @ weight(name).T).reshape(len(ids), -1, config.head_dim)
+        if rotated:
+            pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
+            x = np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
+        return x.swapaxes(0, 1)
+
+    x = weight("token_embd")[ids]
+    for layer in range(config.num_layers):
+        blk, normed = f"blk.{layer}", norm(x)
+        q = heads(normed, f"{blk}.attn_q", True)
+        k, v = heads(normed, f"{blk}.attn_k", True), heads(normed, f"{blk}.attn_v", False)
+        k, v = (np.repeat(y, config.num_heads // config.num_kv_heads, axis=0) for y in (k, v))
+        logits = q @ k.swapaxes(1, 2) / np.sqrt(config.head_dim)
+        logits = np.where(np.tri(len(ids), dtype=bool), logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        attended = (weights / weights.sum(-1, keepdims=True)) @ v
+        x = x + attended.swapaxes(0, 1).reshape(len(ids), -1) @ weight(f"{blk}.attn_output").T
+        normed = norm(x)
+        gate, up = (normed @ weight(f"{blk}.ffn_{name}").T for name in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ weight(f"{blk}.ffn_down").T
+    return norm(x[-1]) @ weight("token_embd").T
+
+
+@pytest.mark.parametrize(
+    "mesh_spec", ["data=1", "context=8", "data=2,kv=3", "data=2,context=2", "data=4,context=2"]
+)
+def test_any_mesh_gives_the_answers_of_a_dense_model(tiny_file, alone, mesh_spec):
+    assert tiny_serve(tiny_file, mesh_spec)[0] == alone
+
+
+@pytest.mark.parametrize("options", [{"page_size": 8}, {"page_size": 64}, {"chunk_lens": (16, 48)}])
+def test_page_and_chunk_sizes_do_not_change_answers(tiny_file, alone, options):
+    assert tiny_serve(tiny_file, **options)[0] == alone
+
+
+def test_prompts_wait_for_pages_and_use_them_again(tiny_file, alone):
+    ids, engine = tiny_serve(tiny_file, "data=2", num_pages=8, rows=4)
+    assert ids == alone
+    assert engine.peak_pages.max() == 4
+    assert engine.allocator.num_free() == 8
+    assert sum(-(-num_cached_tokens(n, 12) // 16) for n in PROMPT_LENS) > 8
+
+
+def test_one_row_serves_all_prompts_in_turn(tiny_file, alone):
+    assert tiny_serve(tiny_file, rows=1)[0] == alone
+
+
+def test_a_prompt_that_cannot_fit_says_what_it_needs_and_the_others_run(tiny_file, alone):
+    requests = tiny_requests(tiny_file)
+    requests[3] = dataclasses.replace(requests[3], prompt_ids=[5] * 100)
+    tiny_serve(tiny_file, "data=2", requests, num_pages=8)
+    assert requests[3].ending == "error"
+    assert requests[3].error == (
+        "needs 7 pages of 16 tokens (100 prompt tokens and up to 12 new ones), and 4 are available "
+        "for a sequence (8 over 2 data shards); use --num-pages 14 or more, or fewer "
+        "--max-new-tokens"
+    )
+    others = [0, 1, 2, 4]
+    assert [requests[i].ids for i in others] == [alone[i] for i in others]
+
+
+def test_a_prompt_beyond_the_models_sight_or_without_tokens_is_an_error(tiny_file):
+    requests = tiny_requests(tiny_file, prompt_lens=(3, 0, tiny_model.MAX_CONTEXT))
+    tiny_serve(tiny_file, requests=requests, num_pages=64)
+    assert requests[0].finished
+    assert requests[1].error == "the prompt has no tokens"
+    assert "exceed the 512 tokens that the model can see" in requests[2].error
+
+
+def test_stopping_early_keeps_what_there_is_and_frees_the_pages(tiny_file, alone):
+    requests = tiny_requests(tiny_file)
+    model = Model(tiny_file.config(), build_mesh("data=1"))
+    weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
+    engine = make_engine(model, weights, requests, tiny_model.STOP_ID, rows=2, chunk_lens=(32,))
+    with contextlib.closing(engine.run(requests)) as events:
+        num_tokens = 0
+        while num_tokens < 6:
+            num_tokens += next(events).kind == "token"
+    assert {request.ending for request in requests} <= {"interrupted", "stop", "length"}
+    assert requests[-1].ending == "interrupted"
+    assert requests[-1].ids == []
+    for request, expected in zip(requests, alone, strict=True):
+        assert request.ids == expected[: len(request.ids)]
+    assert engine.allocator.num_free() == engine.pool.num_pages
+
+
+def test_samples_depend_on_the_seed_and_the_prompt_but_not_on_the_batch(tiny_file):
+    draw = lambda **options: tiny_serve(tiny_file, temperature=1.5, **options)[0]
+    together = draw(seed=3)
+    assert draw(seed=3, rows=1, mesh_spec="data=2,context=2") == together
+    assert draw(seed=4) != together
+
+
+def test_a_step_updates_the_cache_in_place_and_talks_little(tiny_file):
+    requests = tiny_requests(tiny_file)
+    model = Model(tiny_file.config(), build_mesh("data=2,context=4"))
+    weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
+    num_pages = 4096
+    engine = make_engine(model, weights, requests, 0, num_pages=num_pages)
+    rows, blocks = engine.pool.num_rows, engine.pool.max_blocks
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    from launch.smollm2.model import DecodeRows
+
+    batch = DecodeRows(ints(rows), ints(rows), ints(rows), ints(rows, blocks))
+    compiled = Model.decode.lower(model, weights, engine.cache, batch).compile()
+    memory, cache_bytes = compiled.memory_analysis(), engine.cache_bytes_per_device
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 4
+    text = compiled.as_text()
+    collectives = [text.count(f" {name}(") for name in ("all-gather", "all-reduce")]
+    assert sum(collectives) <= 9, collectives
+    assert "all-to-all" not in text
+    assert "collective-permute" not in text
+
+
+def test_rows_must_divide_over_the_data_shards(tiny_file):
+    model = Model(tiny_file.config(), build_mesh("data=4"))
+    with pytest.raises(ValueError, match=r"num_rows=3 must be divisible by the 4 data shards"):
+        Engine(model, None, Pool(3, 8, 16, 2), dtype=jnp.float32, stop_id=0)
