@@ -238,4 +238,4 @@ def _describe(geometry: Geometry, key: str):
 
 @functools.cache
 def _tuned_table() -> dict:
-    return json.loads(resources.files(__package__).joinpath("blocks.json").read_text())
+    return json.loads(resources.files("shardpage").joinpath("blocks.json").read_text())

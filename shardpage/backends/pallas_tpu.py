@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import blocks
-from ..kernels import decode, softmax, walk
+from ..kernels import decode, rows, softmax, walk
 from ..kernels.decode import Config, Cores
 from ..kernels.geometry import LANES, SUBLANES, Geometry
 from ..kv_layout import KVLayout
 from ..pages import LocalPages
-from ..partial import Partial, merge
+from ..partial import Partial
 from ..spec import AttentionSpec
 from ..vma import vary_together
 
@@ -48,14 +49,18 @@ def attend(
     Raises:
       NotImplementedError: for shapes and options that the kernel does not have.
     """
+    if not spec.inline_seq_dim:
+        raise NotImplementedError(
+            "inline_seq_dim=False makes each sequence a grid step of its own, where nothing can be "
+            "fetched ahead across sequences; this kernel walks over all of them in one loop: use "
+            "inline_seq_dim=True"
+        )
     geometry = _geometry(query, key_cache, spec.kv)
     interpret = spec.platform != "tpu" if spec.interpret is None else spec.interpret
     chip = blocks.current_chip()
     cores = _cores(spec, chip, geometry)
     if cores.by_heads:
-        geometry = dataclasses.replace(
-            geometry, num_kv_heads=geometry.num_kv_heads // cores.count
-        )
+        geometry = dataclasses.replace(geometry, num_kv_heads=geometry.num_kv_heads // cores.count)
     num_seqs, max_pages = pages.ids.shape
     num_splits = max(spec.num_splits, 1)
     config = Config(
@@ -139,9 +144,10 @@ def _cores(spec: AttentionSpec, chip: blocks.Chip, geometry: Geometry) -> Cores:
     return Cores(chip.cores, by_heads=mode == "kv_head")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _attend(config, interpret, query, caches, pages) -> Partial:
-    geometry, cores = config.geometry, config.cores
+def _attend(
+    config: Config, interpret: Any, query: jax.Array, caches: tuple, pages: LocalPages
+) -> Partial:
+    cores = config.cores
     plan, held = walk.plan(
         pages.start,
         pages.stop,
@@ -149,32 +155,11 @@ def _attend(config, interpret, query, caches, pages) -> Partial:
         num_splits=config.num_splits,
         num_cores=1 if cores.by_heads else cores.count,
     )
-    rows = query_rows(geometry, query.astype(geometry.dtype), cores)
-    result = _call(config, interpret, plan, pages.ids, rows, caches)
-    return _merge(config, result, held)
+    result = _call(config, interpret, plan, pages.ids, rows.query_rows(config, query), caches)
+    return rows.merged_partial(config, result, held)
 
 
-def query_rows(geometry: Geometry, query: jax.Array, cores: Cores) -> jax.Array:
-    num_seqs, _, head_dim = query.shape
-    shards = cores.count if cores.by_heads else 1
-    queries = query.reshape(
-        num_seqs, shards, geometry.num_kv_heads, 1, geometry.queries_per_kv_head, head_dim
-    )
-    copies = [
-        jnp.pad(queries, [(0, 0)] * 5 + [(j * head_dim, (geometry.pack - 1 - j) * head_dim)])
-        for j in range(geometry.pack)
-    ]
-    rows = jnp.concatenate(copies, axis=3).reshape(
-        num_seqs, shards, geometry.num_kv_heads, geometry.queries_per_head, geometry.row_dim
-    )
-    spare = geometry.rows_per_head - geometry.queries_per_head
-    rows = jnp.pad(rows, [(0, 0)] * 3 + [(0, spare), (0, 0)])
-    rows = rows.reshape(num_seqs, shards, -1, geometry.row_dim)
-    rows = jnp.pad(rows, [(0, 0)] * 2 + [(0, geometry.rows - rows.shape[2]), (0, 0)])
-    return jnp.moveaxis(rows, 1, 0)
-
-
-def _call(config: Config, interpret, plan, ids, rows, caches) -> jax.Array:
+def _call(config: Config, interpret: Any, plan, ids, query, caches) -> jax.Array:
     geometry, sizes, cores = config.geometry, config.sizes, config.cores
     scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
@@ -183,7 +168,7 @@ def _call(config: Config, interpret, plan, ids, rows, caches) -> jax.Array:
         table = jnp.pad(ids, ((0, 0), (0, spare))).reshape(config.num_seqs, -1, 1, LANES)
     else:
         table = ids.reshape(-1)
-    args = vary_together(plan, table, rows, caches)
+    args = vary_together(plan, table, query, caches)
     return pl.pallas_call(
         functools.partial(decode.kernel, config=config),
         grid=(cores.count,),
@@ -208,39 +193,3 @@ def _call(config: Config, interpret, plan, ids, rows, caches) -> jax.Array:
         interpret=interpret,
         name="shardpage_decode",
     )(*args)
-
-
-def _merge(config: Config, result: jax.Array, held: jax.Array) -> Partial:
-    """From the kernel's rows to one partial a query head."""
-    geometry, cores = config.geometry, config.cores
-    result = result.reshape(
-        cores.count, config.num_seqs, config.num_splits, geometry.rows, geometry.out_lanes
-    )
-    if cores.by_heads:
-        held = jnp.broadcast_to(held, (cores.count, *held.shape[1:]))
-    result = jnp.where(held[..., None, None], result, 0.0)
-    lse = jnp.where(held[..., None], result[..., -1], -jnp.inf)
-    heads = geometry.num_kv_heads
-    used = heads * geometry.rows_per_head
-
-    def by_query(x):
-        x = x[:, :, :, :used].reshape(*x.shape[:3], heads, geometry.rows_per_head, *x.shape[4:])
-        x = x[:, :, :, :, : geometry.queries_per_head]
-        return x.reshape(*x.shape[:4], geometry.pack, geometry.queries_per_kv_head, *x.shape[5:])
-
-    out, lse = by_query(result[..., : geometry.row_dim]), by_query(lse)
-    dim = geometry.head_dim
-    out = jnp.stack(
-        [out[:, :, :, :, j, :, j * dim : (j + 1) * dim] for j in range(geometry.pack)], axis=4
-    )
-    # [cores, seqs, splits, heads, pack, queries]
-    parts = [
-        Partial(out[c, :, s, :, j], lse[c, :, s, :, j])
-        for c in range(1 if cores.by_heads else cores.count)
-        for s in range(config.num_splits)
-        for j in range(geometry.pack)
-    ]
-    merged = functools.reduce(merge, parts)
-    return Partial(
-        merged.out.reshape(config.num_seqs, -1, dim), merged.lse.reshape(config.num_seqs, -1)
-    )

@@ -15,8 +15,8 @@ from ..kv_layout import KVLayout
 from ..vma import vary_together
 from . import pallas_tpu
 
-# Three numbers a token are in scalar memory.
-_TOKENS_PER_CALL = 1 << 15
+# Bounds what a call takes besides the cache: scalar memory for the plan, tokens in float32.
+_TOKENS_PER_CALL = 1 << 13
 
 
 def write(
@@ -50,7 +50,7 @@ def write(
         caches = _write(
             tiles, sizes.num_pages, caches, [x[part] for x in tokens], page_ids[part], slots[part]
         )
-    return (*caches, None) if kv.fused else caches
+    return caches[0], None if kv.fused else caches[1]
 
 
 def _write(tiles: kernels.Tiles, num_pages: int, caches, tokens, page_ids, slots):
@@ -85,5 +85,3 @@ def _write(tiles: kernels.Tiles, num_pages: int, caches, tokens, page_ids, slots
         interpret=pallas_tpu.INTERPRET if blocks.current_chip() is blocks.UNKNOWN_CHIP else False,
         name="shardpage_write",
     )(plan, tokens, caches)
-
-

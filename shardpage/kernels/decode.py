@@ -251,7 +251,9 @@ class Kernel:
     def drain(self, position: Position) -> None:
         """Waits for the results that are still on their way, and for ids that nobody needed."""
         for which in range(2):
-            pl.when(position.finished > which)(lambda which=which: self.copy_result(0, which).wait())
+            pl.when(position.finished > which)(
+                lambda which=which: self.copy_result(0, which).wait()
+            )
         if self.sizes.table_entries:
             pl.loop(0, self.sizes.table_entries)(lambda entry: self.table.wait(entry))
 

@@ -209,5 +209,3 @@ def write_result(state: State, result: Any) -> None:
     inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
     result[:, pl.ds(0, row_dim)] = state.out[...] * _across(inverse, row_dim)
     result[:, pl.ds(result.shape[-1] - LANES, LANES)] = lse
-
-

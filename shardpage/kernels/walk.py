@@ -73,9 +73,7 @@ def plan(
     before = after - (end - first)
     share = -(-after[-1] // num_cores)
     low = share * jnp.arange(num_cores, dtype=jnp.int32)[:, None]
-    first, end = (
-        first + jnp.clip(bound - before, 0, end - first) for bound in (low, low + share)
-    )
+    first, end = (first + jnp.clip(bound - before, 0, end - first) for bound in (low, low + share))
 
     held = first < end
     full_end = jnp.minimum(end, jnp.repeat(stop // block_tokens, num_splits))

@@ -1,0 +1,302 @@
+"""The Pallas TPU kernels in interpret mode: what the suites of all backends do not reach.
+
+Copies are simulated with their semaphores, uninitialised memory is NaN, and races are looked for.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from shardpage import blocks
+from shardpage.backends import pallas_tpu, pallas_tpu_write, xla_write
+from shardpage.kernels import walk
+from shardpage.kv_layout import CacheSizes, KVLayout
+
+from . import tolerance
+from .backends import attend
+from .cases import KV_LAYOUTS, Case, make
+
+slow = pytest.mark.slow
+TWO_CORES = dataclasses.replace(blocks.UNKNOWN_CHIP, name="two cores", cores=2)
+
+
+@pytest.fixture(autouse=True)
+def no_races(monkeypatch, capfd):
+    """Every kernel of these tests runs with race detection, which prints what it finds."""
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    monkeypatch.setattr(pallas_tpu, "INTERPRET", params)
+    yield
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """A chip with two TensorCores, which run at the same time."""
+    monkeypatch.setattr(blocks, "current_chip", lambda: TWO_CORES)
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    monkeypatch.setattr(pallas_tpu, "INTERPRET", params)
+
+
+def check(case: Case, kv_layout: str = "fused", *, packed: bool = False, **changes) -> None:
+    inputs = make(case, kv_layout, packed=packed)
+    tolerance.assert_within_rounding(inputs, *attend(inputs, "pallas_tpu", **changes))
+
+
+def test_a_race_would_be_seen(capfd):
+    """The detector works: reading a buffer before its copy arrived is a race."""
+
+    def kernel(source, out, buffer, semaphore):
+        copy = pltpu.make_async_copy(source, buffer, semaphore)
+        copy.start()
+        out[...] = buffer[...]
+        copy.wait()
+
+    pl.pallas_call(
+        kernel,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32), pltpu.SemaphoreType.DMA],
+        interpret=pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager"),
+    )(jnp.ones((8, 128), jnp.float32))
+    assert "RACE DETECTED" in "".join(capfd.readouterr())
+
+
+SHAPES = {
+    "dim32": Case("dim32", head_dim=32),
+    "dim80": Case("dim80", head_dim=80),
+    "dim96_bf16": Case("dim96_bf16", head_dim=96, dtype="bfloat16"),
+    "dim192": Case("dim192", head_dim=192),
+    "dim256_bf16": Case("dim256_bf16", head_dim=256, dtype="bfloat16"),
+    "page8_bf16": Case("page8_bf16", page_size=8, dtype="bfloat16"),
+    "page24": Case("page24", page_size=24),
+    "page256": Case("page256", page_size=256, max_blocks=2),
+    "mha32": Case("mha32", num_heads=32, num_kv_heads=32, num_seqs=3),
+    "mqa32": Case("mqa32", num_heads=32, num_kv_heads=1, num_seqs=3),
+    "single_head": Case("single_head", num_heads=1, num_kv_heads=1),
+    "g3k3": Case("g3k3", num_heads=9, num_kv_heads=3),
+    "g5k2": Case("g5k2", num_heads=10, num_kv_heads=2),
+    "g12k2": Case("g12k2", num_heads=24, num_kv_heads=2),
+    "g2k6": Case("g2k6", num_heads=12, num_kv_heads=6),
+}
+QUICK = {"g5k2"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else slow) for name in SHAPES]
+)
+def test_shapes(name):
+    layouts = itertools.cycle(KV_LAYOUTS)
+    layout = dict(zip(SHAPES, layouts, strict=False))[name]
+    check(SHAPES[name], layout)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "kv_layout"),
+    [
+        (64, 16, "fused"),
+        pytest.param(64, 32, "heads_first", marks=slow),
+        pytest.param(32, 32, "blocks_first", marks=slow),
+        pytest.param(16, 64, "fused", marks=slow),
+    ],
+)
+def test_packed_rows_see_no_token_of_another(head_dim, page_size, kv_layout):
+    """Tokens share a row with poisoned ones, at both ends of a window."""
+    case = Case(
+        f"packed{head_dim}_{page_size}",
+        head_dim=head_dim,
+        page_size=page_size,
+        sliding_window=page_size + 5,
+        dtype="bfloat16",
+    )
+    check(case, kv_layout, packed=True)
+
+
+@slow
+@pytest.mark.parametrize("pages", [1, 3])
+def test_many_blocks_take_the_plain_path(pages):
+    """Long sequences next to short and empty ones: blocks without a mask, across their ends."""
+    lens = (512, 0, 33, 0, 0, 400, 512, 1)
+    case = Case("plain", lens=lens, max_blocks=32, pages_per_compute_block=pages)
+    check(case)
+
+
+class TestPagedTables:
+    """Page ids that do not fit scalar memory come in windows."""
+
+    @pytest.fixture(autouse=True)
+    def little_scalar_memory(self, monkeypatch):
+        chip = dataclasses.replace(blocks.UNKNOWN_CHIP, smem_bytes=(64 << 10) + 9000)
+        monkeypatch.setattr(blocks, "current_chip", lambda: chip)
+
+    CASE = Case("paged", num_seqs=8, max_blocks=300, page_size=8, lens=(2400, 0, 9, 1030, *[8] * 4))
+
+    @slow
+    @pytest.mark.parametrize("pages", [4, None])
+    def test_matches_the_oracle(self, pages):
+        check(self.CASE.replace(pages_per_compute_block=pages))
+
+    def test_windows_refuse_odd_blocks(self):
+        with pytest.raises(NotImplementedError, match="use a power of two of at most 128"):
+            check(self.CASE.replace(pages_per_compute_block=3))
+
+
+class TestMegacore:
+    LENS = (500, 3, 0, 17, 40, 1, 0, 9)
+
+    @pytest.mark.parametrize(
+        "mode", ["batch", *(pytest.param(mode, marks=slow) for mode in ("kv_head", "auto"))]
+    )
+    def test_two_cores(self, two_cores, mode):
+        case = Case("megacore", lens=self.LENS, max_blocks=32, pages_per_compute_block=2)
+        check(case, megacore_mode=mode)
+
+    @slow
+    def test_one_sequence_is_split_by_context(self, two_cores):
+        case = Case("alone", num_seqs=1, lens=(512,), max_blocks=32, pages_per_compute_block=2)
+        check(case.replace(num_heads=3, num_kv_heads=1), megacore_mode="batch")
+
+    @slow
+    def test_splits_and_cores_together(self, two_cores):
+        case = Case("both", lens=self.LENS, max_blocks=32, pages_per_compute_block=1, num_splits=3)
+        check(case, megacore_mode="batch")
+
+    def test_odd_heads_are_refused(self, two_cores):
+        with pytest.raises(ValueError, match="use 'batch', which cuts the work at any page block"):
+            check(Case("odd", num_heads=3, num_kv_heads=3), megacore_mode="kv_head")
+
+    @pytest.mark.parametrize("mode", ["kv_head", "batch"])
+    def test_one_core_is_refused(self, mode):
+        with pytest.raises(NotImplementedError, match="is one core: use megacore_mode=None"):
+            check(Case("one_core"), megacore_mode=mode)
+
+    def test_auto_is_none_on_one_core(self):
+        check(Case("auto", num_seqs=2), megacore_mode="auto")
+
+
+class TestRefusals:
+    """Before anything is compiled, and with what would work."""
+
+    def test_page_sizes(self):
+        with pytest.raises(NotImplementedError, match="use page_size=16"):
+            pallas_tpu.check_cache(np.dtype(np.float32), 128, 1, 12)
+
+    def test_packed_pages(self):
+        with pytest.raises(NotImplementedError, match="use page_size=16"):
+            check(Case("packed8", page_size=8, head_dim=64), packed=True)
+
+    def test_inline_seq_dim(self):
+        with pytest.raises(NotImplementedError, match="use inline_seq_dim=True"):
+            check(Case("inline"), inline_seq_dim=False)
+
+    def test_pages_too_large_for_fast_memory(self):
+        case = Case("huge", num_seqs=1, num_heads=32, num_kv_heads=32, page_size=1024, head_dim=256)
+        with pytest.raises(NotImplementedError, match=r"take .* B of VMEM, a kernel has .* B"):
+            check(case.replace(max_blocks=1, lens=(1,)))
+
+
+class TestWalk:
+    """The order of work, followed on the host."""
+
+    @staticmethod
+    def follow(start, stop, block_tokens, num_splits, num_cores):
+        """[(core, segment, block)] in order, by the links of the plan."""
+        plan, held = walk.plan(
+            jnp.asarray(start, jnp.int32),
+            jnp.asarray(stop, jnp.int32),
+            block_tokens=block_tokens,
+            num_splits=num_splits,
+            num_cores=num_cores,
+        )
+        segments = len(start) * num_splits
+        steps = []
+        for core in range(num_cores):
+            segment = int(plan.head[core])
+            while segment != segments:
+                entry = core * (segments + 1) + segment
+                assert held[core].reshape(-1)[segment]
+                steps += [
+                    (core, segment, block)
+                    for block in range(int(plan.first[entry]), int(plan.end[entry]))
+                ]
+                assert plan.link[entry] > segment
+                segment = int(plan.link[entry])
+        return plan, steps
+
+    @pytest.mark.parametrize("num_cores", [1, 2])
+    @pytest.mark.parametrize("num_splits", [1, 3])
+    def test_every_block_once_and_cores_even(self, num_splits, num_cores):
+        rng = np.random.default_rng(num_splits)
+        for _ in range(10):
+            stop = rng.integers(0, 200, size=7) * rng.integers(0, 2, size=7)
+            start = np.minimum(rng.integers(0, 16, size=7), stop)
+            _, steps = self.follow(start, stop, 32, num_splits, num_cores)
+            blocks_of = np.where(start < stop, -(-stop // 32), 0)
+            wanted = [(s, b) for s, count in enumerate(blocks_of) for b in range(count)]
+            assert [(segment // num_splits, block) for _, segment, block in steps] == wanted
+            shares = np.bincount([core for core, *_ in steps], minlength=num_cores)
+            assert shares.max() - shares.min() <= num_cores - 1
+
+    def test_a_long_sequence_does_not_leave_a_core_idle(self):
+        _, steps = self.follow([0, 0, 0], [3200, 32, 32], 32, 1, 2)
+        assert [core for core, *_ in steps].count(0) == 51
+        assert {segment for core, segment, _ in steps if core == 1} == {0, 1, 2}
+
+    def test_no_work_at_all(self):
+        plan, steps = self.follow([0, 0], [0, 0], 32, 2, 2)
+        assert steps == []
+        assert list(plan.head) == [4, 4]
+
+
+WRITES = [
+    # dtype, head_dim, tokens a row, page_size, KV heads
+    ("bfloat16", 128, 1, 16, 2),
+    ("float32", 128, 1, 8, 3),
+    ("bfloat16", 64, 2, 32, 2),
+    ("bfloat16", 80, 1, 8, 1),
+]
+
+
+@pytest.mark.parametrize("kv", KVLayout, ids=lambda kv: kv.name.lower())
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "pack", "page_size", "num_kv_heads"),
+    [WRITES[0], *(pytest.param(*sizes, marks=slow) for sizes in WRITES[1:])],
+)
+def test_write_puts_what_xla_puts(kv, dtype, head_dim, pack, page_size, num_kv_heads):
+    """Single tokens, whole tiles and dropped tokens at once, in random order."""
+    rng = np.random.default_rng(0)
+    num_pages, num_tokens = 6, 40
+    sizes = CacheSizes(num_pages, num_kv_heads, page_size, head_dim)
+    draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
+    key_cache = draw(kv.shape(sizes, pack))
+    value_cache = None if kv.fused else draw(kv.shape(sizes, pack))
+    key, value = (draw((num_tokens, num_kv_heads, head_dim)) for _ in range(2))
+    place = rng.choice(num_pages * page_size, num_tokens, replace=False).astype(np.int32)
+    pages = np.where(rng.random(num_tokens) < 0.2, num_pages, place // page_size).astype(np.int32)
+    args = (
+        kv,
+        key_cache,
+        value_cache,
+        key,
+        value,
+        jnp.asarray(pages),
+        jnp.asarray(place % page_size),
+    )
+    wanted, actual = xla_write.write(*args), pallas_tpu_write.write(*args)
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(actual), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_write_of_nothing():
+    kv = KVLayout.BLOCKS_FIRST
+    cache = jnp.ones(kv.shape(CacheSizes(2, 1, 8, 128)), jnp.float32)
+    token = jnp.zeros((3, 1, 128), jnp.float32)
+    dropped, slots = jnp.array([2, -1, 2], jnp.int32), jnp.zeros(3, jnp.int32)
+    key, value = pallas_tpu_write.write(kv, cache, cache, token, token, dropped, slots)
+    assert (key == 1).all()
+    assert (value == 1).all()
