@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.core import Tracer
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from . import backends, validate
@@ -40,6 +43,22 @@ class PagedKVCache:
 
     @classmethod
     def zeros(
+        cls, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, **options: Any
+    ) -> "PagedKVCache":
+        """Makes an empty cache, each device its own part: it is never whole on one of them.
+
+        Takes the arguments of `abstract`, and raises its errors.
+        """
+        abstract = cls.abstract(num_pages, num_kv_heads, page_size, head_dim, **options)
+
+        def make(array: jax.ShapeDtypeStruct) -> jax.Array:
+            zeros = functools.partial(jnp.zeros, array.shape, array.dtype)
+            return jax.jit(zeros, out_shardings=array.format)()
+
+        return jax.tree.map(make, abstract)
+
+    @classmethod
+    def abstract(
         cls,
         num_pages: int,
         num_kv_heads: int,
@@ -52,7 +71,7 @@ class PagedKVCache:
         mesh: Mesh | None = None,
         layout: ShardLayout | None = None,
     ) -> "PagedKVCache":
-        """Makes an empty cache, each device its own part: it is never whole on one of them.
+        """Shapes, dtypes and shardings of a cache, to compile for devices that are not there.
 
         Args:
           num_pages: pages over all devices.
@@ -64,7 +83,7 @@ class PagedKVCache:
             devices: "fused" on TPU (half as many DMAs), "blocks_first" elsewhere.
           packed: keep tokens of a narrow head together in rows of 128 numbers, `[..., page_size *
             head_dim / 128, 128]`, which a TPU does not pad to twice their size and more. None
-            does so on TPU where head_dim divides 128 and a page fills its rows.
+            does so on TPU where head_dim divides 128 and a page fills whole tiles of 8 rows.
           mesh: devices to split it over; None for one device.
           layout: which mesh axis splits what; None for `ShardLayout.of(mesh)`.
 
@@ -78,17 +97,30 @@ class PagedKVCache:
         on_tpu = platform_of(mesh, None) == "tpu"
         kv_layout = kv_layout or ("fused" if on_tpu else "blocks_first")
         kv = validate.named_kv_layout(kv_layout)
-        packing = _packing(sizes, packed, on_tpu)
-        shape = jax.ShapeDtypeStruct(kv.shape(sizes, packing), dtype)
-        validate.cache_arrays(shape, None)
-        sharding = None
-        if mesh is not None:
+        if mesh is None:
+            sharding = SingleDeviceSharding(jax.local_devices()[0])
+        else:
             layout = layout or ShardLayout.of(mesh)
             validate.mesh_layout(mesh, layout)
             validate.divisibility(layout.shards(mesh), layout, sizes)
             sharding = NamedSharding(mesh, layout.cache_spec(kv))
-        make = jax.jit(lambda: jnp.zeros(shape.shape, dtype), out_shardings=sharding)
-        return cls(make(), None if kv.fused else make(), kv_layout, head_dim)
+        shape = kv.shape(sizes, _packing(sizes, packed, on_tpu))
+        # Left to itself, a TPU keeps rows that are no multiple of 128 transposed, and every kernel
+        # call would begin with a copy of the cache into row-major order.
+        order = Layout(tuple(range(len(shape)))) if on_tpu else None
+        array = jax.ShapeDtypeStruct(shape, dtype, sharding=Format(order, sharding))
+        validate.cache_arrays(array, None)
+        return cls(array, None if kv.fused else array, kv_layout, head_dim)
+
+    @property
+    def format(self) -> "PagedKVCache":
+        """How the arrays lie in memory and over devices: what `out_shardings` of a `jax.jit` takes.
+
+        A TPU program returns rows that are no multiple of 128 numbers in an order of its own unless
+        told otherwise, and then cannot write in place: say `out_shardings=cache.format` for a
+        function that returns such a cache (see `abstract`). Elsewhere it changes nothing.
+        """
+        return jax.tree.map(lambda array: array.format, self)
 
     @property
     def sizes(self) -> CacheSizes:
@@ -107,12 +139,13 @@ def _packing(sizes: CacheSizes, packed: bool | None, on_tpu: bool) -> int:
     """Tokens in a row of a cache."""
     packing, rest = divmod(PACKED_ROW, sizes.head_dim)
     possible = packing > 1 and rest == 0 and sizes.page_size % packing == 0
+    pays = on_tpu and sizes.page_size % (8 * packing) == 0
     if packed and not possible:
         raise ValueError(
             f"packed=True needs a head_dim below {PACKED_ROW} that divides it, and a page_size "
             f"that is a multiple of {PACKED_ROW} // head_dim; got {sizes}"
         )
-    wanted = on_tpu if packed is None else packed
+    wanted = pays if packed is None else packed
     return packing if wanted and possible else 1
 
 
@@ -172,7 +205,9 @@ def write_kv(
         call = dataclasses.replace(call, mesh=mesh, layout=layout)
         arrays = place(arrays, call.array_specs(), mesh, caches=("key_cache", "value_cache"))
     caches = (arrays.key_cache, arrays.value_cache)
-    new = _write(call, caches, arrays._replace(key_cache=None, value_cache=None))
+    traced = any(isinstance(cache, Tracer) for cache in caches)
+    formats = None if traced or platform != "tpu" else jax.tree.map(lambda x: x.format, caches)
+    new = _writer(call, formats)(caches, arrays._replace(key_cache=None, value_cache=None))
     return PagedKVCache(new[0], new[1], cache.kv_layout, cache.head_dim)
 
 
@@ -204,7 +239,12 @@ class _Call:
         return _Arrays(cache, cache, tokens, tokens, ids, ids, layout.tables_spec)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.cache
+def _writer(call: _Call, formats: tuple | None) -> Callable:
+    write = functools.partial(_write, call)
+    return jax.jit(write, donate_argnums=0, out_shardings=formats)
+
+
 def _write(call: _Call, caches: tuple, arrays: _Arrays) -> tuple:
     write_shard = functools.partial(_write_shard, call)
     if call.mesh is None:
