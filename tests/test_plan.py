@@ -324,7 +324,7 @@ class TestPod:
     @pytest.mark.parametrize("series", growth.SERIES)
     def test_cost_stays_flat(self, series):
         """From 8 chips to 6144."""
-        rows = growth.measure((8, 64, 512, 6144), (series,), backend="xla")
+        rows = growth.measure((8, 64, 512, 6144), (series,))
         first, *rest = rows
         if series == "same work":
             assert [row.sent_bytes for row in rows] == [0] * 4
@@ -332,8 +332,10 @@ class TestPod:
             assert all(row.temp_bytes <= first.temp_bytes for row in rest)
         else:
             assert {row.cache_bytes for row in rows} == {first.cache_bytes}
-            # (With 8 chips a sequence has fewer pages than the backend takes at a time.)
-            assert max(row.temp_bytes for row in rest) <= 1.05 * min(row.temp_bytes for row in rest)
+            # A longer context has a longer block table: 4 bytes a page and sequence.
+            tables = [4 * 4 * row.context // 64 for row in rows]
+            for row, table in zip(rows, tables, strict=True):
+                assert row.temp_bytes <= 1.05 * first.temp_bytes + 3 * table
             assert {row.num_collectives for row in rows} == {first.num_collectives}
             # What a ring sends tends to twice the bytes of the merge as the group grows.
             assert all(row.sent_bytes <= 2 * first.sent_bytes for row in rest)
@@ -342,7 +344,7 @@ class TestPod:
             assert {row.temp_bytes for row in rows} == {first.temp_bytes}
 
     def test_the_example_of_the_readme(self):
-        work = Workload(Model.preset("llama-3-70b"), backend="xla")
+        work = Workload(Model.preset("llama-3-70b"))
         plan = make_plan(work, meshes.topology("v5p:8x8x8", "data=8,context=8,kv=8"))
         assert plan.memory.fits
         assert plan.memory.cache == 80 * 256 * 8192 * 8 * 128 * 2 * 2 // 512

@@ -91,7 +91,10 @@ def _memory(plan: Plan, largest_batch: int | None) -> str:
     ]
     if memory.limit is not None:
         rows.append(
-            ["HBM" + (", less reserved" if plan.reserved_bytes else ""), size(memory.limit)]
+            [
+                "HBM for programs" + (", less reserved" if plan.reserved_bytes else ""),
+                size(memory.limit),
+            ]
         )
     copied = sum(layer.copied_bytes for layer in plan.layers)
     lines = [table(rows, ["memory of each device", ""])]
