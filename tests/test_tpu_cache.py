@@ -20,7 +20,8 @@ def mesh():
 
 def arguments(mesh, head_dim, num_seqs=8):
     def array(shape, dtype, *spec):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     return {
         "query": array((num_seqs, 32, head_dim), jnp.bfloat16, "data", "kv"),
