@@ -7,7 +7,8 @@ try:
 except ImportError:  # a plain `pip install shardpage` is the library alone
     sys.exit("the shardpage command needs typer and rich: pip install 'shardpage[launch]'")
 
-from .jobs import generate, plan, verify
+from . import guard
+from .jobs import generate, plan, simulate, verify
 
 app = typer.Typer(
     name="shardpage",
@@ -20,11 +21,17 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(plan.plan)
 app.command()(verify.verify)
+app.command(context_settings={"allow_interspersed_args": False})(simulate.simulate)
 
 
 def main() -> None:
     """Runs the job that the command line names."""
-    app()
+    try:
+        app()
+    except SystemExit as exit:
+        if exit.code and guard.is_installed():  # a plain exit would wait for the other processes
+            guard.end(exit.code if isinstance(exit.code, int) else guard.FAILED)
+        raise
 
 
 if __name__ == "__main__":

@@ -1,0 +1,316 @@
+"""Starts the ranks of a job, watches them, and stops the rest when one fails."""
+
+import contextlib
+import dataclasses
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .. import notes
+from ..guard import FAILED, HUNG
+from .environment import free_port, rank_environment
+from .keeper import Keeper, kill_group
+from .output import Stream, open_log, say, tail
+from .verdict import Outcome, first_failure, may_restart, table
+
+_POLL_SECONDS = 0.05
+_NOTES_SECONDS = 0.25
+# Where one rank hangs, so do the others: their watchdogs may still say where.
+_SETTLE_SECONDS = 1.5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A job of several processes on this machine.
+
+    Attributes:
+      command: what each rank runs.
+      num_processes: how many ranks.
+      devices_per_process: CPU devices that each simulates.
+      mesh: the mesh, for the job to read.
+      show_all: every rank's output in the foreground, not only that of rank 0.
+      log_dir: where the ranks' log files go; None for a temporary folder, kept if the job fails.
+      start_timeout: seconds from the first rank that waits for the others until all have come.
+      step_timeout: seconds that a step may take; None for the ranks' default.
+      heartbeat_timeout: seconds of silence after which JAX counts a rank as dead.
+      grace: seconds from SIGTERM to SIGKILL.
+      max_restarts: how often to start all ranks again after a failure.
+    """
+
+    command: Sequence[str]
+    num_processes: int = 2
+    devices_per_process: int = 4
+    mesh: str | None = None
+    show_all: bool = False
+    log_dir: Path | None = None
+    start_timeout: float = 60.0
+    step_timeout: float | None = None
+    heartbeat_timeout: float = 20.0
+    grace: float = 10.0
+    max_restarts: int = 0
+
+
+def run(plan: Plan) -> int:
+    """Runs a job to its end, restarting it if the plan says so.
+
+    Returns:
+      The exit code: 0; that of the rank that failed first, as a shell shows it; 75 for hangs; 130
+      or 143 if SIGINT or SIGTERM ended it.
+    """
+    folder = _log_folder(plan)
+    code = FAILED
+    with _caught_signals() as received:
+        keeper = Keeper()
+        try:
+            for attempt in range(plan.max_restarts + 1):
+                logs = folder if not attempt else folder / f"restart-{attempt}"
+                logs.mkdir(mode=0o700, exist_ok=True)
+                gang = _Gang(plan, logs, keeper, received, attempt)
+                code = gang.run()
+                if received or not may_restart(code):
+                    break
+                if attempt < plan.max_restarts:
+                    say(f"restart {attempt + 1} of {plan.max_restarts}: all ranks, on a new port")
+        finally:
+            keeper.close()
+    if code == 0 and plan.log_dir is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        say(f"logs: {folder}")
+    return code
+
+
+class _Gang:
+    """One attempt."""
+
+    def __init__(
+        self, plan: Plan, logs: Path, keeper: Keeper, received: list[int], attempt: int
+    ) -> None:
+        self._plan, self._logs, self._keeper, self._received = plan, logs, keeper, received
+        self._attempt = attempt
+        self._outcomes = [Outcome(rank) for rank in range(plan.num_processes)]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._selector = selectors.DefaultSelector()
+        self._began = time.monotonic()
+        self._num_ended = 0
+        self._stopped_since: dict[int, float] = {}
+        self._joining_since: float | None = None
+        self._notes_read = 0.0
+        self._failed_at: float | None = None
+        self._stop_at: float | None = None  # TERM was sent; KILL follows
+        self._killed = False
+
+    def run(self) -> int:
+        """Runs the ranks to their end; returns the exit code."""
+        try:
+            self._start()
+            while any(outcome.status is None for outcome in self._outcomes):
+                self._pump(_POLL_SECONDS)
+                self._reap()
+                self._look()
+                self._decide()
+            self._drain()
+        finally:
+            for process in self._processes:
+                if process.poll() is None:
+                    kill_group(process.pid)
+                    process.wait()
+            self._selector.close()
+        return self._report()
+
+    def _start(self) -> None:
+        plan = self._plan
+        address = f"127.0.0.1:{free_port()}"
+        for rank in range(plan.num_processes):
+            settings = {
+                "coordinator": address,
+                "bind": address,  # nobody else's business
+                "num_processes": plan.num_processes,
+                "process_id": rank,
+                "devices_per_process": plan.devices_per_process,
+                "mesh": plan.mesh,
+                "start_timeout": plan.start_timeout + 5,  # this supervisor knows who is missing
+                "step_timeout": plan.step_timeout,
+                "heartbeat_timeout": plan.heartbeat_timeout,
+                "grace": plan.grace / 2,
+                "notes": self._logs,
+                "attempt": self._attempt,
+            }
+            for old in self._logs.glob(f"rank-{rank}.*"):
+                old.unlink()
+            process = subprocess.Popen(
+                plan.command,
+                env=rank_environment(os.environ, settings),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                process_group=0,
+            )
+            self._keeper.started(process.pid)
+            self._processes.append(process)
+            self._attach(rank, process)
+
+    def _attach(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        log = open_log(self._logs / f"rank-{rank}.log")
+        prefix = f"[{rank}] " if self._plan.show_all else ""
+        targets = (sys.stdout.buffer, sys.stderr.buffer)
+        for source, target in zip((process.stdout, process.stderr), targets, strict=True):
+            assert source is not None
+            seen = rank == 0 or self._plan.show_all
+            stream = Stream(source, log, target if seen else None, prefix)
+            self._selector.register(source, selectors.EVENT_READ, stream)
+
+    def _pump(self, timeout: float) -> bool:
+        """Passes on what the ranks print; whether there was anything."""
+        if not self._selector.get_map():
+            time.sleep(timeout)
+            return False
+        events = self._selector.select(timeout)
+        for key, _ in events:
+            if not key.data.pump():
+                self._selector.unregister(key.fileobj)
+        return bool(events)
+
+    def _drain(self) -> None:
+        """Reads what is left in the pipes of ranks that have ended."""
+        end = time.monotonic() + 1.0
+        while self._selector.get_map() and time.monotonic() < end and self._pump(_POLL_SECONDS):
+            pass
+
+    def _reap(self) -> None:
+        """Notes which ranks have ended, and kills what they left behind."""
+        for outcome, process in self._running():
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
+                continue
+            # before its number is free to be someone else's
+            kill_group(process.pid)
+            self._keeper.ended(process.pid)
+            outcome.status = process.wait()
+            outcome.seconds = time.monotonic() - self._began
+            outcome.order = self._num_ended = self._num_ended + 1
+            outcome.stopped = self._stop_at is not None
+            outcome.found = notes.read(self._logs, outcome.rank)
+
+    def _look(self) -> None:
+        """Finds fault with ranks that are alive and do no good."""
+        now = time.monotonic()
+        if now - self._notes_read < _NOTES_SECONDS or self._stop_at is not None:
+            return
+        self._notes_read = now
+        for outcome, process in self._running():
+            outcome.found = notes.read(self._logs, outcome.rank)
+            self._look_for_stopped(outcome, process.pid, now)
+        self._look_for_missing(now)
+
+    def _look_for_stopped(self, outcome: Outcome, pid: int, now: float) -> None:
+        what = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+        if what is None:
+            self._stopped_since.pop(outcome.rank, None)
+            return
+        since = self._stopped_since.setdefault(outcome.rank, now)
+        most = self._plan.heartbeat_timeout / 2  # sooner than the others give up on it
+        if now - since > most:
+            name = signal.Signals(what.si_status).name
+            outcome.problem = (HUNG, f"stopped by {name} for more than {most:g} s")
+
+    def _look_for_missing(self, now: float) -> None:
+        states = [outcome.found.state for outcome in self._outcomes]
+        if "joining" not in states:
+            self._joining_since = None
+            return
+        if self._joining_since is None:
+            self._joining_since = now
+        for outcome in self._outcomes:
+            if outcome.found.state == "starting" and outcome.status == 0:
+                outcome.problem = (FAILED, "ended without having joined the others")
+            elif outcome.found.state == "starting" and (
+                now - self._joining_since > self._plan.start_timeout
+            ):
+                late = f"has not joined the others within {self._plan.start_timeout:g} s"
+                outcome.problem = (HUNG, late)
+
+    def _decide(self) -> None:
+        """Stops the ranks after a failure or a signal."""
+        now = time.monotonic()
+        blamed = first_failure(self._outcomes)
+        if len(self._received) > 1:
+            self._kill()
+        elif self._stop_at is None and self._received:
+            self._stop(signal.Signals(self._received[0]))
+        elif self._stop_at is None and blamed is not None:
+            self._failed_at = self._failed_at or now
+            settle = _SETTLE_SECONDS if blamed.status == HUNG else 0.0
+            if now - self._failed_at >= settle:
+                self._stop(signal.SIGTERM)
+        if self._stop_at is not None and now > self._stop_at + self._plan.grace:
+            self._kill()
+
+    def _stop(self, number: signal.Signals) -> None:
+        """Asks all that run to end."""
+        self._stop_at = time.monotonic()
+        for outcome, process in self._running():
+            outcome.stopped = outcome.problem is None
+            number = signal.SIGTERM if number == signal.SIGHUP else number
+            if outcome.problem is not None or outcome.rank in self._stopped_since:
+                kill_group(process.pid)
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+
+    def _kill(self) -> None:
+        if not self._killed:
+            self._killed = True
+            for _, process in self._running():
+                kill_group(process.pid)
+
+    def _running(self) -> Iterator[tuple[Outcome, subprocess.Popen[bytes]]]:
+        for outcome, process in zip(self._outcomes, self._processes, strict=True):
+            if outcome.status is None:
+                yield outcome, process
+
+    def _report(self) -> int:
+        blamed = first_failure(self._outcomes)
+        if self._received:
+            name = signal.Signals(self._received[0]).name
+            say(f"stopped by {name}")
+            code = 128 + self._received[0]
+        elif blamed is None:
+            code = 0
+        else:
+            code = blamed.code
+            say(f"rank {blamed.rank} failed first: {blamed.why}")
+            if blamed.rank != 0 and not self._plan.show_all:
+                for line in tail(self._logs / f"rank-{blamed.rank}.log"):
+                    print(f"[{blamed.rank}] {line}", file=sys.stderr)
+        print(table(self._outcomes, blamed), file=sys.stderr, flush=True)
+        return code
+
+
+def _log_folder(plan: Plan) -> Path:
+    if plan.log_dir is None:
+        return Path(tempfile.mkdtemp(prefix="shardpage-"))  # for this user only
+    plan.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return plan.log_dir.absolute()
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collects signals instead of ending by them."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, frame: received.append(n)) for number in _SIGNALS
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
