@@ -193,8 +193,8 @@ def _on_exception(
     traceback.print_exception(kind, error, trace)
     if isinstance(error, KeyboardInterrupt):
         end(130, "stopped by SIGINT")
-    last = traceback.format_exception_only(error)[-1].strip().splitlines()
-    end(FAILED, last[0] if last else kind.__name__)
+    words = str(error).strip().splitlines()
+    end(FAILED, f"{kind.__name__}: {words[0]}" if words else kind.__name__)
 
 
 def _main_thread_is_at() -> str:
