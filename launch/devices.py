@@ -16,6 +16,7 @@ MeshOption = Annotated[
     typer.Option(
         "--mesh",
         metavar="AXES",
+        envvar="SHARDPAGE_MESH",
         help="Devices along data (sequences), kv (KV heads) and context (the pages of a "
         "sequence), e.g. data=2,context=4; one size may be -1 for what is left. "
         "Default: all devices on context.",
@@ -42,7 +43,7 @@ def open_mesh(
     num_kv_heads: int | None = None,
     spare_cpu_devices: bool = False,
 ) -> "Mesh":
-    """Makes the mesh that the options ask for.
+    """Makes the mesh that the options ask for, joining the other processes if there are any.
 
     Args:
       spec: the option --mesh.
@@ -59,14 +60,25 @@ def open_mesh(
 
     import meshes
 
+    from . import bootstrap
+
+    processes = bootstrap.initialize(spare_cpu_devices=spare_cpu_devices)
     try:
         parsed = meshes.MeshSpec.parse(spec or "context=-1")
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--mesh") from None
     unknown = [name for name in parsed.names if name not in AXES]
     wanted = math.prod(parsed.shape)
+    if simulate is not None and processes.count > 1:
+        raise typer.BadParameter(
+            f"these are {processes.count} processes, which have their devices; leave it out here "
+            f"and use shardpage simulate --devices-per-process",
+            param_hint="--simulate",
+        )
     try:
-        if simulate is not None:
+        if processes.count > 1:
+            devices = processes.devices()
+        elif simulate is not None:
             meshes.simulate(2 * simulate if spare_cpu_devices else simulate)
             devices = jax.devices("cpu")[:simulate]
         else:

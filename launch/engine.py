@@ -22,7 +22,7 @@ import numpy as np
 from shardpage import PageAllocator
 
 from .smollm2 import Model, Weights
-from .smollm2.model import DecodeRows, PrefillChunks, StepResult
+from .smollm2.model import DecodeRows, PrefillChunks, Sampling, StepResult
 
 # Prompt tokens of one prefill step: the large size for speed, the small one for short prompts and
 # ends. Each is a program of its own.
@@ -36,9 +36,11 @@ class Request:
     """A prompt and what becomes of it.
 
     Attributes:
-      key: a number that names the prompt; with the seed it decides what is sampled.
+      key: a number that names the prompt; lower ones are read first.
       prompt_ids: its tokens.
       max_new_tokens: the answer ends after so many.
+      temperature: 0 takes the likeliest token each time.
+      seed: with the position, decides what a temperature above 0 draws.
       ids: the answer so far, the stop token included.
       ending: why it ended: the model's "stop" token, the "length" asked for, "interrupted", or
         "error", for which `error` says more; None while it has not.
@@ -51,6 +53,8 @@ class Request:
     key: int
     prompt_ids: Sequence[int]
     max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
     ids: list[int] = dataclasses.field(default_factory=list)
     ending: Ending | None = None
     error: str | None = None
@@ -294,7 +298,7 @@ class Engine:
             shards=np.full(num_chunks, self.num_seq_shards, np.int32),
             starts=np.zeros(num_chunks, np.int32),
             lens=np.zeros(num_chunks, np.int32),
-            keys=np.zeros(num_chunks, np.int32),
+            sampling=_greedy(num_chunks),
             tables=np.full((self.num_seq_shards, self.pool.max_blocks), -1, np.int32),
         )
         for i, (shard, row) in enumerate(zip(reading, rows, strict=True)):
@@ -302,7 +306,7 @@ class Engine:
             part = row.request.prompt_ids[start : start + chunk_len]
             chunks.tokens[i, : len(part)] = part
             chunks.shards[i], chunks.starts[i], chunks.lens[i] = shard, start, len(part)
-            chunks.keys[i] = row.request.key
+            _put(chunks.sampling, i, row.request)
             chunks.tables[shard] = row.table
         result, seconds = self._run_step("prefill", self.model.prefill, chunks)
         self.stats.prefill_seconds += seconds
@@ -325,13 +329,14 @@ class Engine:
         rows = DecodeRows(
             tokens=np.zeros(self.pool.num_rows, np.int32),
             positions=np.full(self.pool.num_rows, -1, np.int32),
-            keys=np.zeros(self.pool.num_rows, np.int32),
+            sampling=_greedy(self.pool.num_rows),
             tables=np.full((self.pool.num_rows, self.pool.max_blocks), -1, np.int32),
         )
         for i in running:
             row = self._row(i)
             rows.tokens[i], rows.positions[i] = row.request.ids[-1], row.position
-            rows.keys[i], rows.tables[i] = row.request.key, row.table
+            rows.tables[i] = row.table
+            _put(rows.sampling, i, row.request)
         result, seconds = self._run_step("decode", self.model.decode, rows)
         self.stats.decode_seconds += seconds
         self.stats.decode_tokens += len(running)
@@ -401,6 +406,15 @@ class Engine:
 def num_cached_tokens(num_prompt_tokens: int, max_new_tokens: int) -> int:
     """Tokens that a sequence may have in the cache: its last one is never looked back at."""
     return num_prompt_tokens + max_new_tokens - 1
+
+
+def _greedy(num_rows: int) -> Sampling:
+    return Sampling(np.zeros(num_rows, np.float32), np.zeros(num_rows, np.int32))
+
+
+def _put(sampling: Sampling, index: int, request: Request) -> None:
+    sampling.temperatures[index] = request.temperature
+    sampling.seeds[index] = request.seed
 
 
 def _round_up(number: int, multiple: int) -> int:

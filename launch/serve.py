@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import typer
 from rich.console import Console
 
@@ -54,10 +55,16 @@ def run(options: Options) -> bool:
     tokenizer = file.tokenizer()
     encode = tokenizer.encode if options.raw else tokenizer.encode_chat
     requests = [
-        Request(key, encode(prompt), options.max_new_tokens)
+        Request(
+            key,
+            encode(prompt),
+            options.max_new_tokens,
+            options.temperature,
+            seed=prompt_seed(options.seed, key),
+        )
         for key, prompt in enumerate(options.prompts)
     ]
-    model = smollm2.Model(config, mesh, options.temperature, options.seed)
+    model = smollm2.Model(config, mesh)
     shards = model.layout.shards(mesh)
     pool = choose_pool(options, requests, shards.seqs, shards.context, config.max_context_len)
     report = _Report(options, mesh, requests, tokenizer)
@@ -142,6 +149,11 @@ def choose_pool(
         page_size=options.page_size,
         max_blocks=min(_power_of_two(blocks[0]), num_pages // num_seq_shards),
     )
+
+
+def prompt_seed(seed: int, key: int) -> int:
+    """A 31-bit seed for each prompt, so that equal prompts are not answered alike."""
+    return int(np.random.SeedSequence((seed, key)).generate_state(1)[0] >> 1)
 
 
 def _power_of_two(least: int) -> int:

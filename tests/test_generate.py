@@ -12,6 +12,7 @@ import pytest
 
 from launch.engine import Engine, Pool, Request, num_cached_tokens
 from launch.smollm2 import GGUFFile, MissingWeights, Model, TextStream, find_weights, put_weights
+from launch.smollm2.model import DecodeRows, Sampling
 
 from . import tiny_model
 from .cases import build_mesh
@@ -48,7 +49,18 @@ def serve(model: Model, weights, requests, stop_id, **options) -> Engine:
     return engine
 
 
-def make_engine(model, weights, requests, stop_id, *, page_size=16, num_pages=None, rows=None, **kw):
+def make_engine(
+    model,
+    weights,
+    requests,
+    stop_id,
+    *,
+    page_size=16,
+    num_pages=None,
+    rows=None,
+    max_blocks=None,
+    **kw,
+):
     shards = model.layout.shards(model.mesh)
     rows = rows or len(requests)
     rows = -(-rows // shards.seqs) * shards.seqs
@@ -56,7 +68,7 @@ def make_engine(model, weights, requests, stop_id, *, page_size=16, num_pages=No
     blocks = [-(-n // page_size) for n in lens]
     if num_pages is None:
         num_pages = -(-sum(blocks) // shards.context) * shards.pages
-    pool = Pool(rows, num_pages, page_size, max_blocks=max(blocks))
+    pool = Pool(rows, num_pages, page_size, max_blocks=max_blocks or max(blocks))
     return Engine(model, weights, pool, dtype=jnp.float32, stop_id=stop_id, **kw)
 
 
@@ -146,6 +158,8 @@ def test_characters_of_several_tokens_come_out_whole(tiny_file):
 
 
 PROMPT_LENS = (5, 40, 1, 17, 33)
+# Tests share these shapes where they can: what takes their time is compilation.
+SMALL_POOL = {"mesh_spec": "data=2", "num_pages": 8, "rows": 4}
 
 
 def tiny_requests(tiny_file, max_new_tokens=12, prompt_lens=PROMPT_LENS):
@@ -157,8 +171,8 @@ def tiny_requests(tiny_file, max_new_tokens=12, prompt_lens=PROMPT_LENS):
     ]
 
 
-def tiny_serve(tiny_file, mesh_spec="data=1", requests=None, temperature=0.0, seed=0, **options):
-    model = Model(tiny_file.config(), build_mesh(mesh_spec), temperature, seed)
+def tiny_serve(tiny_file, mesh_spec="data=1", requests=None, **options):
+    model = Model(tiny_file.config(), build_mesh(mesh_spec))
     weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
     requests = requests or tiny_requests(tiny_file)
     options.setdefault("chunk_lens", (32,))
@@ -214,33 +228,43 @@ def dense_logits(tiny_file, ids) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "mesh_spec", ["data=1", "context=8", "data=2,kv=3", "data=2,context=2", "data=4,context=2"]
+    "mesh_spec",
+    [
+        "data=1",
+        "data=2,context=2",
+        pytest.param("context=8", marks=pytest.mark.slow),
+        pytest.param("data=2,kv=3", marks=pytest.mark.slow),
+        pytest.param("data=4,context=2", marks=pytest.mark.slow),
+    ],
 )
 def test_any_mesh_gives_the_answers_of_a_dense_model(tiny_file, alone, mesh_spec):
     assert tiny_serve(tiny_file, mesh_spec)[0] == alone
 
 
-@pytest.mark.parametrize("options", [{"page_size": 8}, {"page_size": 64}, {"chunk_lens": (16, 48)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"page_size": 8, "rows": 1},
+        pytest.param({"page_size": 64}, marks=pytest.mark.slow),
+        pytest.param({"chunk_lens": (16, 48)}, marks=pytest.mark.slow),
+    ],
+)
 def test_page_and_chunk_sizes_do_not_change_answers(tiny_file, alone, options):
     assert tiny_serve(tiny_file, **options)[0] == alone
 
 
 def test_prompts_wait_for_pages_and_use_them_again(tiny_file, alone):
-    ids, engine = tiny_serve(tiny_file, "data=2", num_pages=8, rows=4)
+    ids, engine = tiny_serve(tiny_file, **SMALL_POOL)
     assert ids == alone
     assert engine.peak_pages.max() == 4
     assert engine.allocator.num_free() == 8
     assert sum(-(-num_cached_tokens(n, 12) // 16) for n in PROMPT_LENS) > 8
 
 
-def test_one_row_serves_all_prompts_in_turn(tiny_file, alone):
-    assert tiny_serve(tiny_file, rows=1)[0] == alone
-
-
 def test_a_prompt_that_cannot_fit_says_what_it_needs_and_the_others_run(tiny_file, alone):
     requests = tiny_requests(tiny_file)
     requests[3] = dataclasses.replace(requests[3], prompt_ids=[5] * 100)
-    tiny_serve(tiny_file, "data=2", requests, num_pages=8)
+    tiny_serve(tiny_file, requests=requests, max_blocks=4, **SMALL_POOL)
     assert requests[3].ending == "error"
     assert requests[3].error == (
         "needs 7 pages of 16 tokens (100 prompt tokens and up to 12 new ones), and 4 are available "
@@ -253,7 +277,7 @@ def test_a_prompt_that_cannot_fit_says_what_it_needs_and_the_others_run(tiny_fil
 
 def test_a_prompt_beyond_the_models_sight_or_without_tokens_is_an_error(tiny_file):
     requests = tiny_requests(tiny_file, prompt_lens=(3, 0, tiny_model.MAX_CONTEXT))
-    tiny_serve(tiny_file, requests=requests, num_pages=64)
+    tiny_serve(tiny_file, requests=requests, max_blocks=4, **SMALL_POOL)
     assert requests[0].finished
     assert requests[1].error == "the prompt has no tokens"
     assert "exceed the 512 tokens that the model can see" in requests[2].error
@@ -261,9 +285,11 @@ def test_a_prompt_beyond_the_models_sight_or_without_tokens_is_an_error(tiny_fil
 
 def test_stopping_early_keeps_what_there_is_and_frees_the_pages(tiny_file, alone):
     requests = tiny_requests(tiny_file)
-    model = Model(tiny_file.config(), build_mesh("data=1"))
+    model = Model(tiny_file.config(), build_mesh("data=2"))
     weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
-    engine = make_engine(model, weights, requests, tiny_model.STOP_ID, rows=2, chunk_lens=(32,))
+    engine = make_engine(
+        model, weights, requests, tiny_model.STOP_ID, num_pages=8, rows=4, chunk_lens=(32,)
+    )
     with contextlib.closing(engine.run(requests)) as events:
         num_tokens = 0
         while num_tokens < 6:
@@ -276,11 +302,17 @@ def test_stopping_early_keeps_what_there_is_and_frees_the_pages(tiny_file, alone
     assert engine.allocator.num_free() == engine.pool.num_pages
 
 
-def test_samples_depend_on_the_seed_and_the_prompt_but_not_on_the_batch(tiny_file):
-    draw = lambda **options: tiny_serve(tiny_file, temperature=1.5, **options)[0]
-    together = draw(seed=3)
-    assert draw(seed=3, rows=1, mesh_spec="data=2,context=2") == together
-    assert draw(seed=4) != together
+def test_samples_depend_on_the_seed_but_not_on_the_batch(tiny_file, alone):
+    def draw(seed, **options):
+        requests = tiny_requests(tiny_file)
+        for request in requests[1:]:
+            request.temperature, request.seed = 1.5, seed
+        return tiny_serve(tiny_file, requests=requests, **options)[0]
+
+    together = draw(3)
+    assert draw(3, **SMALL_POOL) == together
+    assert together[0] == alone[0]  # the greedy one among them
+    assert all(a != b for a, b in zip(together[1:], draw(4)[1:], strict=True))
 
 
 def test_a_step_updates_the_cache_in_place_and_talks_little(tiny_file):
@@ -291,16 +323,15 @@ def test_a_step_updates_the_cache_in_place_and_talks_little(tiny_file):
     engine = make_engine(model, weights, requests, 0, num_pages=num_pages)
     rows, blocks = engine.pool.num_rows, engine.pool.max_blocks
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    from launch.smollm2.model import DecodeRows
-
-    batch = DecodeRows(ints(rows), ints(rows), ints(rows), ints(rows, blocks))
+    sampling = Sampling(jax.ShapeDtypeStruct((rows,), jnp.float32), ints(rows))
+    batch = DecodeRows(ints(rows), ints(rows), sampling, ints(rows, blocks))
     compiled = Model.decode.lower(model, weights, engine.cache, batch).compile()
     memory, cache_bytes = compiled.memory_analysis(), engine.cache_bytes_per_device
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 4
     text = compiled.as_text()
     collectives = [text.count(f" {name}(") for name in ("all-gather", "all-reduce")]
-    assert sum(collectives) <= 9, collectives
+    assert sum(collectives) <= 10, collectives
     assert "all-to-all" not in text
     assert "collective-permute" not in text
 

@@ -1,4 +1,4 @@
-"""A language model of a few kilobytes in a GGUF file: random weights, one token a byte."""
+"""A language model of a few kilobytes in a GGUF file: random weights, tokens are bytes."""
 
 import gguf
 import numpy as np
@@ -21,7 +21,7 @@ def byte_tokens() -> list[str]:
 def write(path) -> None:
     """Writes the file. Weights are large enough for clear preferences between tokens."""
     rng = np.random.default_rng(0)
-    tokens = [*SPECIAL, *byte_tokens()]
+    tokens = [*SPECIAL, *byte_tokens(), "ab"]
     file = gguf.GGUFWriter(path, "llama")
     file.add_block_count(NUM_LAYERS)
     file.add_embedding_length(HIDDEN)
@@ -34,7 +34,7 @@ def write(path) -> None:
     file.add_context_length(MAX_CONTEXT)
     file.add_tokenizer_model("gpt2")
     file.add_token_list(tokens)
-    file.add_token_types([3] * len(SPECIAL) + [1] * 256)
+    file.add_token_types([3] * len(SPECIAL) + [1] * 257)
     file.add_token_merges(["a b"])
     file.add_eos_token_id(STOP_ID)
 

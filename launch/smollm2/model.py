@@ -75,6 +75,13 @@ class StepResult(NamedTuple):
     cache: PagedKVCache
 
 
+class Sampling(NamedTuple):
+    """How to choose the next token of each row; what else is in the batch makes no difference."""
+
+    temperatures: Float[Array, " rows"]  # 0 takes the likeliest token
+    seeds: Int[Array, " rows"]
+
+
 class PrefillChunks(NamedTuple):
     """Consecutive prompt tokens of some sequences, at most one of each `data` shard.
 
@@ -85,7 +92,7 @@ class PrefillChunks(NamedTuple):
     shards: Int[Array, " chunks"]  # the data shard of each; one past the last is an empty chunk
     starts: Int[Array, " chunks"]  # position of each first token
     lens: Int[Array, " chunks"]  # how many of the tokens are real
-    keys: Int[Array, " chunks"]  # for sampling: a number that names the prompt
+    sampling: Sampling
     tables: Int[Array, "data_shards max_blocks"]  # block table of the sequence on each shard
 
     def emptied(self) -> "PrefillChunks":
@@ -99,7 +106,7 @@ class DecodeRows(NamedTuple):
 
     tokens: Int[Array, " rows"]
     positions: Int[Array, " rows"]  # -1: no sequence in this row
-    keys: Int[Array, " rows"]
+    sampling: Sampling
     tables: Int[Array, "rows max_blocks"]
 
     def emptied(self) -> "DecodeRows":
@@ -109,12 +116,10 @@ class DecodeRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model's steps for one mesh and way of sampling. Static: hashable, holds no arrays."""
+    """A model's steps on one mesh. Static: hashable, holds no arrays."""
 
     config: Config
     mesh: Mesh
-    temperature: float = 0.0  # 0 takes the likeliest token
-    seed: int = 0
 
     @property
     def layout(self) -> ShardLayout:
@@ -149,14 +154,14 @@ class Model:
         )
         last = jnp.maximum(chunks.lens - 1, 0)
         x = x.reshape(num_chunks, chunk_len, -1)[jnp.arange(num_chunks), last]
-        return self._next(weights, cache, x, chunks.keys, chunks.starts + last)
+        return self._next(weights, cache, x, chunks.sampling, chunks.starts + last)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
     def decode(self, weights: Weights, cache: PagedKVCache, rows: DecodeRows) -> StepResult:
         """Appends one token a sequence and gives the next ones."""
         attend = functools.partial(self._attend_rows, rows)
         x, cache = self._layers(weights, cache, rows.tokens, rows.positions, rows.tables, attend)
-        return self._next(weights, cache, x, rows.keys, rows.positions)
+        return self._next(weights, cache, x, rows.sampling, rows.positions)
 
     def _layers(self, weights: Weights, cache: PagedKVCache, tokens, positions, tables, attend):
         """Runs all layers over a flat batch of tokens.
@@ -201,15 +206,15 @@ class Model:
         shard, local = tables // layer_pages, tables % layer_pages
         return shard * pages_per_shard + layer * layer_pages + local
 
-    def _next(self, weights: Weights, cache, x, keys, positions) -> StepResult:
+    def _next(self, weights: Weights, cache, x, sampling: Sampling, positions) -> StepResult:
         """Logits and next tokens from the last hidden state of each row."""
         x = rms_norm(x, weights.final_norm, self.config)
         logits = self.split.gathered_matmul(x, weights.embedding).astype(jnp.float32)
-        if self.temperature:
-            draw = functools.partial(sample, temperature=self.temperature, seed=self.seed)
-            tokens = jax.vmap(draw)(logits, keys, positions)
-        else:
-            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # Every device chooses every row's token: cheaper than telling the others.
+        sampling, positions = jax.tree.map(self.split.replicated, (sampling, positions))
+        sampled = jnp.any(sampling.temperatures > 0)
+        tokens = jax.lax.cond(sampled, sample, likeliest, logits, sampling, positions)
+        tokens = self.split.replicated(tokens)
         return StepResult(tokens, logits, cache)
 
     def _attend_rows(self, rows: DecodeRows, query, key, value, cache: PagedKVCache, tables):
@@ -329,7 +334,18 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def sample(logits, key, position, *, temperature: float, seed: int) -> jax.Array:
-    """Draws a token; the same seed, prompt and position give the same one in any batch."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), key), position)
-    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+def likeliest(logits: jax.Array, sampling: Sampling, positions: jax.Array) -> jax.Array:
+    """The token with the largest logit, for each row."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def sample(logits: jax.Array, sampling: Sampling, positions: jax.Array) -> jax.Array:
+    """Draws each row's token at its temperature; the likeliest where that is 0."""
+
+    def draw(logits, temperature, seed, position):
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.categorical(key, logits / jnp.where(temperature > 0, temperature, 1.0))
+
+    drawn = jax.vmap(draw)(logits, sampling.temperatures, sampling.seeds, positions)
+    greedy = likeliest(logits, sampling, positions)
+    return jnp.where(sampling.temperatures > 0, drawn.astype(jnp.int32), greedy)
