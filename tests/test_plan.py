@@ -5,11 +5,10 @@ import functools
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 import meshes
-from launch.jobs.plan import plan as plan_command
+from launch.__main__ import app
 from launch.plan import growth
 from launch.plan.compiled import split_for
 from launch.plan.estimate import (
@@ -39,10 +38,8 @@ def planned(spec: str, work: Workload = WORK, name: str = V5E, num_slices: int =
 
 
 def invoke(*arguments: str):
-    app = typer.Typer()
-    app.command()(plan_command)
     small = "--layers 3 --heads 8 --kv-heads 4 --batch 8 --context 512 --page-size 16 --backend xla"
-    return CliRunner().invoke(app, [*small.split(), *arguments])
+    return CliRunner().invoke(app, ["plan", *small.split(), *arguments])
 
 
 class TestWorkload:
@@ -179,6 +176,7 @@ class TestEstimate:
         assert confirmed is not None
         assert 0.5 * largest < confirmed <= largest
 
+    @pytest.mark.slow
     def test_too_much_for_one_layer_shrinks_until_it_compiles(self):
         mesh = meshes.topology("v5e:2x2", "data=4")
         large = dataclasses.replace(WORK, batch=4096, context=2**17, page_size=128)
@@ -223,10 +221,10 @@ class TestSearch:
         assert sum(c.plan is not None for c in searched(WORK, most=1)) == 1
 
     def test_a_mesh_that_cannot_be_compiled_does_not_end_the_search(self, monkeypatch):
-        def refuse_heads(work, mesh, **options):
+        def refuse_heads(work, mesh, reserved_bytes):
             if "kv" in mesh.axis_names:
                 raise NotImplementedError("not with heads split")
-            return make_plan(work, mesh, **options)
+            return planned("data=8")
 
         monkeypatch.setattr("launch.plan.search.make_plan", refuse_heads)
         candidates = searched.__wrapped__(WORK)
@@ -339,6 +337,8 @@ class TestPod:
             assert {row.num_collectives for row in rows} == {first.num_collectives}
             # What a ring sends tends to twice the bytes of the merge as the group grows.
             assert all(row.sent_bytes <= 2 * first.sent_bytes for row in rest)
+        if series != "longer context":  # there the block table grows with the chips
+            assert rows[-1].compile_s < 4 * first.compile_s + 5
         if series == "more sequences":
             assert {row.sent_bytes for row in rows} == {first.sent_bytes}
             assert {row.temp_bytes for row in rows} == {first.temp_bytes}
