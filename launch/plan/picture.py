@@ -17,7 +17,7 @@ def draw(plans: list[Plan], path: pathlib.Path, title: str) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
+        raise RuntimeError("pictures need matplotlib: pip install 'shardpage[plot]'") from error
     figure = Figure(figsize=(11, 2.1 + 0.36 * len(plans)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
