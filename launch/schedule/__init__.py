@@ -1,0 +1,1 @@
+"""What the TPU compiler makes of the attention kernels, read without a TPU."""
