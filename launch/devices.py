@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 if TYPE_CHECKING:
+    import jax
     from jax.sharding import Mesh
 
 MeshOption = Annotated[
@@ -125,13 +127,24 @@ def is_simulated(mesh: "Mesh") -> bool:
     return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
 
+def fetch(x: "jax.Array") -> np.ndarray:
+    """The whole of an array as NumPy, in every process. Of several processes, all must call this."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def _devices(num_wanted: int | None, spare_cpu_devices: bool) -> "list[Any]":
     """The machine's devices; where it has only a CPU, as many of it as are wanted."""
     import jax
 
     if num_wanted is not None and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        config: Any = jax.config  # its options are attributes that type checkers do not see
+        count = max(num_wanted * (1 + spare_cpu_devices), config.jax_num_cpu_devices)
         with contextlib.suppress(RuntimeError):  # JAX has started: it has what it has
-            jax.config.update("jax_num_cpu_devices", num_wanted * (1 + spare_cpu_devices))
+            config.update("jax_num_cpu_devices", count)
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if num_wanted is not None and devices[0].platform == "cpu":
         return devices[:num_wanted]
