@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +159,7 @@ def write_kv(
     *,
     mesh: Mesh | AbstractMesh | None = None,
     layout: ShardLayout | None = None,
-    backend: str | None = None,
+    backend: Literal["xla", "pallas_tpu"] | None = None,
 ) -> PagedKVCache:
     """Writes tokens into the pages of their sequences, in place.
 
@@ -189,6 +189,7 @@ def write_kv(
       ValueError: if shapes contradict each other or the mesh.
     """
     kv = validate.named_kv_layout(cache.kv_layout)
+    validate.backend_name(backend)
     tokens = (key, value, seq_ids, positions, block_tables)
     validate.write_arrays(cache.key, cache.value, kv, cache.head_dim, *tokens)
     platform = platform_of(mesh, cache.key)

@@ -191,6 +191,11 @@ def options(
         raise ValueError(f"{inline_seq_dim=} must be True or False")
     if interpret not in (None, True, False):
         raise ValueError(f"{interpret=} must be True, False or None (only where there is no TPU)")
+    backend_name(backend)
+
+
+def backend_name(backend: Any) -> None:
+    """Checks that there is such a backend."""
     if backend is not None and backend not in backends.NAMES:
         raise ValueError(f"{backend=} is none of {backends.NAMES}; None follows the mesh")
 

@@ -221,8 +221,8 @@ def bad(**changes):
     ids = np.zeros(4, np.int32)
     args = {"key": key, "value": value, "seq_ids": ids, "positions": ids,
             "block_tables": np.zeros((2, 3), np.int32)} | changes  # fmt: skip
-    mesh = args.pop("mesh", None)
-    return write_kv(cache, **{k: jnp.asarray(v) for k, v in args.items()}, mesh=mesh)
+    options = {name: args.pop(name, None) for name in ("mesh", "backend")}
+    return write_kv(cache, **{k: jnp.asarray(v) for k, v in args.items()}, **options)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,7 @@ def bad(**changes):
         ({"positions": np.zeros(4, np.float32)}, "positions must hold integers"),
         ({"positions": np.zeros((4, 1), np.int32)}, r"positions must be \[num_tokens\]"),
         ({"block_tables": np.zeros(3, np.int32)}, r"block_tables must be \[num_seqs, max_blocks\]"),
+        ({"backend": "cuda"}, r"backend='cuda' is none of \('xla', 'pallas_tpu'\)"),
         ({"mesh": "data=8"}, r"num_seqs=2 must be divisible by the 8 shards"),
         ({"mesh": "data=8", "block_tables": np.zeros((8, 2), np.int32)},
          r"num_tokens=4 must be divisible by the 8 shards .* pad to 8 with seq_ids of -1"),

@@ -70,7 +70,9 @@ def measure(seed: Callable, name, num_seqs, width, bounds, dtype, asked) -> dict
     max_blocks = width // PAGE_SIZE
     num_pages = num_seqs * max_blocks
     shape = (num_pages, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM)
-    lens = np.full(num_seqs, width) if bounds is None else np.linspace(*bounds, num_seqs)
+    lens = (
+        np.full(num_seqs, width) if bounds is None else np.linspace(bounds[0], bounds[1], num_seqs)
+    )
     keys, values = (jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in range(2))
     query = jnp.asarray(rng.standard_normal((num_seqs, NUM_HEADS, HEAD_DIM), np.float32), dtype)
     tables = jnp.asarray(rng.permutation(num_pages).reshape(num_seqs, max_blocks), jnp.int32)

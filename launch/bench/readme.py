@@ -1,6 +1,6 @@
 """`python -m launch.bench.readme`: puts the kept figures into the README, between its markers.
 
-    <!-- figures: cpu_against_seed -->   ...generated...   <!-- end -->
+<!-- figures: cpu_against_seed -->   ...generated...   <!-- end -->
 """
 
 import json
