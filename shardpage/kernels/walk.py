@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+_FEW_SEGMENTS = 1024
+
 
 class Plan(NamedTuple):
     """The walk of every core, as flat int32 arrays for scalar memory.
@@ -68,13 +70,10 @@ def plan(
     first = jnp.minimum(split * per_split[:, None], num_blocks[:, None]).reshape(-1)
     end = jnp.minimum((split + 1) * per_split[:, None], num_blocks[:, None]).reshape(-1)
 
-    # Cut the walk at equal numbers of blocks.
-    after = jnp.cumsum(end - first, dtype=jnp.int32)
-    before = after - (end - first)
-    share = -(-after[-1] // num_cores)
-    low = share * jnp.arange(num_cores, dtype=jnp.int32)[:, None]
-    first, end = (first + jnp.clip(bound - before, 0, end - first) for bound in (low, low + share))
-
+    if num_cores == 1:
+        first, end = first[None], end[None]
+    else:
+        first, end = _cut(first, end, num_cores)
     held = first < end
     full_end = jnp.minimum(end, jnp.repeat(stop // block_tokens, num_splits))
     next_held = _next_index(held)
@@ -93,11 +92,27 @@ def plan(
     return arrays, held.reshape(num_cores, num_seqs, num_splits)
 
 
+def _cut(first: jax.Array, end: jax.Array, num_cores: int) -> tuple[jax.Array, jax.Array]:
+    """Each core's part of the segments: [num_cores, num_segments], equal numbers of blocks."""
+    after = jnp.cumsum(end - first, dtype=jnp.int32)
+    before = after - (end - first)
+    share = -(-after[-1] // num_cores)
+    low = share * jnp.arange(num_cores, dtype=jnp.int32)[:, None]
+    bounds = (first + jnp.clip(bound - before, 0, end - first) for bound in (low, low + share))
+    first, end = bounds
+    return first, end
+
+
 def _next_index(held: Bool[Array, "rows columns"]) -> Int[Array, "rows columns"]:
     """The first column at or after each that is held, or the number of columns."""
     columns = held.shape[1]
-    index = jnp.where(held, jnp.arange(columns, dtype=jnp.int32), jnp.int32(columns))
-    return lax.cummin(index, axis=1, reverse=True)
+    index = jnp.arange(columns, dtype=jnp.int32)
+    if columns > _FEW_SEGMENTS:
+        own = jnp.where(held, index, jnp.int32(columns))
+        return lax.cummin(own, axis=1, reverse=True)
+    # One fused reduction, where a scan is many small steps.
+    here = held[:, None, :] & (index >= index[:, None])
+    return jnp.min(jnp.where(here, index, jnp.int32(columns)), axis=2)
 
 
 class Cursor(NamedTuple):
