@@ -38,7 +38,7 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
     from rich.table import Table
     from rich.text import Text
 
-    from .. import checks
+    from .. import bootstrap, checks, guard
     from ..devices import describe_mesh, is_simulated, open_mesh
 
     rows = [row for row in checks.ROWS if backend in (None, row.backend)]
@@ -50,12 +50,13 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
     table = Table("backend", "cache", *checks.COLUMNS)
     for column in table.columns:
         column.no_wrap = True
-    console = Console()
+    console = Console(quiet=not bootstrap.initialize().is_main)
     refusals: dict[str, None] = {}
     done: list[checks.Check] = []
     console.print(Text(f"mesh {describe_mesh(mesh, is_simulated(mesh))}"))
     with Live(table, console=console, auto_refresh=console.is_terminal) as live:
         for row in rows:
+            guard.step()
             found = list(checks.check_row(row, mesh))
             cells = {check.column: _cell(check) for check in found}
             shown = [cells.get(column, Text("-")) for column in checks.COLUMNS]
@@ -66,6 +67,7 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
                 f"{row.backend}: {check.refusal}": None for check in found if check.refusal
             }
             done += found
+    guard.disarm()
     console.print()
     for refusal in refusals:
         console.print(Text(f"refused by {refusal}", style="yellow"))
