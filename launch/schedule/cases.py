@@ -31,8 +31,8 @@ class Case:
       head_dim: numbers a key.
       num_seqs: sequences.
       context: tokens of each.
-      limit: most issue cycles over HBM cycles of the block loop, on the chips before TPU7x and on
-        TPU7x; None where there is no target.
+      limit: most issue cycles over HBM cycles of the block loop that the better layout should
+        take, on the chips before TPU7x and on TPU7x; None where there is no target.
     """
 
     name: str
@@ -76,6 +76,14 @@ CASES = (
     Case("256 x 256 tokens, G8 K1 page 16", 8, 1, 16, num_seqs=256, context=256),
     Case("256 x 256 tokens, G4 K8 page 16", 4, 8, 16, num_seqs=256, context=256),
 )
+
+
+def limit(case: Case, kernel: Kernel, *, newest: bool) -> float | None:
+    """The most that issue over HBM cycles should be; two arrays make twice the DMAs of a page."""
+    if case.limit is None or kernel == "stock":
+        return None
+    small_pages = kernel == "separate" and case.page_size <= 32
+    return round(case.limit[newest] * (1.4 if small_pages else 1.0), 2)
 
 
 @dataclasses.dataclass(frozen=True)

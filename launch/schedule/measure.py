@@ -64,6 +64,11 @@ class Measured:
         """Below 1 the block loop waits for memory, above it is what is waited for."""
         return self.issue_cycles / self.hbm_cycles
 
+    @property
+    def within_limit(self) -> bool:
+        """Whether the ratio, to two digits, is no more than its limit."""
+        return self.limit is None or round(self.ratio, 2) <= self.limit
+
 
 def measure(
     topology: str, cases: Sequence[str] = (), kernels: Sequence[str] = ()
@@ -98,7 +103,7 @@ def _measure_here(topology: str, dump: pathlib.Path, cases, kernels) -> list[Mea
 
     import meshes
 
-    from .cases import CASES, KERNELS, lower, program
+    from .cases import CASES, KERNELS, limit, lower, program
 
     device = meshes.topology(topology).devices.flat[0]
     mesh = jax.sharding.Mesh(np.array([device]), ("data",))
@@ -123,7 +128,6 @@ def _measure_here(topology: str, dump: pathlib.Path, cases, kernels) -> list[Mea
             by_name = read_dump(dump)
             tree = max(by_name.values(), key=lambda tree: tree.count("matmul"))
             loop, sequences = block_loop(tree)
-            newest = device.device_kind == "TPU7x"
             rows.append(
                 Measured(
                     topology=topology,
@@ -143,7 +147,7 @@ def _measure_here(topology: str, dump: pathlib.Path, cases, kernels) -> list[Mea
                     bytes_needed=int(2e-6 * bytes_per_s),
                     temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
                     compile_s=round(elapsed, 2),
-                    limit=case.limit[newest] if case.limit and kernel != "stock" else None,
+                    limit=limit(case, kernel, newest=device.device_kind == "TPU7x"),
                 )
             )
     return rows

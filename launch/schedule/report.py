@@ -51,7 +51,7 @@ def table(rows: Sequence[Measured]) -> str:
 
 def _cells(row: Measured) -> list[str]:
     verdict = "" if row.limit is None else f"{row.limit:.2f}"
-    if row.limit is not None and row.ratio > row.limit:
+    if row.limit is not None and not row.within_limit:
         verdict += " over"
     return [
         row.kernel,

@@ -1,0 +1,169 @@
+"""The TPU kernels compiled ahead of time for every generation: do they fit, and copy nothing?"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import meshes
+import shardpage
+from shardpage import PagedKVCache
+from shardpage.kv_layout import CacheSizes, KVLayout
+
+pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: shardpage[tpu]")
+
+slow = pytest.mark.slow
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+LAYOUTS = tuple(KVLayout)
+MIB = 1 << 20
+
+# queries a KV head, KV heads, head_dim, page_size, dtype
+SHAPES = {
+    "g8k1": (8, 1, 128, 16, jnp.bfloat16),
+    "g4k8": (4, 8, 128, 64, jnp.bfloat16),
+    "g1k32": (1, 32, 128, 32, jnp.bfloat16),
+    "g32k1_page256": (32, 1, 128, 256, jnp.bfloat16),
+    "g3k3_page24": (3, 3, 128, 24, jnp.bfloat16),
+    "page8": (4, 2, 128, 8, jnp.bfloat16),
+    "dim64": (8, 1, 64, 32, jnp.bfloat16),
+    "dim32": (4, 2, 32, 32, jnp.bfloat16),
+    "dim80": (4, 8, 80, 16, jnp.bfloat16),
+    "dim96": (2, 2, 96, 16, jnp.bfloat16),
+    "dim192": (8, 1, 192, 32, jnp.bfloat16),
+    "dim256": (8, 1, 256, 32, jnp.bfloat16),
+    "float32": (4, 2, 128, 16, jnp.float32),
+}
+QUICK = {("g8k1", "v6e:2x2"), ("g4k8", "tpu7x:2x2x1"), ("dim64", "v5e:2x2"), ("dim80", "v4:2x2x1")}
+
+
+def one_device(topology: str) -> Mesh:
+    device = meshes.topology(topology).devices.flat[0]
+    return Mesh(np.array([device]), ("data",))
+
+
+def caches_of(mesh: Mesh, kv: KVLayout, sizes: CacheSizes, dtype) -> tuple:
+    """Abstract caches as `PagedKVCache.zeros` makes them: packed where that fills the lanes, and
+    otherwise row after row, which is not what XLA would choose for rows that it has to pad."""
+    packing, rest = divmod(128, sizes.head_dim)
+    packing = packing if not rest else 1
+    shape = kv.shape(sizes, max(packing, 1))
+    rows = Layout(major_to_minor=tuple(range(len(shape))))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    array = jax.ShapeDtypeStruct(shape, dtype, sharding=Format(rows, sharding))
+    return (array,) * (1 if kv.fused else 2)
+
+
+def lower_attention(topology, kv, shape, *, num_seqs=16, context=1024, num_pages=4096, **options):
+    """page_attention of one device, lowered; and the bytes of its caches."""
+    queries, num_kv_heads, head_dim, page_size, dtype = shape
+    mesh = one_device(topology)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    sizes = CacheSizes(num_pages, num_kv_heads, page_size, head_dim)
+    caches = caches_of(mesh, kv, sizes, dtype)
+
+    def attend(query, caches, lens, tables):
+        return shardpage.page_attention(
+            query,
+            *(*caches, None)[:2],
+            lens,
+            tables,
+            kv_layout=kv.name.lower(),
+            mesh=mesh,
+            **options,
+        )
+
+    lowered = jax.jit(attend).lower(
+        array((num_seqs, queries * num_kv_heads, head_dim), dtype),
+        caches,
+        array((num_seqs,), jnp.int32),
+        array((num_seqs, context // page_size), jnp.int32),
+    )
+    return lowered, sum(cache.size * jnp.dtype(dtype).itemsize for cache in caches)
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "kv"),
+    [
+        pytest.param(name, topology, kv, marks=() if (name, topology) in QUICK and quick else slow)
+        for name, topology in itertools.product(SHAPES, TOPOLOGIES)
+        for quick, kv in [
+            (True, KVLayout.FUSED),
+            (False, KVLayout.BLOCKS_FIRST),
+            (False, KVLayout.HEADS_FIRST),
+        ]
+    ],
+)
+def test_attention_compiles_without_a_copy_of_the_cache(name, topology, kv):
+    lowered, cache_bytes = lower_attention(topology, kv, SHAPES[name])
+    compiled = lowered.compile()
+    assert "shardpage_decode" in compiled.as_text()
+    assert cache_bytes >= 8 * MIB
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * MIB
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "context"), [(8, 1 << 20), pytest.param(1024, 128 << 10, marks=slow)]
+)
+def test_tables_that_do_not_fit_scalar_memory(num_seqs, context):
+    lowered, _ = lower_attention(
+        "v6e:2x2", KVLayout.FUSED, SHAPES["g8k1"], num_seqs=num_seqs, context=context
+    )
+    table_bytes = 4 * num_seqs * context // 16
+    assert table_bytes > MIB
+    temp = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temp < 2 * table_bytes + 64 * MIB
+
+
+@slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1"])
+@pytest.mark.parametrize("mode", ["kv_head", "batch", "auto"])
+def test_megacore_compiles(topology, mode):
+    lowered, _ = lower_attention(topology, KVLayout.FUSED, SHAPES["g4k8"], megacore_mode=mode)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * MIB
+
+
+def test_megacore_is_refused_on_one_core():
+    with pytest.raises(NotImplementedError, match=r"a device of this kind .* is one core"):
+        lower_attention("v5e:2x2", KVLayout.FUSED, SHAPES["g4k8"], megacore_mode="batch")
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "kv"),
+    [
+        pytest.param(name, topology, kv, marks=() if quick else slow)
+        for name in ("g4k8", "page8", "dim64", "dim80", "float32")
+        for topology in TOPOLOGIES
+        for kv in LAYOUTS
+        for quick in [(name, topology, kv) == ("g4k8", "v6e:2x2", KVLayout.FUSED)]
+    ],
+)
+def test_write_updates_the_cache_in_place(name, topology, kv):
+    _, num_kv_heads, head_dim, page_size, dtype = SHAPES[name]
+    mesh = one_device(topology)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    sizes = CacheSizes(2048, num_kv_heads, page_size, head_dim)
+    caches = caches_of(mesh, kv, sizes, dtype)
+    cache = PagedKVCache(*(*caches, None)[:2], kv.name.lower(), head_dim)
+    tokens = array((64, num_kv_heads, head_dim), dtype)
+    ids = array((64,), jnp.int32)
+
+    def write(cache, key, value, seq_ids, positions, tables):
+        return shardpage.write_kv(cache, key, value, seq_ids, positions, tables, mesh=mesh)
+
+    formats = jax.tree.map(lambda x: x.sharding if x.format is None else x.format, cache)
+    compiled = (
+        jax.jit(write, donate_argnums=0, out_shardings=formats)
+        .lower(cache, tokens, tokens, ids, ids, array((64, 16), jnp.int32))
+        .compile()
+    )
+    assert "shardpage_write" in compiled.as_text()
+    memory = compiled.memory_analysis()
+    cache_bytes = sum(x.size * jnp.dtype(dtype).itemsize for x in caches)
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < 2 * MIB
