@@ -131,11 +131,13 @@ class Processes:
       rank: its number, from 0.
       count: how many there are.
       devices_per_process: how many devices each of them simulates; None for real ones.
+      attempt: how often this job has been started again.
     """
 
     rank: int = 0
     count: int = 1
     devices_per_process: int | None = None
+    attempt: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -184,7 +186,7 @@ def _start(settings: Settings, spare_cpu_devices: bool) -> Processes:
     cluster = "SHARDPAGE_*" if explicit else detect(os.environ)
     if cluster is None or settings.num_processes == 1:
         _simulate(settings, spare_cpu_devices)
-        return Processes(devices_per_process=settings.devices_per_process)
+        return Processes(0, 1, settings.devices_per_process, settings.attempt)
 
     import jax
 
@@ -211,7 +213,7 @@ def _start(settings: Settings, spare_cpu_devices: bool) -> Processes:
         print(f"rank 0 of {count} processes; coordinator {where}", file=sys.stderr, flush=True)
     if PREFIX + "STEP_TIMEOUT" in os.environ:
         guard.start_clock()
-    return Processes(rank, count, settings.devices_per_process)
+    return Processes(rank, count, settings.devices_per_process, settings.attempt)
 
 
 def _connect(settings: Settings, explicit: bool) -> None:

@@ -151,8 +151,37 @@ class LiveOutput:
         return Panel(Text(text), title=title, title_align="left", border_style=style)
 
 
-def open_output(titles: list[str], progress: Callable[[], str]) -> PlainOutput | LiveOutput:
+class NoOutput:
+    """Nothing: another process speaks for this one."""
+
+    def __enter__(self) -> "NoOutput":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def status(self, text: str) -> None:
+        """Nothing."""
+
+    def started(self, index: int) -> None:
+        """Nothing."""
+
+    def write(self, index: int, text: str) -> None:
+        """Nothing."""
+
+    def ended(self, index: int, note: str) -> None:
+        """Nothing."""
+
+    def tick(self) -> None:
+        """Nothing."""
+
+
+def open_output(
+    titles: list[str], progress: Callable[[], str], *, quiet: bool = False
+) -> PlainOutput | LiveOutput | NoOutput:
     """The output that suits standard output and the number of prompts."""
+    if quiet:
+        return NoOutput()
     several = len(titles) > 1
     kind = LiveOutput if several and sys.stdout.isatty() else PlainOutput
     return kind(titles, progress)

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from . import results, smollm2
+from . import bootstrap, guard, results, resume, smollm2
 from .console import open_output
 from .devices import describe_mesh, is_simulated, mesh_text, open_mesh
 from .engine import Engine, Pool, Request, num_cached_tokens
@@ -36,6 +36,7 @@ class Options:
     dtype: str = "float32"
     json_file: Path | None = None
     raw: bool = False
+    resume: bool = False
 
 
 def run(options: Options) -> bool:
@@ -64,15 +65,25 @@ def run(options: Options) -> bool:
         )
         for key, prompt in enumerate(options.prompts)
     ]
+    processes = bootstrap.initialize()
+    report = _Report(options, mesh, requests, tokenizer, processes.is_main)
+    num_done = 0
+    if options.json_file and (options.resume or processes.attempt):
+        num_done = resume.restore(options.json_file, report.settings(), requests, processes)
+    report.write()  # before the work: a path that cannot be written to is an error now
+    waiting = [request for request in requests if request.ending is None]
+    if not waiting:
+        return True
     model = smollm2.Model(config, mesh)
     shards = model.layout.shards(mesh)
-    pool = choose_pool(options, requests, shards.seqs, shards.context, config.max_context_len)
-    report = _Report(options, mesh, requests, tokenizer)
-    report.write()  # before the work: a path that cannot be written to is an error now
+    pool = choose_pool(options, waiting, shards.seqs, shards.context, config.max_context_len)
 
     engine = None
+    progress = lambda: report.progress(engine)
     try:
-        with open_output(options.prompts, lambda: report.progress(engine)) as output:
+        with open_output(options.prompts, progress, quiet=not processes.is_main) as output:
+            if num_done:
+                output.status(f"{num_done} of {len(requests)} prompts were answered before")
             output.status(f"mesh {describe_mesh(mesh, is_simulated(mesh))}")
             output.status("reading weights ...")
             dtype = jnp.dtype(options.dtype)
@@ -86,20 +97,23 @@ def run(options: Options) -> bool:
                 on_compile=lambda what: output.status(f"compiling {what} ..."),
             )
             report.engine, report.load_seconds = engine, time.perf_counter() - began
-            _show(engine, requests, tokenizer, output, report)
+            _show(engine, waiting, tokenizer, output, report)
     finally:
+        guard.disarm()
         report.write()
-        if engine is not None:
+        if engine is not None and processes.is_main:
             results.print_summary(engine, mesh, requests, Console())
     return all(request.finished for request in requests)
 
 
 def _show(engine: Engine, requests: list[Request], tokenizer, output, report: "_Report") -> None:
     """Serves requests, passing their text on as it comes."""
-    streams = [smollm2.TextStream(tokenizer) for _ in requests]
+    streams = {request.key: smollm2.TextStream(tokenizer) for request in requests}
     # closing: an exception here must also end the engine's loop, which then ends its requests
     with contextlib.closing(engine.run(requests)) as events:
+        guard.step()
         for event in events:
+            guard.step()
             index = event.request.key
             if event.kind == "started":
                 output.started(index)
@@ -164,7 +178,10 @@ def _power_of_two(least: int) -> int:
 class _Report:
     """The --json file, and the line of progress."""
 
-    def __init__(self, options: Options, mesh, requests: list[Request], tokenizer):
+    def __init__(
+        self, options: Options, mesh, requests: list[Request], tokenizer, is_main: bool = True
+    ):
+        self._is_main = is_main
         self._options, self._mesh = options, mesh
         self._requests, self._tokenizer = requests, tokenizer
         self.engine: Engine | None = None
@@ -173,7 +190,7 @@ class _Report:
     def write(self) -> None:
         """Replaces the --json file, if one is wanted, by what is known now."""
         path = self._options.json_file
-        if path is None:
+        if path is None or not self._is_main:
             return
         try:
             results.write_json(path, self._content())
@@ -195,17 +212,21 @@ class _Report:
         used = engine.pool.num_pages - engine.allocator.num_free()
         return ", ".join([*parts, f"{used} of {engine.pool.num_pages} pages in use"])
 
-    def _content(self) -> dict[str, Any]:
-        options, engine = self._options, self.engine
-        settings = dataclasses.asdict(options)
-        for name in ("prompts", "json_file", "mesh", "simulate"):
+    def settings(self) -> dict[str, Any]:
+        """The options on which the answers may depend."""
+        settings = dataclasses.asdict(self._options)
+        for name in ("prompts", "json_file", "mesh", "simulate", "resume"):
             del settings[name]
+        return settings
+
+    def _content(self) -> dict[str, Any]:
+        engine = self.engine
         load_seconds = self.load_seconds
         return {
             "prompts": [self._prompt(request) for request in self._requests],
             "mesh": mesh_text(self._mesh),
             "simulated": is_simulated(self._mesh),
-            "settings": settings,
+            "settings": self.settings(),
             "rates": {
                 "load_seconds": None if load_seconds is None else round(load_seconds, 2),
                 **({} if engine is None else results.rates(engine)),

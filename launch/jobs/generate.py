@@ -52,6 +52,14 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Prompts are in chat form already, or no chat at all.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep the answers that the --json file has whole. Restarts of shardpage simulate "
+            "do so by themselves.",
+        ),
+    ] = False,
 ) -> None:
     """Answer prompts with SmolLM2-135M, its KV cache in pages over a mesh of devices."""
     from .. import serve
@@ -71,7 +79,10 @@ def generate(
         dtype=dtype,
         json_file=json_file,
         raw=raw,
+        resume=resume,
     )
+    if resume and json_file is None:
+        raise typer.BadParameter("needs the --json FILE to resume", param_hint="--resume")
     try:
         with stop_on_signals():
             all_finished = serve.run(options)
