@@ -80,8 +80,8 @@ class Settings:
         if missing and len(missing) < len(identity):
             names = " and ".join(PREFIX + name.upper() for name in missing)
             raise ValueError(
-                f"{names} must be set too: SHARDPAGE_COORDINATOR, _NUM_PROCESSES and _PROCESS_ID go "
-                f"together; unset all three to let JAX detect the cluster"
+                f"{names} must be set too: SHARDPAGE_COORDINATOR, _NUM_PROCESSES and _PROCESS_ID "
+                f"go together; unset all three to let JAX detect the cluster"
             )
         if not missing:
             settings._check_identity()

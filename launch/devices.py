@@ -128,7 +128,7 @@ def is_simulated(mesh: "Mesh") -> bool:
 
 
 def fetch(x: "jax.Array") -> np.ndarray:
-    """The whole of an array as NumPy, in every process. Of several processes, all must call this."""
+    """The whole of an array as NumPy; of several processes all must call this, and all get it."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils

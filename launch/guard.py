@@ -1,7 +1,7 @@
 """No rank outlives its usefulness: every way in which one can fail ends it, soon, with a reason.
 
 By itself a rank that fails waits for the others at exit, while the others wait for it: for ever.
-`install` (which `launch.bootstrap.initialize` calls when there are several processes) sees to it that
+`install`, which `launch.bootstrap.initialize` calls when there are several processes, sees to this:
 
 - an uncaught exception ends the process at once, with code 1 (SIGTERM: 143, Ctrl-C: 130);
 - a step that takes too long dumps the stacks of all threads and ends it with code 75;

@@ -1,4 +1,4 @@
-"""Goes on where an earlier run stopped: answers that its --json file has whole are not made again."""
+"""Goes on where an earlier run stopped: answers that its --json file has are not made again."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -6,6 +6,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..bootstrap import PREFIX, SETTINGS
+
 # Left over from another job, or from the cluster on which this is only a simulation, these would
 # send JAX or libtpu looking for machines that are not part of this run.
 _STALE = (
@@ -21,15 +23,15 @@ _STALE = (
     "OMPI_",
     "PMI_",
     "PMIX_",
-    "SHARDPAGE_",
 )
+_OURS = tuple(PREFIX + name for name in SETTINGS)
 _NEVER = ("NPROC",)  # XLA's threads, for as many devices as the supervisor's own process may have
 _FORCED_DEVICES = re.compile(r"--xla_force_host_platform_device_count=\S*\s*")
 
 
 def stale_names(environ: Mapping[str, str]) -> list[str]:
     """The variables of `environ` that a rank must not inherit."""
-    return [name for name in environ if name.startswith(_STALE) or name in _NEVER]
+    return [name for name in environ if name.startswith(_STALE) or name in _OURS + _NEVER]
 
 
 def rank_environment(environ: Mapping[str, str], settings: Mapping[str, object]) -> dict[str, str]:
@@ -50,7 +52,7 @@ def rank_environment(environ: Mapping[str, str], settings: Mapping[str, object])
         inherited = clean.get("PYTHONPATH")
         clean["PYTHONPATH"] = root if not inherited else f"{root}{os.pathsep}{inherited}"
     given = {name: value for name, value in settings.items() if value is not None}
-    return clean | {f"SHARDPAGE_{name.upper()}": str(value) for name, value in given.items()}
+    return clean | {PREFIX + name.upper(): str(value) for name, value in given.items()}
 
 
 def free_port() -> int:
