@@ -68,7 +68,8 @@ def page_attention(
       megacore_mode: how `pallas_tpu` splits work over the two cores of a v4 or v5p chip:
         "kv_head", "batch", "auto" or None. `xla` has no cores to split over: None and "auto" do
         nothing there, the others are refused.
-      inline_seq_dim: how `pallas_tpu` walks over sequences. `xla` has one walk for both.
+      inline_seq_dim: True walks over all sequences in one kernel. False, a grid step a sequence,
+        is refused by `pallas_tpu`, which could not fetch ahead then; `xla` has one walk for both.
       sliding_window: attend to positions `>= context_len - sliding_window` only; pages before
         that are not fetched and may have been freed.
       kv_layout: "blocks_first" `[pages, kv_heads, page, dim]`, "heads_first"
