@@ -72,7 +72,7 @@ class PlainOutput:
         """Shows progress, if it is time."""
         if time.monotonic() - self._shown > PROGRESS_EVERY_S:
             self._shown = time.monotonic()
-            if len(self._titles) > 1 or not sys.stdout.isatty():
+            if len(self._titles) > 1 or not self._lines[0]:  # nothing in the midst of a text
                 print(self._progress(), file=sys.stderr, flush=True)
 
     def _flush(self, index: int) -> None:

@@ -4,6 +4,10 @@ A layer reads its weights once, each device its part (`WeightSplit`), and costs 
 collectives: QKV and attention heads are gathered, and two matmuls summed. What the attention
 splits over which axis is its own affair: see `shardpage.ShardLayout`.
 
+Activations are columns, `[hidden, tokens]`, and matmuls `weight @ x`: XLA's CPU compilers of all
+supported versions read the weights of a few tokens at the speed of memory that way, but not in
+`x @ weight.T`.
+
 The layers are one loop over stacked weights, so the program is compiled in a second instead of
 half a minute. All layers share one paged cache, which the loop updates in place: a page of the
 allocator is a page of every layer, and `layer_tables` says where.
@@ -41,7 +45,7 @@ class Config:
 
 
 class Layers(NamedTuple):
-    """The weights of all layers; matrices are `[out, in]`: a CPU reads that fastest for a token."""
+    """The weights of all layers; matrices are `[out, in]`."""
 
     attn_norm: Float[Array, "layers hidden"]
     qkv: Float[Array, "layers qkv_heads*dim hidden"]  # query heads, then key heads, value heads
@@ -153,7 +157,7 @@ class Model:
             weights, cache, chunks.tokens.ravel(), positions.ravel(), chunks.tables, attend
         )
         last = jnp.maximum(chunks.lens - 1, 0)
-        x = x.reshape(num_chunks, chunk_len, -1)[jnp.arange(num_chunks), last]
+        x = x.reshape(-1, num_chunks, chunk_len)[:, jnp.arange(num_chunks), last]
         return self._next(weights, cache, x, chunks.sampling, chunks.starts + last)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
@@ -167,7 +171,7 @@ class Model:
         """Runs all layers over a flat batch of tokens.
 
         Returns:
-          `[tokens, hidden]`, and the cache with the tokens' keys and values in it.
+          `[hidden, tokens]`, and the cache with the tokens' keys and values in it.
         """
         config, split = self.config, self.split
         num_tokens = tokens.shape[0]
@@ -178,19 +182,19 @@ class Model:
         def run_layer(carry, layer_and_index: tuple[Layers, jax.Array]):
             x, cache = carry
             layer, index = layer_and_index
-            qkv = split.gathered_matmul(rms_norm(x, layer.attn_norm, config), layer.qkv)
-            qkv = qkv.reshape(num_tokens, sum(heads), config.head_dim)
+            qkv = split.gathered_matmul(layer.qkv, rms_norm(x, layer.attn_norm, config))
+            qkv = qkv.T.reshape(num_tokens, sum(heads), config.head_dim)
             query, key, value = jnp.split(qkv, ends, axis=1)
             query, key = rotate(query, angles), rotate(key, angles)
             out, cache = attend(query, key, value, cache, self._layer_tables(tables, index, cache))
             out = split.replicated(out).reshape(num_tokens, -1)
-            x = x + split.summed_matmul(out, layer.attn_out)
+            x = x + split.summed_matmul(layer.attn_out, out.T)
             normed = rms_norm(x, layer.ffn_norm, config)
-            gate, up = jnp.einsum("th,gfh->gtf", normed, layer.gate_up)
-            x = x + split.summed_matmul(jax.nn.silu(gate) * up, layer.down)
+            gate, up = jnp.einsum("gfh,ht->gft", layer.gate_up, normed)
+            x = x + split.summed_matmul(layer.down, jax.nn.silu(gate) * up)
             return (x, cache), None
 
-        x = split.replicated(weights.embedding[tokens])
+        x = split.replicated(weights.embedding[tokens].T)
         indices = jnp.arange(config.num_layers, dtype=jnp.int32)
         (x, cache), _ = jax.lax.scan(run_layer, (x, cache), (weights.layers, indices))
         return x, cache
@@ -209,7 +213,7 @@ class Model:
     def _next(self, weights: Weights, cache, x, sampling: Sampling, positions) -> StepResult:
         """Logits and next tokens from the last hidden state of each row."""
         x = rms_norm(x, weights.final_norm, self.config)
-        logits = self.split.gathered_matmul(x, weights.embedding).astype(jnp.float32)
+        logits = self.split.gathered_matmul(weights.embedding, x).T.astype(jnp.float32)
         # Every device chooses every row's token: cheaper than telling the others.
         sampling, positions = jax.tree.map(self.split.replicated, (sampling, positions))
         sampled = jnp.any(sampling.temperatures > 0)
@@ -313,10 +317,10 @@ def _queries_and_dim(config: Config) -> tuple[int, int]:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, config: Config) -> jax.Array:
-    """Root mean square normalisation over the last axis, in float32."""
+    """Root mean square normalisation of `[hidden, tokens]`, in float32."""
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.norm_eps)
-    return wide.astype(x.dtype) * weight
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=0, keepdims=True) + config.norm_eps)
+    return wide.astype(x.dtype) * weight[:, None]
 
 
 def rotary_angles(positions: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:

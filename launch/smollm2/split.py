@@ -42,15 +42,15 @@ class WeightSplit:
         """Tells the compiler that every device has all of `x`."""
         return self._constrain(x, None)
 
-    def gathered_matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """`x @ weight.T`, the weight split by outputs: each device makes some, all get all."""
+    def gathered_matmul(self, weight: jax.Array, x: jax.Array) -> jax.Array:
+        """`weight @ x`, the weight split by outputs: each device makes some, all get all."""
         # Split first, then gather: asked for the replicated result alone, the compiler would
         # gather the weight instead.
-        return self.replicated(self._constrain(x @ weight.T, -1))
+        return self.replicated(self._constrain(weight @ x, 0))
 
-    def summed_matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """`x @ weight.T`, the weight split by inputs: the devices' parts are summed."""
-        return self.replicated(self._constrain(x, -1) @ weight.T)
+    def summed_matmul(self, weight: jax.Array, x: jax.Array) -> jax.Array:
+        """`weight @ x`, the weight split by inputs: the devices' parts are summed."""
+        return self.replicated(weight @ self._constrain(x, 0))
 
     def _constrain(self, x: jax.Array, split_axis: int | None) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, split_axis))
