@@ -5,11 +5,11 @@ from .allocator import PageAllocator as PageAllocator
 from .attention import page_attention as page_attention
 from .cache import PagedKVCache as PagedKVCache
 from .cache import write_kv as write_kv
+from .host_checks import validate_tables as validate_tables
+from .host_checks import validate_writes as validate_writes
 from .layout import ShardLayout as ShardLayout
 from .partial import merge_across as merge_across
 from .partial import merge_partials as merge_partials
-from .validate import validate_tables as validate_tables
-from .validate import validate_writes as validate_writes
 
 
 def __getattr__(name: str) -> str:

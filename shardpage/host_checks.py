@@ -1,0 +1,124 @@
+"""Checks of values, on the host: what compiled code can only answer with NaN or a dropped token."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from .validate import rank
+
+
+def validate_tables(
+    context_lens: Int[np.ndarray, " num_seqs"] | Any,
+    block_tables: Int[np.ndarray, "num_seqs max_blocks"] | Any,
+    *,
+    num_pages: int,
+    page_size: int,
+    num_seq_shards: int = 1,
+    max_context_len: int | None = None,
+    sliding_window: int | None = None,
+) -> None:
+    """Checks on the host what compiled code can only answer with NaN.
+
+    Args:
+      context_lens: tokens a sequence, `[num_seqs]`, integers.
+      block_tables: global page ids, `[num_seqs, max_blocks]`, integers. Entries at or past
+        `ceil(context_len / page_size)` are not looked at.
+      num_pages: pages of the whole cache, over all devices.
+      page_size: tokens a page.
+      num_seq_shards: shards of the mesh axis that splits sequences; sequence and pages must
+        belong to the same one.
+      max_context_len: as passed to `page_attention`.
+      sliding_window: as passed to `page_attention`; pages wholly before it are not looked at.
+
+    Raises:
+      ValueError: naming the sequence, the entry, its value and the rule that it breaks.
+    """
+    lens, tables = np.asarray(context_lens), np.asarray(block_tables)
+    rank("context_lens", lens, "[num_seqs]", 1)
+    rank("block_tables", tables, "[num_seqs, max_blocks]", 2)
+    num_seqs, max_blocks = tables.shape
+    if lens.shape != (num_seqs,):
+        raise ValueError(f"context_lens has {lens.shape[0]} entries, block_tables {num_seqs} rows")
+    for name, count in (("num_seqs", num_seqs), ("num_pages", num_pages)):
+        if count % num_seq_shards:
+            raise ValueError(f"{name}={count} must be divisible by {num_seq_shards=}")
+    limit = min(max_blocks * page_size, max_context_len or max_blocks * page_size)
+    bound = "max_context_len" if limit < max_blocks * page_size else "its table's capacity"
+    pages_per_shard = num_pages // num_seq_shards
+    for seq, length in enumerate(lens.tolist()):
+        if not 0 <= length <= limit:
+            raise ValueError(
+                f"sequence {seq}: context_len {length} must be in [0, {limit}], {bound} "
+                f"({max_blocks} blocks of {page_size} tokens)"
+            )
+        shard = seq // (num_seqs // num_seq_shards)
+        first = shard * pages_per_shard
+        first_block = max(length - (sliding_window or length), 0) // page_size
+        used = tables[seq, first_block : -(-length // page_size)]
+        bad = np.flatnonzero((used < first) | (used >= first + pages_per_shard))
+        if bad.size:
+            entry = first_block + int(bad[0])
+            raise ValueError(
+                f"sequence {seq}, entry {entry}: page id {int(tables[seq, entry])} must be in "
+                f"[{first}, {first + pages_per_shard}), the pages of its shard {shard} of "
+                f"{num_seq_shards}; {num_pages=}"
+            )
+
+
+def validate_writes(
+    seq_ids: Int[np.ndarray, " num_tokens"] | Any,
+    positions: Int[np.ndarray, " num_tokens"] | Any,
+    block_tables: Int[np.ndarray, "num_seqs max_blocks"] | Any,
+    *,
+    num_pages: int,
+    page_size: int,
+    num_seq_shards: int = 1,
+) -> None:
+    """Finds on the host the tokens that `write_kv` would drop, other than those with -1.
+
+    Args:
+      seq_ids: `[num_tokens]` integers, rows of block_tables; -1 is skipped.
+      positions: `[num_tokens]` integers, positions in the sequences.
+      block_tables: `[num_seqs, max_blocks]` integers, global page ids.
+      num_pages: pages of the whole cache, over all devices.
+      page_size: tokens a page.
+      num_seq_shards: shards of the mesh axis that splits sequences.
+
+    Raises:
+      ValueError: naming the token, its sequence and position, and the rule that it breaks.
+    """
+    seq_ids, positions, tables = map(np.asarray, (seq_ids, positions, block_tables))
+    num_seqs, max_blocks = tables.shape
+    for name, count in (
+        ("num_seqs", num_seqs),
+        ("num_pages", num_pages),
+        ("num_tokens", len(seq_ids)),
+    ):
+        if count % num_seq_shards:
+            raise ValueError(f"{name}={count} must be divisible by {num_seq_shards=}")
+    pages_per_shard = num_pages // num_seq_shards
+    for token, (seq, position) in enumerate(zip(seq_ids.tolist(), positions.tolist(), strict=True)):
+        if seq == -1:
+            continue
+        where = f"token {token} (sequence {seq}, position {position})"
+        if not 0 <= seq < num_seqs:
+            raise ValueError(f"{where}: seq_ids must be -1 or in [0, {num_seqs})")
+        if not 0 <= position < max_blocks * page_size:
+            raise ValueError(
+                f"{where}: the table holds positions in [0, {max_blocks * page_size}), "
+                f"{max_blocks} blocks of {page_size} tokens"
+            )
+        shard = seq // (num_seqs // num_seq_shards)
+        token_shard = token // (len(seq_ids) // num_seq_shards)
+        if shard != token_shard:
+            raise ValueError(
+                f"{where}: the token lies in part {token_shard} of {num_seq_shards}, its sequence "
+                f"in {shard}; tokens are split over devices like sequences: move it there"
+            )
+        page, first = int(tables[seq, position // page_size]), shard * pages_per_shard
+        if not first <= page < first + pages_per_shard:
+            raise ValueError(
+                f"{where}: page id {page} must be in [{first}, {first + pages_per_shard}), the "
+                f"pages of shard {shard} of {num_seq_shards}; {num_pages=}"
+            )
