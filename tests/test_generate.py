@@ -101,17 +101,8 @@ def assert_says_what_the_oracle_says(smollm2, mesh_spec, names):
         assert_tokens_match(request.ids, ORACLE[name])
 
 
-@pytest.mark.parametrize(
-    "mesh_spec",
-    [
-        "data=2,context=4",
-        pytest.param("data=1", marks=pytest.mark.slow),
-        pytest.param("data=2,kv=3", marks=pytest.mark.slow),
-        pytest.param("data=2,context=2,kv=1", marks=pytest.mark.slow),
-    ],
-)
-def test_short_prompts_give_the_tokens_of_an_outside_implementation(smollm2, mesh_spec):
-    assert_says_what_the_oracle_says(smollm2, mesh_spec, SHORT)
+def test_short_prompts_give_the_tokens_of_an_outside_implementation(smollm2):
+    assert_says_what_the_oracle_says(smollm2, "data=2,context=4", SHORT)
 
 
 @pytest.mark.slow
