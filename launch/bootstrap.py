@@ -72,7 +72,7 @@ class Settings:
         found: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             text = environ.get(PREFIX + field.name.upper())
-            if text is not None:
+            if text:  # an empty one, as a manifest may set it, is none
                 found[field.name] = _parse(field.name, text)
         settings = cls(**found)
         identity = ("coordinator", "num_processes", "process_id")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 # Jobs of `shardpage` that run as several processes; anything else is a command.
-JOBS = ("generate", "verify")
+JOBS = ("generate", "verify", "doctor")
 
 
 def simulate(
