@@ -1,7 +1,5 @@
 """page_attention on one device, every backend against the oracle."""
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import shardpage
+from shardpage.backends.xla_walk import make_walk, walk_blocks
+from shardpage.pages import LocalPages
 
 from . import reference, tolerance
 from .backends import attend, backends, oracle_matrix
@@ -386,22 +386,19 @@ class TestMemory:
         assert self.temp_bytes(named("64x8192_bf16").replace(dtype=dtype), kv_layout) < 96e6
 
 
-def test_work_follows_the_context_not_the_table():
-    """A table 256 times as wide as the context costs next to nothing."""
-    wide = Case("wide", num_seqs=4, num_kv_heads=8, head_dim=128, max_blocks=4096, lens=(256,) * 4)
-    inputs = make(wide)
-    elapsed = {}
-    for name, lens in (("short", wide.context_lens), ("full", 0 * wide.context_lens + 65536)):
-        tables = jnp.full(inputs.block_tables.shape, 1, jnp.int32)
-        arrays = [jnp.asarray(array) for array in (*inputs.arrays[:3], lens)]
-
-        def call(arrays=arrays, tables=tables):
-            return shardpage.page_attention(
-                *arrays, tables, kv_layout="blocks_first", backend="xla"
-            ).block_until_ready()
-
-        call()
-        start = time.perf_counter()
-        call()
-        elapsed[name] = time.perf_counter() - start
-    assert elapsed["short"] < elapsed["full"] / 8
+@pytest.mark.parametrize(
+    ("lens", "num_lanes", "steps"),
+    [
+        ((256, 256, 256, 256), 1, 4),  # of blocks of 256 tokens, in a table of 65536
+        ((65536, 0, 0, 0), 1, 256),
+        ((1, 257, 0, 65536), 1, 1 + 2 + 256),
+        ((512, 512, 512, 65536 - 1536), 8, 32),  # a long sequence is spread over all lanes
+    ],
+)
+def test_work_follows_the_contexts_not_the_table_nor_the_longest(lens, num_lanes, steps):
+    """Counted, not timed: the steps that the loop makes, as many as the longest lane has blocks."""
+    stop = jnp.array(lens, jnp.int32)
+    pages = LocalPages(jnp.zeros((4, 4096), jnp.int32), jnp.zeros_like(stop), stop)
+    walk = make_walk(pages, block_tokens=256, num_lanes=num_lanes, num_splits=0)
+    count = walk_blocks(walk, 16, 16, lambda items, steps: steps + 1, jnp.int32(0))
+    assert count == steps
