@@ -26,7 +26,7 @@ _MAX_BLOCK_PAGES = 128
 _CHUNK_TOKENS = 512
 _MIN_SLOTS = 2
 _MAX_SLOTS = 16
-_COPY_LATENCY_US = 2.0
+_COPY_LATENCY_US = 2.5
 # What the compiler takes besides our buffers: spilled registers, its own stack.
 _VMEM_RESERVE_BYTES = 2 * MIB
 _SMEM_RESERVE_BYTES = 64 << 10
