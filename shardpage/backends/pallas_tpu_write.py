@@ -43,7 +43,7 @@ def write(
         dtype=np.dtype(key_cache.dtype),
     )
     pallas_tpu.check_cache(tiles.dtype, tiles.head_dim, tiles.pack, tiles.page_rows)
-    caches = (key_cache,) if value_cache is None else (key_cache, value_cache)
+    caches = [key_cache] if value_cache is None else [key_cache, value_cache]
     tokens = (jnp.stack([key, value], axis=1),) if kv.fused else (key, value)
     for start in range(0, key.shape[0], _TOKENS_PER_CALL):
         part = slice(start, start + _TOKENS_PER_CALL)
