@@ -81,7 +81,7 @@ class _Guard:
         where = _main_thread_is_at()
         _print(f"{what}; the main thread is {where}. All stacks:")
         faulthandler.dump_traceback(file=sys.__stderr__ or 2)
-        end(HUNG, f"{what}; at {where}")
+        end(HUNG, f"{what}; at {where}", waiting=_main_thread_waits())
 
 
 _guard: _Guard | None = None
@@ -169,10 +169,16 @@ def barrier(name: str, timeout_seconds: float) -> None:
         coordination.wait_at_barrier(name, timeout_seconds)
 
 
-def end(code: int, reason: str = "") -> NoReturn:
-    """Ends this process at once, without waiting for other ranks as `sys.exit` would."""
+def end(code: int, reason: str = "", *, waiting: bool = False) -> NoReturn:
+    """Ends this process at once, without waiting for other ranks as `sys.exit` would.
+
+    Args:
+      code: the exit code.
+      reason: for who supervises it.
+      waiting: whether it may only have been waiting for another rank.
+    """
     if _guard is not None:
-        _guard.notes.ended(code, reason)
+        _guard.notes.ended(code, reason, waiting=waiting)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
@@ -204,6 +210,16 @@ def _main_thread_is_at() -> str:
     while own is not None and any(part in own.f_code.co_filename for part in libraries):
         own = own.f_back
     return _describe(own or frame)
+
+
+def _main_thread_waits() -> bool:
+    """Whether it waits for another thread, as it does in a collective; False if that is unknown."""
+    path = f"/proc/self/task/{threading.main_thread().native_id}/wchan"
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().startswith("futex")
+    except OSError:
+        return False
 
 
 def _describe(frame: FrameType | None) -> str:

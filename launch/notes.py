@@ -34,9 +34,10 @@ class Notes:
         if self._steps is not None:
             os.pwrite(self._steps, f"{count:<{_STEP_WIDTH}}".encode(), 0)
 
-    def ended(self, code: int, reason: str) -> None:
-        """The rank is about to end for this reason."""
-        self._write("end", {"code": code, "reason": reason, "time": time.time()})
+    def ended(self, code: int, reason: str, *, waiting: bool = False) -> None:
+        """The rank is about to end for this reason; `waiting` if it was for something else."""
+        content = {"code": code, "reason": reason, "time": time.time(), "waiting": waiting}
+        self._write("end", content)
 
     def _write(self, kind: str, content: dict[str, object]) -> None:
         if self._folder is not None:
@@ -54,11 +55,13 @@ class Found:
       state: whether it has asked for the others, and got them.
       steps: steps begun; None if it counts none.
       end: exit code, reason and time since the epoch, if it ended by itself.
+      waiting: it was waiting then, perhaps for another rank, rather than doing something.
     """
 
     state: State = "starting"
     steps: int | None = None
     end: tuple[int, str, float] | None = None
+    waiting: bool = False
 
 
 def read(folder: Path, rank: int) -> Found:
@@ -70,6 +73,7 @@ def read(folder: Path, rank: int) -> Found:
         state=json.loads(state)["state"] if state else "starting",
         steps=int(steps) if steps else None,
         end=None if found is None else (found["code"], found["reason"], found["time"]),
+        waiting=found is not None and found["waiting"],
     )
 
 

@@ -81,6 +81,18 @@ def test_killed_midway_and_restarted(launcher, tmp_path, tiny_prompts):
     assert all(results[key]["tokens_per_second"] is None for key in first)
 
 
+def test_terminated_with_what_was_done(launcher, tmp_path, tiny_prompts):
+    file = tmp_path / "results.json"
+    launcher.start("generate", *tiny_prompts, "--json", str(file))
+    first = wait_for_an_answer(file)
+    launcher.process.terminate()
+    assert launcher.end(within=60) == 143
+    prompts = json.loads(file.read_text())["prompts"]
+    assert all(prompts[key]["finished"] for key in first)
+    endings = {prompt["ending"] for prompt in prompts if not prompt["finished"]}
+    assert endings <= {"interrupted"}
+
+
 def wait_for_an_answer(file: Path) -> list[int]:
     """Waits until some of the answers are whole; which."""
     end = time.monotonic() + 120

@@ -1,13 +1,16 @@
 """The parts of the launcher without processes: settings, output, verdicts, the doctor."""
 
+import json
 import os
 import socket
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from launch import bootstrap, doctor, guard, notes
+from launch import bootstrap, doctor, guard, notes, resume
 from launch.__main__ import app
+from launch.engine import Request
 from launch.supervisor import environment, output, verdict
 from launch.supervisor.verdict import Outcome
 
@@ -110,9 +113,10 @@ def test_log_files_are_private(tmp_path):
     assert output.tail(tmp_path / "log") == ["first", "last"]
 
 
-def ended(rank: int, status: int, at: float | None = None, steps: int | None = None) -> Outcome:
+def ended(rank: int, status: int, at=None, steps=None, waiting=False) -> Outcome:
     end = None if at is None else (status, f"reason {rank}", at)
-    return Outcome(rank, status, order=rank, found=notes.Found("joined", steps, end))
+    found = notes.Found("joined", steps, end, waiting)
+    return Outcome(rank, status, order=rank, found=found)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,7 @@ def ended(rank: int, status: int, at: float | None = None, steps: int | None = N
         ([ended(0, -6), ended(1, 3, at=9.0)], 1, 3),  # an abort follows from something
         ([ended(0, 1, at=1.0), ended(1, -9)], 1, 137),  # nobody else can have killed it
         ([ended(0, 75, at=1.0, steps=5), ended(1, 75, at=1.1, steps=4)], 1, 75),  # the least far
+        ([ended(0, 75, at=1.0, waiting=True), ended(1, 75, at=1.1, steps=4)], 1, 75),
         ([ended(0, -6), ended(1, 0)], 0, 134),
     ],
 )
@@ -147,6 +152,54 @@ def test_notes_are_read_back(tmp_path):
     assert (found.state, found.steps) == ("joining", 7)
     assert found.end is not None
     assert found.end[:2] == (75, "hung")
+
+
+SETTINGS = {"seed": 0, "temperature": 0.0, "page_size": 16}
+
+
+def saved(path, ids=((1, 2), (3,)), **settings):
+    prompts = [
+        {"prompt_ids": list(x), "ids": [7], "ending": "stop", "finished": not number}
+        for number, x in enumerate(ids)
+    ]
+    path.write_text(json.dumps({"prompts": prompts, "settings": SETTINGS | settings}))
+    return path
+
+
+def requests() -> list[Request]:
+    return [Request(0, [1, 2], 4), Request(1, [3], 4)]
+
+
+def test_finished_answers_are_kept(tmp_path):
+    first, second = found = requests()
+    file = saved(tmp_path / "results.json", page_size=32)  # a size that changes no answer
+    assert resume.restore(file, SETTINGS, found, bootstrap.Processes()) == 1
+    assert (first.ids, first.ending, second.ids, second.ending) == ([7], "stop", [], None)
+
+
+def test_without_a_file_nothing_was_finished(tmp_path):
+    found = requests()
+    assert resume.restore(tmp_path / "none.json", SETTINGS, found, bootstrap.Processes()) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": ((1, 2), (4,))}, "holds results of other prompts"),
+        ({"seed": 1}, "holds results with seed=1, not 0"),
+        ({"dtype": "bfloat16"}, "holds results with dtype=bfloat16, not None"),
+    ],
+)
+def test_results_of_another_run_are_refused(tmp_path, change, message):
+    file = saved(tmp_path / "results.json", **change)
+    with pytest.raises(typer.BadParameter, match=message):
+        resume.restore(file, SETTINGS, requests(), bootstrap.Processes())
+
+
+def test_what_is_no_results_file_is_refused(tmp_path):
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(typer.BadParameter, match="cannot be read as results"):
+        resume.restore(tmp_path / "results.json", SETTINGS, requests(), bootstrap.Processes())
 
 
 def texts(findings) -> str:

@@ -74,8 +74,10 @@ def first_failure(outcomes: list[Outcome]) -> Outcome | None:
     first = min(failed, key=_blame, default=None)
     if first is None or not _gave_up(first):
         return first
-    # All of them hang where one does. The watchdog of any may be first; the least far is to blame.
-    return min(filter(_gave_up, failed), key=lambda outcome: outcome.found.steps or 0)
+    # All of them hang where one does, and the watchdog of any may be first. To blame is one that
+    # does not wait for others, or else the one that is least far.
+    blame = lambda outcome: (outcome.found.waiting, outcome.found.steps or 0)
+    return min(filter(_gave_up, failed), key=blame)
 
 
 def _gave_up(outcome: Outcome) -> bool:
