@@ -1,5 +1,6 @@
 """`shardpage plan`: what it reads from compiled programs, and what it concludes."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -9,8 +10,8 @@ from typer.testing import CliRunner
 
 import meshes
 from launch.__main__ import app
-from launch.plan import growth
-from launch.plan.compiled import split_for
+from launch.plan import growth, issue, report
+from launch.plan.compiled import compile_layer, split_for
 from launch.plan.estimate import (
     Device,
     Plan,
@@ -23,6 +24,7 @@ from launch.plan.estimate import (
 )
 from launch.plan.search import Candidate, legal, ranked, search, why
 from launch.plan.workload import LayerKind, Model, Workload, preset_names
+from launch.schedule.measure import measure
 
 pytest.importorskip("libtpu", reason="compiling for TPU slices needs libtpu: shardpage[tpu]")
 
@@ -90,6 +92,18 @@ class TestCompiled:
         assert axes == ({("context",)} if "context" in spec else set())
         assert plan.memory.fits
         assert plan.device.chip == meshes.chips()["v5e"]
+
+    @pytest.mark.parametrize("head_dim", [64, 80])
+    def test_narrow_and_odd_heads_stay_in_place(self, head_dim):
+        model = dataclasses.replace(MODEL, head_dim=head_dim, layers=(LayerKind(1),))
+        work = dataclasses.replace(WORK, model=model, context=4096, backend=None)
+        layer = compile_layer(
+            work, split_for(work, meshes.topology(V5E, "data=4,kv=2")), model.layers[0]
+        )
+        lanes = 64 if head_dim == 64 else 128  # packed; padded
+        assert layer.cache_bytes == 2 * 4096 * 2 * lanes * 2 * 2
+        assert layer.copied_bytes == 0
+        assert layer.temp_bytes < layer.cache_bytes / 4
 
     def test_heads_that_do_not_divide_give_to_context(self):
         plan = planned("kv=8")
@@ -186,6 +200,96 @@ class TestEstimate:
         assert 0 < smaller.largest_batch < 4096
 
 
+SCHEDULE = issue.Issue(
+    block_cycles=400,
+    block_pages=4,
+    sequence_cycles=1000,
+    call_cycles=50,
+    cores=2,
+    walks=2,
+    clock_hz=1e9,
+)
+
+
+class TestIssue:
+    def test_a_sequence_costs_its_loop_and_the_blocks_after_the_first(self):
+        assert SCHEDULE.cycles(8, 32) == 50 + 8 * (1000 + 7 * 400) / 2
+        assert SCHEDULE.cycles(8, 2) == 50 + 8 * 1000 / 2
+        assert SCHEDULE.seconds(8, 2) == SCHEDULE.cycles(8, 2) / 1e9
+
+    def test_the_longer_of_issue_and_memory_counts_in_each_layer(self):
+        plan = planned("data=8")
+        assert plan.times is not None
+        assert plan.times.issue is None
+        assert plan.times.attend == plan.times.hbm
+        quick = dataclasses.replace(plan, issue=dataclasses.replace(SCHEDULE, clock_hz=1e15)).times
+        assert quick is not None
+        assert quick.issue is not None
+        assert (quick.attend, quick.total) == (plan.times.attend, plan.times.total)
+        assert 0 < quick.issue < quick.hbm
+        slow = dataclasses.replace(plan, issue=dataclasses.replace(SCHEDULE, clock_hz=1e6)).times
+        assert slow is not None
+        assert slow.attend == slow.issue == pytest.approx(3 * SCHEDULE.cycles(1, 32) / 1e6)
+        assert slow.total == slow.attend + slow.ici + slow.dcn
+
+    def test_the_report_says_what_it_is_made_of(self):
+        plan = dataclasses.replace(planned("data=8"), issue=SCHEDULE)
+        text = report.describe(plan, None)
+        assert "issue of the kernel" in text
+        assert "400 cycles a block of 4 pages" in text
+        assert "2 cores share the blocks" in text
+        assert report.as_json(plan)["issue"]["block_cycles"] == 400
+        assert report.as_json(plan)["least_seconds"]["issue"] > 0
+
+    def test_what_one_device_runs_does_not_depend_on_context_shards(self):
+        shapes = []
+        for spec in ("data=2,context=2,kv=2", "data=2,kv=2"):
+            mesh = meshes.topology(V5E if "context" in spec else "v5e:2x2", spec)
+            shapes.append(issue.local(WORK, split_for(WORK, mesh)))
+        assert shapes[0] == shapes[1]
+        assert (shapes[0].batch, shapes[0].model.num_heads, shapes[0].model.num_kv_heads) == (
+            4,
+            4,
+            2,
+        )
+
+    def test_says_why_there_is_none(self):
+        assert "backend xla" in str(planned("data=8").issue)
+        assert "no TPUs" in str(make_plan(WORK, meshes.simulate(8, "data=8")).issue)
+        mesh = meshes.topology(V5E, "data=8")
+        assert make_plan(WORK, mesh, issue=False).issue == "not asked for"
+
+    def test_a_compiler_that_fails_is_a_reason(self, monkeypatch):
+        future = concurrent.futures.Future()
+        future.set_exception(RuntimeError("no such flag\nmore"))
+        monkeypatch.setattr(issue, "start", lambda *_: future)
+        monkeypatch.setattr(issue, "why_not", lambda *_: None)
+        plan = make_plan(WORK, meshes.topology(V5E, "data=8"))
+        assert plan.issue == "the compiler gave no schedule: no such flag"
+
+    @pytest.mark.slow
+    def test_agrees_with_the_schedule_of_the_same_shapes(self):
+        model = Model("one", 8, 1, 128, (LayerKind(1),))
+        work = Workload(model, batch=64 * 4, context=4096, page_size=64)
+        plan = make_plan(work, meshes.topology("v5e:2x2", "data=4"))
+        (row,) = measure("v5e:2x2", ["G8 K1 page 64"], ["fused"])
+        assert isinstance(plan.issue, issue.Issue)
+        assert plan.issue.block_cycles == pytest.approx(row.issue_cycles, rel=0.05)
+        assert plan.issue.block_pages == row.block_pages
+        assert (plan.issue.cores, plan.issue.walks) == (1, 1)
+        assert plan.times is not None
+        assert plan.times.issue is not None
+        assert plan.times.issue < plan.times.hbm
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("kv_heads", "walks"), [(1, 2), (16, 1)])
+    def test_both_cores_of_a_chip_share_blocks_or_heads(self, kv_heads, walks):
+        model = Model("one", 16, kv_heads, 128, (LayerKind(1),))
+        plan = make_plan(Workload(model, batch=8), meshes.topology("v5p:2x2x1", "data=4"))
+        assert isinstance(plan.issue, issue.Issue)
+        assert (plan.issue.cores, plan.issue.walks) == (2, walks)
+
+
 @functools.cache
 def searched(work: Workload, most: int | None = None) -> list[Candidate]:
     make_mesh = functools.partial(meshes.topology, V5E)
@@ -221,7 +325,7 @@ class TestSearch:
         assert sum(c.plan is not None for c in searched(WORK, most=1)) == 1
 
     def test_a_mesh_that_cannot_be_compiled_does_not_end_the_search(self, monkeypatch):
-        def refuse_heads(work, mesh, reserved_bytes):
+        def refuse_heads(work, mesh, **_):
             if "kv" in mesh.axis_names:
                 raise NotImplementedError("not with heads split")
             return planned("data=8")
@@ -239,9 +343,10 @@ class TestSearch:
         assert "it holds at most" in result.output
 
     def test_no_legal_mesh_is_an_error(self):
-        device = Device.of(meshes.topology(V5E))
+        make_mesh = functools.partial(meshes.topology, V5E)
+        device = Device.of(make_mesh("data=8"))
         with pytest.raises(ValueError, match="no mesh of data, context and kv splits 7 sequences"):
-            search(dataclasses.replace(WORK, batch=7), lambda spec: None, 8, 2, device)
+            search(dataclasses.replace(WORK, batch=7), make_mesh, 8, 2, device)
 
 
 class TestCommand:
@@ -252,7 +357,9 @@ class TestCommand:
                         "--png", str(picture), "--reserve-gib", "15.73")  # fmt: skip
         assert result.exit_code == 0, result.output
         for line in ("8 x TPU v5 lite as data=2,context=4", "fits; at most", "(compiled)",
-                     "all-reduce over context", "tokens/s", "A better mesh: data=2,kv=4",
+                     "all-reduce over context", "tokens/s",
+                     "No bound by the kernel's issue cycles: backend xla",
+                     "A better mesh: data=2,kv=4",
                      "weights, other layers and latencies are not counted"):  # fmt: skip
             assert line in result.output
         found = json.loads(path.read_text())

@@ -38,7 +38,9 @@ def plan(
     page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 64,
     dtype: Annotated[str, typer.Option(help="Of the cache.")] = "bfloat16",
     query_dtype: Annotated[str, typer.Option(help="Of queries and outputs.")] = "bfloat16",
-    kv_layout: Annotated[KVLayoutName, typer.Option(help="Of the cache.")] = "blocks_first",
+    kv_layout: Annotated[
+        KVLayoutName | None, typer.Option(help="Of the cache; by default what suits the devices.")
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="xla or pallas_tpu; by default what the devices get.")
     ] = None,
@@ -47,6 +49,9 @@ def plan(
     ] = 0.0,
     confirm: Annotated[
         bool, typer.Option(help="Compile the largest batch that should fit, too.")
+    ] = True,
+    issue: Annotated[
+        bool, typer.Option(help="Read the kernel's schedule for a bound by its issue cycles, too.")
     ] = True,
     most: Annotated[
         int | None, typer.Option(help="Compile no more than so many meshes of a search.")
@@ -86,6 +91,7 @@ def plan(
                 mesh=None if search else mesh,
                 reserved_bytes=int(reserve_gib * 2**30),
                 confirm=confirm,
+                issue=issue,
                 most=most,
                 json_file=json_file,
                 png=png,

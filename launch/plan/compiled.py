@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import meshes
 from shardpage import PagedKVCache, ShardLayout, page_attention, write_kv
-from shardpage.kv_layout import KVLayout
 
 from .workload import LayerKind, Workload
 
@@ -88,8 +87,7 @@ def compile_layer(workload: Workload, split: Split, kind: LayerKind) -> Compiled
       DoesNotFitError: if this one layer already exceeds a device's memory.
     """
     start = time.perf_counter()
-    arguments, num_pages = _arguments(workload, split)
-    step = jax.jit(_layer(workload, split, kind), donate_argnums=0)
+    step, arguments, num_pages = layer_program(workload, split, kind)
     try:
         compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -117,6 +115,16 @@ def compile_layer(workload: Workload, split: Split, kind: LayerKind) -> Compiled
     )
 
 
+def layer_program(
+    workload: Workload, split: Split, kind: LayerKind
+) -> tuple[Any, tuple[Any, ...], int]:
+    """A layer as a jitted function, its arguments, and the pages of the cache over all devices."""
+    arguments, num_pages = _arguments(workload, split)
+    out_shardings = (arguments[0].format, None)
+    layer = _layer(workload, split, kind)
+    return jax.jit(layer, donate_argnums=0, out_shardings=out_shardings), arguments, num_pages
+
+
 def _layer(workload: Workload, split: Split, kind: LayerKind) -> Any:
     where = {"mesh": split.mesh, "layout": split.layout, "backend": workload.backend}
     model = workload.model
@@ -135,6 +143,7 @@ def _layer(workload: Workload, split: Split, kind: LayerKind) -> Any:
             sliding_window=kind.window,
             sinks=sinks,
             kv_layout=cache.kv_layout,
+            megacore_mode="auto",
             **where,
         )
         return cache, out
@@ -152,20 +161,16 @@ def _arguments(workload: Workload, split: Split) -> tuple[tuple[Any, ...], int]:
     def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(split.mesh, spec))
 
-    cache = jax.eval_shape(
-        lambda: PagedKVCache.zeros(
-            num_pages,
-            model.num_kv_heads,
-            workload.page_size,
-            model.head_dim,
-            dtype=workload.dtype,
-            kv_layout=workload.kv_layout,
-            mesh=split.mesh,
-            layout=layout,
-        )
+    cache = PagedKVCache.abstract(
+        num_pages,
+        model.num_kv_heads,
+        workload.page_size,
+        model.head_dim,
+        dtype=workload.dtype,
+        kv_layout=workload.kv_layout,
+        mesh=split.mesh,
+        layout=layout,
     )
-    cache_spec = layout.cache_spec(KVLayout[cache.kv_layout.upper()])
-    cache = jax.tree.map(lambda pages: array(pages.shape, pages.dtype, cache_spec), cache)
     new = (workload.batch, model.num_kv_heads, model.head_dim)
     query = (workload.batch, model.num_heads, model.head_dim)
     ints = jnp.int32

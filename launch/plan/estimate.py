@@ -1,5 +1,6 @@
 """From what the compiler says to bounds: does it fit, what moves, how long at least."""
 
+import concurrent.futures
 import dataclasses
 import math
 from typing import Any
@@ -8,6 +9,7 @@ from jax.sharding import Mesh
 
 import meshes
 
+from . import issue as issues
 from .compiled import CompiledLayer, DoesNotFitError, Split, compile_layer, split_for
 from .workload import ITEMSIZE, LayerKind, Workload
 
@@ -43,21 +45,25 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """The least seconds of a step's attention, by what is being waited for."""
+    """The least seconds of a step's attention, by what is being waited for.
+
+    Attributes:
+      hbm: reading and writing memory.
+      issue: issuing the kernel's instructions; None where its schedule is not known.
+      attend: the longer of the two in each layer: they overlap.
+      ici, dcn: sending.
+    """
 
     hbm: float
+    issue: float | None
+    attend: float
     ici: float
     dcn: float
 
     @property
     def total(self) -> float:
         """One after the other: a merge waits for the attention whose results it merges."""
-        return self.hbm + self.ici + self.dcn
-
-    @property
-    def most(self) -> str:
-        """The largest of the three."""
-        return max(("hbm", "ici", "dcn"), key=lambda name: getattr(self, name))
+        return self.attend + self.ici + self.dcn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +88,21 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a workload on a mesh."""
+    """What is known of a workload on a mesh.
+
+    Attributes:
+      workload, split, device: what was planned, and where.
+      layers: what the compiler said, one of each kind.
+      reserved_bytes: see `make_plan`.
+      issue: the kernel's schedule on each device, or why there is none.
+    """
 
     workload: Workload
     split: Split
     device: Device
     layers: tuple[CompiledLayer, ...]
     reserved_bytes: int = 0
+    issue: issues.Issue | str = "not asked for"
 
     @property
     def compile_s(self) -> float:
@@ -122,8 +136,12 @@ class Plan:
         device = self.device
         if device.hbm_rate is None or device.ici_rate is None:
             return None
-        ici = dcn = 0.0
+        hbm = issue = attend = ici = dcn = 0.0
         for layer in self.layers:
+            reading = layer.kind.count * self._layer_read_bytes(layer) / device.hbm_rate
+            issuing = layer.kind.count * self._layer_issue_s(layer)
+            hbm, issue = hbm + reading, issue + issuing
+            attend += max(reading, issuing)
             for sent in layer.collectives:
                 if not sent.crosses_slices:
                     rate = device.ici_rate * links_used(self.split.mesh, sent.axes)
@@ -132,7 +150,14 @@ class Plan:
                     # An unknown rate must not pass for a fast one: count the slowest that is known.
                     rate = device.dcn_rate or _slowest_dcn_rate()
                     dcn += layer.kind.count * sent_bytes(sent) / rate
-        return Times(self.read_bytes / device.hbm_rate, ici, dcn)
+        return Times(hbm, None if isinstance(self.issue, str) else issue, attend, ici, dcn)
+
+    def _layer_issue_s(self, layer: CompiledLayer) -> float:
+        if isinstance(self.issue, str):
+            return 0.0
+        # Each of the shards of a context holds as many of its pages, or others hold more.
+        pages = self.workload.window_blocks(layer.kind) / self.split.context_shards
+        return self.issue.seconds(self.workload.batch // self.split.seq_shards, pages)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -171,21 +196,43 @@ class Plan:
         return pages // (self.workload.batch // self.split.seq_shards) * self.workload.page_size
 
 
-def make_plan(workload: Workload, mesh: Mesh, *, reserved_bytes: int = 0) -> Plan:
+def make_plan(
+    workload: Workload, mesh: Mesh, *, reserved_bytes: int = 0, issue: bool = True
+) -> Plan:
     """Compiles one layer of each kind for the whole mesh and gathers what came of it.
 
     Args:
       workload: the model and its sequences.
       mesh: compile-only, simulated or real devices.
       reserved_bytes: memory of each device to leave alone, for weights for example.
+      issue: also read the kernel's schedule, where there is one.
 
     Raises:
       ValueError: if the workload does not divide over the mesh.
       DoesNotFitError: if a single layer exceeds a device.
     """
-    split = split_for(workload, mesh)
+    split, device = split_for(workload, mesh), Device.of(mesh)
+    schedule = _start_issue(workload, split, device) if issue else "not asked for"
     layers = tuple(compile_layer(workload, split, kind) for kind in _kinds(workload))
-    return Plan(workload, split, Device.of(mesh), layers, reserved_bytes)
+    if not isinstance(schedule, str):
+        schedule = _finish_issue(schedule)
+    return Plan(workload, split, device, layers, reserved_bytes, schedule)
+
+
+def _start_issue(
+    workload: Workload, split: Split, device: Device
+) -> concurrent.futures.Future[issues.Issue] | str:
+    if (reason := issues.why_not(workload, device.chip)) is not None:
+        return reason
+    assert device.chip is not None
+    return issues.start(workload, split, device.chip)
+
+
+def _finish_issue(schedule: concurrent.futures.Future[issues.Issue]) -> issues.Issue | str:
+    try:
+        return schedule.result()
+    except (RuntimeError, ValueError) as error:
+        return f"the compiler gave no schedule: {str(error).partition(chr(10))[0]}"
 
 
 def confirm_largest_batch(plan: Plan, tries: int = 3) -> int | None:
@@ -194,7 +241,7 @@ def confirm_largest_batch(plan: Plan, tries: int = 3) -> int | None:
     Returns:
       A batch that the compiler says fits; 0 if none was found, None where HBM is not known.
     """
-    batch = plan.largest_batch
+    batch = _grown(plan).largest_batch
     step = plan.split.seq_shards
     for _ in range(tries):
         if not batch:
@@ -209,6 +256,21 @@ def confirm_largest_batch(plan: Plan, tries: int = 3) -> int | None:
     return 0
 
 
+def _grown(plan: Plan) -> Plan:
+    """With what grows with the batch as large as the largest batch makes it: a first guess."""
+    factor = max(1.0, (plan.largest_batch or 0) / plan.workload.batch)
+    grown = (
+        dataclasses.replace(
+            layer,
+            temp_bytes=math.ceil(layer.temp_bytes * factor),
+            other_bytes=math.ceil(layer.other_bytes * factor),
+            output_bytes=math.ceil(layer.output_bytes * factor),
+        )
+        for layer in plan.layers
+    )
+    return dataclasses.replace(plan, layers=tuple(grown))
+
+
 def shrink_to_fit(workload: Workload, mesh: Mesh, *, reserved_bytes: int = 0) -> Plan:
     """The plan of a smaller workload, for when not even one layer of this one compiles.
 
@@ -219,7 +281,7 @@ def shrink_to_fit(workload: Workload, mesh: Mesh, *, reserved_bytes: int = 0) ->
     while True:
         smaller = dataclasses.replace(workload, batch=batch, context=context)
         try:
-            return make_plan(smaller, mesh, reserved_bytes=reserved_bytes)
+            return make_plan(smaller, mesh, reserved_bytes=reserved_bytes, issue=False)
         except DoesNotFitError:
             if context <= workload.page_size:
                 raise

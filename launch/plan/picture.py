@@ -2,7 +2,7 @@
 
 import pathlib
 
-from .estimate import Plan
+from .estimate import Plan, Times
 
 GIB = 2**30
 
@@ -39,8 +39,12 @@ def draw(plans: list[Plan], path: pathlib.Path, title: str) -> None:
     _label(memory, f"GiB on each device{room}")
     times = [plan.times for plan in plans if plan.times]
     if len(times) == len(plans):
-        parts = ("hbm", "ici", "dcn")
-        _stack(time, names, {p.upper(): [getattr(t, p) * 1e3 for t in times] for p in parts})
+        parts = {"HBM": "hbm", "issue beyond HBM": "issue", "ICI": "ici", "DCN": "dcn"}
+        _stack(
+            time,
+            names,
+            {label: [1e3 * _waited(t, part) for t in times] for label, part in parts.items()},
+        )
         _label(time, "ms a step at least (attention only)")
     else:
         time.set_axis_off()
@@ -48,9 +52,13 @@ def draw(plans: list[Plan], path: pathlib.Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _waited(times: Times, part: str) -> float:
+    return times.attend - times.hbm if part == "issue" else getattr(times, part)
+
+
 def _label(axes, text: str) -> None:
     axes.set_xlabel(text)
-    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
 
 
 def _stack(axes, names: list[str], parts: dict[str, list[float]]) -> None:

@@ -5,12 +5,13 @@ import dataclasses
 from typing import Any
 
 from .estimate import Plan, sent_bytes
+from .issue import Issue
 from .search import Candidate
 
 GIB = 2**30
 NOT_COUNTED = (
     "Attention only: weights, other layers and latencies are not counted. Times are bounds from "
-    "bytes and peak rates; nothing was measured."
+    "bytes, instructions and peak rates; nothing was measured."
 )
 
 
@@ -166,8 +167,24 @@ def _bounds(plan: Plan) -> str:
         ["DCN", duration(times.dcn)],
         ["together", duration(times.total)],
     ]
+    if times.issue is not None:
+        rows.insert(1, ["issue of the kernel", duration(times.issue)])
     bounds = table(rows, ["a step takes at least", ""])
-    return f"{bounds}\nat most {plan.tokens_per_s:,.0f} tokens/s"
+    return f"{bounds}\nat most {plan.tokens_per_s:,.0f} tokens/s\n{_issue(plan.issue)}"
+
+
+def _issue(issue: Issue | str) -> str:
+    """Where the bound by issue cycles comes from, or why there is none."""
+    if isinstance(issue, str):
+        return f"No bound by the kernel's issue cycles: {issue}."
+    shared = "share the heads" if issue.walks < issue.cores else "share the blocks"
+    return (
+        f"The kernel issues {issue.block_cycles} cycles a block of {issue.block_pages} pages, "
+        f"{issue.sequence_cycles} a sequence with its first block, {issue.call_cycles} a layer, at "
+        f"{issue.clock_hz / 1e9:.3g} GHz"
+        + (f"; {issue.cores} cores {shared}" if issue.cores > 1 else "")
+        + ". It overlaps with HBM: the longer counts."
+    )
 
 
 def ranking(candidates: list[Candidate], most: int = 12) -> str:
@@ -186,11 +203,12 @@ def ranking(candidates: list[Candidate], most: int = 12) -> str:
                 fits,
                 size(plan.memory.total) if plan else "",
                 duration(times.hbm) if times else "",
+                duration(times.issue) if times and times.issue is not None else "",
                 duration(times.ici + times.dcn) if times else "",
                 ("" if plan else ">= ") + duration(candidate.bound_s),
             ]
         )
-    text = table(rows, ["mesh", "fits", "memory", "HBM", "ICI + DCN", "step"])
+    text = table(rows, ["mesh", "fits", "memory", "HBM", "issue", "ICI + DCN", "step"])
     left = len(candidates) - len(rows)
     return text + (f"\n({left} more meshes are slower)" if left > 0 else "")
 
@@ -222,6 +240,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "least_seconds": None
         if times is None
         else {**dataclasses.asdict(times), "step": times.total},
+        "issue": {"none": plan.issue}
+        if isinstance(plan.issue, str)
+        else dataclasses.asdict(plan.issue),
         "most_tokens_per_s": plan.tokens_per_s,
         "compile_s": plan.compile_s,
         "not_counted": NOT_COUNTED,

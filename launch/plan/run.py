@@ -34,6 +34,7 @@ class Request:
       mesh: the axes to plan; None to search.
       reserved_bytes: of each device, left alone.
       confirm: compile the largest batch as well.
+      issue: read the kernel's schedule as well.
       most: compile at most so many meshes of a search.
       json_file, png: where to write, if anywhere.
     """
@@ -45,6 +46,7 @@ class Request:
     mesh: str | None = None
     reserved_bytes: int = 0
     confirm: bool = True
+    issue: bool = True
     most: int | None = None
     json_file: pathlib.Path | None = None
     png: pathlib.Path | None = None
@@ -89,7 +91,7 @@ def _one(request: Request, spec: str) -> None:
     work, mesh = request.work, request.make_mesh(spec)
     _progress(f"compiling {spec}")
     try:
-        plan = make_plan(work, mesh, reserved_bytes=request.reserved_bytes)
+        plan = make_plan(work, mesh, reserved_bytes=request.reserved_bytes, issue=request.issue)
     except DoesNotFitError as error:
         raise NotEnoughMemoryError(
             f"too little HBM even for one layer on mesh {spec} ({error}); {_room(request, mesh)}"
@@ -157,6 +159,7 @@ def _candidates(request: Request) -> list[Candidate]:
         request.slices,
         device,
         reserved_bytes=request.reserved_bytes,
+        issue=request.issue,
         most=request.most,
         compare=request.png is not None and request.mesh is None,
         progress=_progress,

@@ -71,6 +71,7 @@ def search(
     device: Device,
     *,
     reserved_bytes: int = 0,
+    issue: bool = True,
     most: int | None = None,
     compare: bool = False,
     progress: Callable[[str], None] = lambda line: None,
@@ -87,7 +88,7 @@ def search(
       num_devices: how many there are, over all slices.
       num_slices: slices, which go to `data`.
       device: its rates, which must be known.
-      reserved_bytes: see `make_plan`.
+      reserved_bytes, issue: see `make_plan`.
       most: compile no more than this many.
       compare: also compile the likeliest mesh of every size of `context`, to be looked at.
       progress: told about each compilation.
@@ -118,7 +119,8 @@ def search(
             num_compiled += 1
             progress(f"compiling {candidate.spec}")
             try:
-                plan = make_plan(workload, make_mesh(candidate.spec), reserved_bytes=reserved_bytes)
+                mesh = make_mesh(candidate.spec)
+                plan = make_plan(workload, mesh, reserved_bytes=reserved_bytes, issue=issue)
                 candidate = dataclasses.replace(candidate, plan=plan)
             except (ValueError, NotImplementedError) as error:
                 candidate = dataclasses.replace(candidate, refused=str(error))
@@ -149,6 +151,8 @@ def why(best: Candidate, candidates: list[Candidate]) -> str:
     merges = plan.times.ici + plan.times.dcn
     reads = f"{plan.read_bytes / 1e9:.3g} GB of HBM to read per device and step"
     fewest = min(c.plan.read_bytes for c in candidates if c.plan)
+    if (plan.times.issue or 0) > plan.times.hbm:
+        reads += ", which the kernel's issue cycles outlast"
     least = "the least of all compiled" if plan.read_bytes <= fewest * 1.001 else "near the least"
     if merges == 0:
         return f"{best.spec} wins: {reads}, {least}, and no collective at all"

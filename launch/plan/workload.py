@@ -92,7 +92,7 @@ class Workload:
       page_size: tokens a page.
       dtype: of the cache.
       query_dtype: of queries and outputs.
-      kv_layout: of the cache.
+      kv_layout: of the cache; None for what suits the devices.
       backend: of `page_attention` and `write_kv`; None for the library's choice.
     """
 
@@ -102,7 +102,7 @@ class Workload:
     page_size: int = 64
     dtype: str = "bfloat16"
     query_dtype: str = "bfloat16"
-    kv_layout: KVLayoutName = "blocks_first"
+    kv_layout: KVLayoutName | None = None
     backend: str | None = None
 
     def checked(self) -> Self:
@@ -119,7 +119,7 @@ class Workload:
         for name, dtype in (("dtype", self.dtype), ("query dtype", self.query_dtype)):
             if dtype not in ITEMSIZE:
                 raise ValueError(f"{name} {dtype!r} is none of {', '.join(ITEMSIZE)}")
-        if self.kv_layout not in get_args(KVLayoutName):
+        if self.kv_layout not in (None, *get_args(KVLayoutName)):
             known = ", ".join(get_args(KVLayoutName))
             raise ValueError(f"KV layout {self.kv_layout!r} is none of {known}")
         return self

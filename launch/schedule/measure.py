@@ -82,11 +82,7 @@ def measure(
         out = pathlib.Path(folder) / "measured.json"
         dump = pathlib.Path(folder) / "dump"
         dump.mkdir()
-        flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
-        environment = os.environ | {
-            "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
-            "JAX_PLATFORMS": "cpu",
-        }
+        environment = os.environ | dumping_to(dump)
         command = [sys.executable, "-m", __name__, topology, str(dump), str(out)]
         command += ["--cases", *cases] if cases else []
         command += ["--kernels", *kernels] if kernels else []
@@ -95,6 +91,15 @@ def measure(
             last = "\n".join(run.stderr.strip().splitlines()[-15:])
             raise RuntimeError(f"compiling for {topology} failed:\n{last}")
         return [Measured(**row) for row in json.loads(out.read_text())]
+
+
+def dumping_to(folder: pathlib.Path) -> dict[str, str]:
+    """What the environment of a process must say before libtpu loads, for schedules in a folder."""
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    return {
+        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
+        "JAX_PLATFORMS": "cpu",
+    }
 
 
 def _measure_here(topology: str, dump: pathlib.Path, cases, kernels) -> list[Measured]:
@@ -107,7 +112,7 @@ def _measure_here(topology: str, dump: pathlib.Path, cases, kernels) -> list[Mea
 
     device = meshes.topology(topology).devices.flat[0]
     mesh = jax.sharding.Mesh(np.array([device]), ("data",))
-    clock_hz, bytes_per_s = _core(device.device_kind)
+    clock_hz, bytes_per_s = core_rates(device.device_kind)
     rows = []
     for case in CASES:
         for kernel in KERNELS:
@@ -153,7 +158,7 @@ def _measure_here(topology: str, dump: pathlib.Path, cases, kernels) -> list[Mea
     return rows
 
 
-def _core(device_kind: str) -> tuple[float, float]:
+def core_rates(device_kind: str) -> tuple[float, float]:
     """Clock in Hz and HBM bytes/s of one TensorCore.
 
     The clock follows from the peak rate: 4 MXUs a core, each 128 or (from v6e on) 256 square, and
