@@ -12,6 +12,7 @@ _LABELS = {
     "separate": "shardpage, two arrays",
     "stock": "jax.experimental paged_attention",
 }
+_TICKS = (0.1, 0.3, 1, 3, 10)
 HEADER = (
     "kernel",
     "block",
@@ -28,7 +29,8 @@ HEADER = (
 NOTE = (
     "issue: bundles of the loop over blocks; HBM: cycles in which memory delivers a block. Below 1 "
     "the loop waits\nfor memory. 'a sequence', 'a call': bundles outside that loop, counted once "
-    "each. Bounds from below:\nstalls, DMA latency and trip counts are not in them."
+    "each (this library's\nkernel works on a sequence of a single block there). Bounds from below: "
+    "stalls, DMA latency and trip counts\nare not in them."
 )
 
 
@@ -77,7 +79,9 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def draw(rows: Sequence[Measured], path: pathlib.Path) -> None:
-    """Writes a PNG: issue cycles over HBM cycles of each case, a panel a chip.
+    """Writes a PNG: issue cycles over HBM cycles, a panel a chip.
+
+    Of the cases that have a target: short sequences hardly enter the loop over blocks.
 
     Raises:
       RuntimeError: without matplotlib.
@@ -87,6 +91,8 @@ def draw(rows: Sequence[Measured], path: pathlib.Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
+    aimed = {row.case for row in rows if row.limit is not None}
+    rows = [row for row in rows if row.case in aimed or not aimed]
     topologies = list(dict.fromkeys(row.topology for row in rows))
     cases = list(dict.fromkeys(row.case for row in rows))
     figure = Figure(
@@ -94,7 +100,7 @@ def draw(rows: Sequence[Measured], path: pathlib.Path) -> None:
     )
     FigureCanvasAgg(figure)
     figure.suptitle("Issue cycles of the block loop over the HBM cycles of its bytes (log scale)")
-    panels = figure.subplots(1, len(topologies), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(topologies), sharex=True, sharey=True, squeeze=False)[0]
     kernels = [kernel for kernel in KERNELS if any(row.kernel == kernel for row in rows)]
     for panel, topology in zip(panels, topologies, strict=True):
         for number, kernel in enumerate(kernels):
@@ -105,6 +111,8 @@ def draw(rows: Sequence[Measured], path: pathlib.Path) -> None:
             panel.barh(places, ratios, height, color=_COLORS[kernel], label=_LABELS[kernel])
         panel.axvline(1, color="black", linewidth=1)
         panel.set_xscale("log")
+        panel.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
+        panel.minorticks_off()
         panel.set_xlabel(topology)
         panel.set_yticks(range(len(cases)), cases)
     panels[0].invert_yaxis()
