@@ -7,8 +7,8 @@ import jax
 import jaxtyping
 import pytest
 
-# Interpreted kernels of eight devices wait for each other in XLA's thread pool; with a thread a core
-# they would wait for ever on a small machine.
+# Interpreted kernels of eight devices wait for each other in XLA's thread pool; with one thread a
+# core they would wait for ever on a small machine.
 os.environ.setdefault("NPROC", "20")
 # Before any backend starts. On a TPU host: JAX_PLATFORMS=tpu,cpu.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")

@@ -57,6 +57,11 @@ def attend(
         )
     geometry = _geometry(query, key_cache, spec.kv)
     interpret = spec.platform != "tpu" if spec.interpret is None else spec.interpret
+    if interpret and jax.process_count() > 1:
+        raise NotImplementedError(
+            "Pallas kernels are interpreted where there is no TPU, and JAX's interpreter knows one "
+            f"process, not {jax.process_count()}: it would wait for ever; use backend='xla'"
+        )
     chip = blocks.current_chip()
     cores = _cores(spec, chip, geometry)
     if cores.by_heads:
