@@ -1,5 +1,6 @@
 """Set-up of a test session: eight simulated devices, strict dtypes, checked shapes."""
 
+import gc
 import os
 
 import hypothesis
@@ -38,6 +39,14 @@ MESHES = (
     "kv=2,context=4",
     "data=2,kv=2,context=2",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _release_compiled_programs():
+    """Each holds memory maps; thousands of them run into Linux's limit, and XLA crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(params=("Auto", "Explicit"))
