@@ -26,7 +26,7 @@ from shardpage import page_attention
 
 RESULTS = Path(__file__).parent / "results" / "cpu_against_seed.json"
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
-ROUNDS = 7
+WARM_UP, ROUNDS = 5, 7
 # name, num_seqs, table width in tokens, context_lens, dtype, the ratio that was asked for
 ROWS = (
     ("8 x 2048 f32", 8, 2048, None, jnp.float32, 3.0),
@@ -91,11 +91,12 @@ def measure(seed: Callable, name, num_seqs, width, bounds, dtype, asked) -> dict
         "copy_ms": lambda: np.copyto(target, source),
     }
     times = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    for round_number in range(WARM_UP + ROUNDS):
         for which, call in calls.items():
             start = time.perf_counter()
             call()
-            times[which].append(1e3 * (time.perf_counter() - start))
+            if round_number >= WARM_UP:
+                times[which].append(1e3 * (time.perf_counter() - start))
     medians = {which: round(float(np.median(ms)), 2) for which, ms in times.items()}
     ratio = float(np.median(np.array(times["seed_ms"]) / np.array(times["ours_ms"])))
     return {"name": name, **medians, "ratio": round(ratio, 2), "asked": asked, "kv_bytes": read}
