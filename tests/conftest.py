@@ -27,7 +27,15 @@ _hook = jaxtyping.install_import_hook(
     [f"shardpage.{name}" for name in _CHECKED], "beartype.beartype"
 )
 
+from jax.experimental.pallas import tpu as pltpu  # noqa: E402
+
+from shardpage.backends import pallas_tpu  # noqa: E402
+
+from .backends import INTERPRETED  # noqa: E402
 from .cases import build_mesh  # noqa: E402
+
+# Copies are simulated with their semaphores, unwritten memory is NaN, races are looked for.
+pallas_tpu.INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 # Eight devices each; every kind of split, alone and with the others.
 MESHES = (
@@ -47,6 +55,18 @@ def _release_compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _no_races(request):
+    """Fails a test of an interpreted kernel in which a race was found; it is only printed."""
+    call = getattr(request.node, "callspec", None)
+    if call is None or call.params.get("backend") not in INTERPRETED:
+        yield
+        return
+    capfd = request.getfixturevalue("capfd")
+    yield
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 @pytest.fixture(params=("Auto", "Explicit"))

@@ -64,6 +64,7 @@ def test_sigterm_to_a_rank(launcher):
     assert launcher.first() == (1, "stopped by SIGTERM")
 
 
+@pytest.mark.slow
 def test_rank_missing_at_start(launcher):
     assert launcher.fault(1, "missing", "--start-timeout", "3") == 75
     assert launcher.first() == (1, "has not joined the others within 3 s")
@@ -139,7 +140,7 @@ def test_what_a_rank_leaves_behind_is_ended_with_it(launcher):
 def test_restarts_are_counted(launcher):
     program = "echo attempt $SHARDPAGE_ATTEMPT; exit $((SHARDPAGE_ATTEMPT < 2 ? 9 : 0))"
     launcher.start("bash", "-c", program, options=("--max-restarts", "3"))
-    assert launcher.end(within=20) == 0
+    assert launcher.end(within=20) == 0, launcher.err
     assert launcher.out.splitlines()[-1] == "attempt 2"
     assert "restart 2 of 3" in launcher.err
 

@@ -27,10 +27,8 @@ TWO_CORES = dataclasses.replace(blocks.UNKNOWN_CHIP, name="two cores", cores=2)
 
 
 @pytest.fixture(autouse=True)
-def no_races(monkeypatch, capfd):
-    """Every kernel of these tests runs with race detection, which prints what it finds."""
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    monkeypatch.setattr(pallas_tpu, "INTERPRET", params)
+def no_races(capfd):
+    """The detector, which conftest.py turns on, prints what it finds."""
     yield
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 

@@ -95,7 +95,9 @@ def measure(
 
 def dumping_to(folder: pathlib.Path) -> dict[str, str]:
     """What the environment of a process must say before libtpu loads, for schedules in a folder."""
-    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    # Of some 60 passes only the last is read; writing all out takes four times as long.
+    only = "--xla_jf_dump_llo_pass_label_regex=final_bundles"
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {only}"
     return {
         "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
         "JAX_PLATFORMS": "cpu",

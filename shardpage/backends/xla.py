@@ -30,11 +30,13 @@ from ..vma import vary_over, vary_together, varying_axes
 from .xla_walk import Items, Walk, make_walk, walk_blocks
 
 # Bytes of keys and values that one step fetches. A CPU wants them to stay in its caches between
-# the fetch and the matmuls; an accelerator wants enough work for each kernel that it launches.
-_STEP_BYTES = {"cpu": 2 << 20}
+# the fetch and the matmuls; a GPU wants a step to outlast by far the launch of its kernels.
+_STEP_BYTES = {"cpu": 2 << 20, "gpu": 256 << 20}
 _STEP_BYTES_ELSEWHERE = 64 << 20
 # Tokens of one lane's block, where a step holds several lanes.
 _LANE_TOKENS = 512
+# Queries of a KV head up to which a GPU reduces keys as it reads them, instead of a matmul.
+_MAX_STREAMED_QUERIES = 8
 
 
 def attend(
@@ -153,7 +155,8 @@ def masked_logits(
     spec: AttentionSpec,
 ) -> Float[Array, "lanes kv_heads queries tokens"]:
     """Scaled, soft-capped logits in float32; `mask_value` where a token is not attended to."""
-    logits = _matmul("wkgd,wktd->wkgt", query, key) * spec.scale
+    streamed = spec.platform == "gpu" and query.shape[2] <= _MAX_STREAMED_QUERIES
+    logits = (_streamed_dot if streamed else _dot)(query, key) * spec.scale
     if spec.soft_cap is not None:
         logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
     return jnp.where(valid[:, None, None], logits, spec.mask_value)
@@ -181,6 +184,30 @@ def split_heads(
     """Groups query heads under the KV head that they share."""
     num_lanes, _, head_dim = query.shape
     return query.reshape(num_lanes, key.shape[1], -1, head_dim)
+
+
+def _dot(
+    query: Float[Array, "lanes kv_heads queries dim"],
+    key: Float[Array, "lanes kv_heads tokens dim"],
+) -> Float[Array, "lanes kv_heads queries tokens"]:
+    return _matmul("wkgd,wktd->wkgt", query, key)
+
+
+def _streamed_dot(
+    query: Float[Array, "lanes kv_heads queries dim"],
+    key: Float[Array, "lanes kv_heads tokens dim"],
+) -> Float[Array, "lanes kv_heads queries tokens"]:
+    """The same as one reduction with an operand for each query.
+
+    XLA fuses the gather of the keys into a reduction but not into a matmul, for which it writes
+    them to memory and reads them again: three passes over the keys instead of one.
+    """
+    query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    num_queries = query.shape[2]
+    products = tuple(query[:, :, i, None] * key for i in range(num_queries))
+    zeros = (jnp.zeros((), jnp.float32),) * num_queries
+    add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys, strict=True))
+    return jnp.stack(lax.reduce(products, zeros, add, (3,)), axis=2)
 
 
 def _matmul(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
