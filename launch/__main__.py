@@ -8,7 +8,7 @@ except ImportError:  # a plain `pip install shardpage` is the library alone
     sys.exit("the shardpage command needs typer and rich: pip install 'shardpage[launch]'")
 
 from . import guard
-from .jobs import doctor, generate, plan, render, schedule, simulate, verify
+from .jobs import bench, doctor, generate, plan, render, schedule, simulate, verify
 
 app = typer.Typer(
     name="shardpage",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(plan.plan)
 app.command()(schedule.schedule)
+app.command()(bench.bench)
 app.command()(verify.verify)
 app.command()(doctor.doctor)
 app.command()(render.render)

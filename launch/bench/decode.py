@@ -1,0 +1,67 @@
+"""Decode steps: page attention against what a user would pick instead."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from . import inputs, peers, timing
+from .report import Row
+from .shapes import Shape
+
+# Calls that an accelerator makes in one program: what is timed is the device, not Python.
+REPEATS = 8
+
+
+def rows(shapes: Sequence[Shape], platform: str, roof_gbps: float) -> Iterator[Row]:
+    """Measures every implementation on every shape, shape after shape."""
+    for shape in shapes:
+        yield from measure(shape, platform, roof_gbps)
+        jax.clear_caches()
+
+
+def measure(shape: Shape, platform: str, roof_gbps: float) -> Iterator[Row]:
+    """One shape. An answer that misses the oracle is reported, and not timed."""
+    given = inputs.make(shape, 1 if platform == "cpu" else REPEATS)
+    calls, temp_bytes = {}, {}
+    row = functools.partial(Row, "decode", shape.name)
+    for name, build in peers.IMPLEMENTATIONS.items():
+        try:
+            attend, kv_layout = build(shape, platform)
+            arrays = (given.queries, *given.caches(kv_layout), given.lens, given.tables)
+            compiled = jax.jit(in_one_program(attend)).lower(*arrays).compile()
+            error, limit = inputs.error_of(given, compiled(*arrays)[-1])
+        except peers.Unavailable as reason:
+            yield row(name, why=str(reason))
+            continue
+        except Exception as failure:  # a peer's failure must not end the run
+            if name == peers.OURS:
+                raise
+            yield row(name, why=f"failed: {_first_line(failure)}")
+            continue
+        if error > limit:
+            yield row(name, why=f"wrong: error {error:.1e}, rounding allows {limit:.1e}")
+            continue
+        calls[name] = functools.partial(compiled, *arrays)
+        temp_bytes[name] = timing.temp_bytes(compiled)
+
+    for name, timed in timing.in_turn(calls, given.repeats).items():
+        yield row(name, timed, shape.kv_bytes, temp_bytes[name], roof_gbps)
+
+
+def in_one_program(attend: peers.Attend) -> Any:
+    """Runs `attend` on each of the stacked queries and tables, one after the other."""
+
+    def program(queries, key, value, lens, tables):
+        if queries.shape[0] == 1:
+            return attend(queries[0], key, value, lens, tables[0])[None]
+        step = lambda _, call: (None, attend(call[0], key, value, lens, call[1]))
+        return lax.scan(step, None, (queries, tables))[1]
+
+    return program
+
+
+def _first_line(failure: Exception) -> str:
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:120]

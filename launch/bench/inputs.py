@@ -1,0 +1,128 @@
+"""Random arrays for the shapes, made where they are needed."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from shardpage import ShardLayout
+from shardpage.kv_layout import KVLayout
+
+from .. import oracle
+from ..checks import FLOOR, MULTIPLE
+from .shapes import Shape
+
+_AXES = {"blocks_first": (0, 1, 2, 3), "heads_first": (1, 0, 2, 3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Arrays of `repeats` calls on one pair of caches.
+
+    Attributes:
+      queries: [repeats, num_seqs, num_heads, head_dim].
+      key, value: [num_pages, num_kv_heads, page_size, head_dim].
+      lens: [num_seqs].
+      tables: [repeats, num_seqs, max_blocks], other pages in each.
+    """
+
+    shape: Shape
+    queries: jax.Array
+    key: jax.Array
+    value: jax.Array
+    lens: jax.Array
+    tables: jax.Array
+
+    @property
+    def repeats(self) -> int:
+        return self.queries.shape[0]
+
+    def caches(self, kv_layout: str) -> tuple[jax.Array, jax.Array]:
+        """Both caches in a layout."""
+        key, value = (jnp.transpose(x, _AXES[kv_layout]) for x in (self.key, self.value))
+        return key, value
+
+
+def make(shape: Shape, repeats: int, mesh: Mesh | None = None) -> Inputs:
+    """Draws the arrays of a shape; on a mesh, split as `ShardLayout.of(mesh)` says.
+
+    A sequence's pages lie anywhere in the pool of their shard, and go round the context shards.
+    Table entries that no one needs name the first page.
+    """
+    if mesh is None:
+        num_seq_shards = num_context_shards = 1
+        place = lambda spec: SingleDeviceSharding(jax.devices()[0])
+        layout = ShardLayout()
+    else:
+        layout = ShardLayout.of(mesh)
+        num_seq_shards, _, num_context_shards = dataclasses.astuple(layout.shards(mesh))
+        place = lambda spec: NamedSharding(mesh, spec)
+
+    tables, num_pages = _tables(shape, repeats, num_seq_shards, num_context_shards)
+    stacked = lambda spec: place(PartitionSpec(None, *spec))
+    caches = place(layout.cache_spec(KVLayout.BLOCKS_FIRST))
+    cache = (num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
+    query = (repeats, shape.num_seqs, shape.num_heads, shape.head_dim)
+    return Inputs(
+        shape,
+        _draw(0, query, shape.dtype, stacked(layout.query_spec)),
+        _draw(1, cache, shape.dtype, caches),
+        _draw(2, cache, shape.dtype, caches),
+        jax.device_put(shape.context_lens, place(layout.lens_spec)),
+        jax.device_put(tables, stacked(layout.tables_spec)),
+    )
+
+
+def _draw(seed: int, size: tuple[int, ...], dtype: str, sharding: Sharding) -> jax.Array:
+    """Normal numbers, made in place on each device."""
+    normal = lambda: jax.random.normal(jax.random.key(seed), size, dtype)
+    return jax.jit(normal, out_shardings=sharding)()
+
+
+def _tables(
+    shape: Shape, repeats: int, num_seq_shards: int, num_context_shards: int
+) -> tuple[np.ndarray, int]:
+    """[repeats, num_seqs, max_blocks] page ids, and how many pages there are."""
+    rng = np.random.default_rng(0)
+    seq = np.arange(shape.num_seqs)[:, None]
+    block = np.arange(shape.max_blocks)[None]
+    needed = block * shape.page_size < shape.context_lens[:, None]
+    pool = seq // (shape.num_seqs // num_seq_shards) * num_context_shards
+    pool = np.where(needed, pool + block % num_context_shards, -1)
+    num_pools = num_seq_shards * num_context_shards
+    pool_pages = 1 + max(int(np.sum(pool == each)) for each in range(num_pools))
+    tables = np.zeros((repeats, *pool.shape), np.int32)
+    for repeat, each in itertools.product(range(repeats), range(num_pools)):
+        mine = pool == each
+        tables[repeat, mine] = each * pool_pages + rng.permutation(pool_pages)[: mine.sum()]
+    return tables, num_pools * pool_pages
+
+
+def error_of(inputs: Inputs, out: jax.Array, repeat: int = -1) -> tuple[float, float]:
+    """How far one call's output is from the oracle, and how far rounding may take it.
+
+    Compared are the longest and the shortest sequence, the first and the last.
+
+    Args:
+      out: [num_seqs, num_heads, head_dim] of the call `repeat`.
+    """
+    lens, tables = np.asarray(inputs.lens), np.asarray(inputs.tables[repeat])
+    queries = np.asarray(inputs.queries[repeat])
+    error = rounding = 0.0
+    for seq in sorted({0, len(lens) - 1, int(lens.argmax()), int(lens.argmin())}):
+        pages = tables[seq, : -(-lens[seq] // inputs.shape.page_size)]
+        keys, values = (_tokens(cache, pages)[: lens[seq]] for cache in (inputs.key, inputs.value))
+        exact, _ = oracle.attend(queries[seq], keys, values)
+        plain, _ = oracle.attend(queries[seq], keys, values, precision=np.float32)
+        error = max(error, float(np.abs(np.asarray(out[seq], np.float64) - exact).max()))
+        rounding = max(rounding, float(np.abs(plain - exact).max()))
+    return (error if np.isfinite(error) else np.inf), MULTIPLE * rounding + FLOOR
+
+
+def _tokens(cache: jax.Array, pages: np.ndarray) -> np.ndarray:
+    """[num_tokens, num_kv_heads, head_dim] of some pages."""
+    found = np.asarray(jnp.take(cache, pages, axis=0))
+    return found.swapaxes(1, 2).reshape(-1, found.shape[1], found.shape[3])

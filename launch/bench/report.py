@@ -1,0 +1,132 @@
+"""What a bench found: rows, the file that keeps them, and the table that shows them."""
+
+import dataclasses
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .timing import Timing
+
+VERSIONS = ("jax", "jaxlib", "numpy", "ejkernel", "jax-cuda13-plugin", "libtpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement, or why there is none.
+
+    Attributes:
+      bench: "decode", "write" or "sharded".
+      shape: name of what was measured.
+      name: of the implementation, or of the split.
+      timing: of one call.
+      useful_bytes: keys and values that a call must read (or, for writes, new ones).
+      temp_bytes: scratch of the compiled program, a device.
+      roof_gbps: GB/s read and written by a copy on the same device.
+      efficiency: of a sharded row: time on one device over devices x time on all, or over the time
+        on all if the work grew with them.
+      why: reason why there is no timing.
+    """
+
+    bench: str
+    shape: str
+    name: str
+    timing: Timing | None = None
+    useful_bytes: int = 0
+    temp_bytes: int = 0
+    roof_gbps: float = 0.0
+    efficiency: float | None = None
+    why: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is found by in another report."""
+        return self.bench, self.shape, self.name
+
+    @property
+    def gbps(self) -> float | None:
+        """Useful bytes a nanosecond."""
+        return None if self.timing is None else self.useful_bytes / self.timing.median_us / 1e3
+
+    def to_json(self) -> dict[str, Any]:
+        """With what follows from it, for other programs."""
+        row = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}
+        if self.gbps is not None:
+            row |= {"gbps": round(self.gbps, 2)}
+            row |= {"share_of_roof": round(self.gbps / self.roof_gbps, 4)} if self.roof_gbps else {}
+        return row
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Row":
+        """The inverse of `to_json`."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {name: value for name, value in row.items() if name in names}
+        timed = known.get("timing")
+        return cls(**known | {"timing": Timing(**timed) if timed else None})
+
+
+def environment(roof_gbps: float, roof: str) -> dict[str, Any]:
+    """Where a report comes from: hardware, versions, commit, command."""
+    devices = jax.devices()
+    return {
+        "command": " ".join(["shardpage", *sys.argv[1:]]),
+        "device": devices[0].device_kind,
+        "num_devices": len(devices),
+        "machine": platform.machine(),
+        "versions": {name: found for name in VERSIONS if (found := _version(name))},
+        "commit": _commit(),
+        "roof": roof,
+        "roof_gbps": round(roof_gbps, 1),
+    }
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Cells for people, a row each; the first is the header."""
+    cells = [["", "", "us", "spread", "GB/s", "of copy", "temp MB", "against ours", "note"]]
+    ours = {(row.bench, row.shape): row.timing for row in rows if row.name == "shardpage"}
+    before = None
+    for row in rows:
+        shown = row.shape if (row.bench, row.shape) != before else ""
+        before = row.bench, row.shape
+        if row.timing is None or row.gbps is None:
+            cells.append([shown, row.name, *[""] * 6, row.why])
+            continue
+        timing, reference = row.timing, ours.get((row.bench, row.shape))
+        spread = (timing.high_us - timing.low_us) / timing.median_us
+        ratio = "" if reference is None else f"{timing.median_us / reference.median_us:.2f} x"
+        note = "" if row.efficiency is None else f"efficiency {row.efficiency:.2f}"
+        cells.append(
+            [
+                shown,
+                row.name,
+                f"{timing.median_us:.0f}",
+                f"{spread:.0%}",
+                f"{row.gbps:.3g}",
+                f"{row.gbps / row.roof_gbps:.0%}" if row.roof_gbps else "",
+                f"{row.temp_bytes / 1e6:.0f}",
+                ratio,
+                note,
+            ]
+        )
+    return cells
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,165 @@
+"""The named shapes that are measured; the tests know them by the same names."""
+
+import dataclasses
+import zlib
+from typing import Literal
+
+import numpy as np
+
+Suite = Literal["quick", "full"]
+SUITES: tuple[Suite, ...] = ("quick", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decode step: one query token for each sequence.
+
+    Attributes:
+      name: unique.
+      num_seqs: sequences.
+      context: tokens that a row of the block tables has room for.
+      lens: context lengths: "full", "skewed" (512 tokens each, but one with all), or the bounds
+        between which they are drawn evenly.
+      dtype: of queries and caches.
+    """
+
+    name: str
+    num_seqs: int
+    context: int
+    lens: Literal["full", "skewed"] | tuple[int, int] = "full"
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    dtype: str = "bfloat16"
+
+    @property
+    def context_lens(self) -> np.ndarray:
+        """[num_seqs] int32; always the same ones."""
+        if self.lens == "full":
+            lens = np.full(self.num_seqs, self.context)
+        elif self.lens == "skewed":
+            lens = np.full(self.num_seqs, 512)
+            lens[self.num_seqs // 2] = self.context
+        else:
+            rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+            lens = rng.integers(self.lens[0], self.lens[1] + 1, size=self.num_seqs)
+        return lens.astype(np.int32)
+
+    @property
+    def max_blocks(self) -> int:
+        """Pages in a row of the block tables."""
+        return -(-self.context // self.page_size)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return {"bfloat16": 2, "float32": 4}[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token."""
+        return 2 * self.num_kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values that one call must read."""
+        return int(self.context_lens.sum(dtype=np.int64)) * self.token_bytes
+
+
+# Larger than the caches of a CPU, and small enough to be patient with.
+CPU_QUICK = (
+    Shape("8 x 2048, f32", 8, 2048, dtype="float32"),
+    Shape("8 x 10..900 of 2048, f32", 8, 2048, (10, 900), dtype="float32"),
+    Shape("1 x 32768, f32", 1, 32768, dtype="float32"),
+    Shape("8 x 2048, bf16", 8, 2048),
+)
+CPU_FULL = (
+    *CPU_QUICK,
+    Shape("1 x 32768, bf16", 1, 32768),
+    Shape("64 x 1..512, f32", 64, 512, (1, 512), dtype="float32"),
+    Shape("7 x 512 and 1 x 16384, f32", 8, 16384, "skewed", dtype="float32"),
+    Shape("8 x 2048, f32, page 64", 8, 2048, page_size=64, dtype="float32"),
+    Shape("8 x 2048, f32, 32/32 heads", 8, 2048, num_kv_heads=32, dtype="float32"),
+    Shape("8 x 4096, f32, 8/1 heads, dim 256", 8, 4096, num_heads=8, num_kv_heads=1, head_dim=256,
+          dtype="float32"),
+    Shape("8 x 2048, f32, dim 64", 8, 2048, head_dim=64, dtype="float32"),
+)  # fmt: skip
+
+# Those of an accelerator are larger than its caches, too.
+QUICK = (
+    Shape("64 x 4096", 64, 4096),
+    Shape("1 x 131072", 1, 131072),
+    Shape("64 x 1..8192", 64, 8192, (1, 8192)),
+    Shape("63 x 512 and 1 x 65536", 64, 65536, "skewed"),
+)
+FULL = (
+    *QUICK,
+    Shape("16 x 8192", 16, 8192),
+    Shape("256 x 1024", 256, 1024),
+    Shape("64 x 4096, 64/8 heads, page 64", 64, 4096, num_heads=64, page_size=64),
+    Shape("256 x 1..4096, page 64", 256, 4096, (1, 4096), page_size=64),
+    Shape("64 x 4096, 32/32 heads", 64, 4096, num_kv_heads=32),
+    Shape("256 x 8192, 8/1 heads, page 128", 256, 8192, num_heads=8, num_kv_heads=1, page_size=128),
+    Shape("64 x 4096, dim 64", 64, 4096, head_dim=64),
+    Shape("32 x 4096, dim 256", 32, 4096, head_dim=256),
+    Shape("32 x 4096, f32", 32, 4096, dtype="float32"),
+)
+SHAPES = (*CPU_FULL, *FULL)
+
+
+def decode_shapes(platform: str, suite: Suite) -> tuple[Shape, ...]:
+    """What a decode bench measures on a platform ("cpu", "gpu", "tpu")."""
+    if platform == "cpu":
+        return CPU_QUICK if suite == "quick" else CPU_FULL
+    return QUICK if suite == "quick" else FULL
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """New tokens to write: `num_seqs` sequences bring `each` of them."""
+
+    name: str
+    num_seqs: int
+    each: int
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    context: int = 2048
+    dtype: str = "bfloat16"
+
+    @property
+    def written_bytes(self) -> int:
+        """Keys and values of the new tokens."""
+        shape = Shape("", self.num_seqs, self.context, num_kv_heads=self.num_kv_heads,
+                      head_dim=self.head_dim, dtype=self.dtype)  # fmt: skip
+        return self.num_seqs * self.each * shape.token_bytes
+
+
+WRITES_QUICK = (Tokens("append to 64", 64, 1), Tokens("prefill 4 x 512", 4, 512))
+WRITES_FULL = (
+    *WRITES_QUICK,
+    Tokens("append to 8", 8, 1),
+    Tokens("append to 256", 256, 1),
+    Tokens("append to 64, f32", 64, 1, dtype="float32"),
+    Tokens("prefill 1 x 2048, page 64", 1, 2048, page_size=64),
+)
+
+
+def write_shapes(suite: Suite) -> tuple[Tokens, ...]:
+    """What a write bench measures."""
+    return WRITES_QUICK if suite == "quick" else WRITES_FULL
+
+
+def sharded_shapes(platform: str, num_devices: int) -> dict[str, Shape]:
+    """The one-device work of a sharded bench: many sequences, and one that is long."""
+    if platform == "cpu":
+        return {
+            "many": Shape("8 x 2048, f32", 8, 2048, dtype="float32"),
+            "long": Shape("1 x 32768, f32", 1, 32768, dtype="float32"),
+        }
+    long = 131072 if num_devices <= 2 else 524288
+    return {
+        "many": Shape("64 x 4096", 64, 4096),
+        "long": Shape(f"1 x {long}", 1, long),
+    }

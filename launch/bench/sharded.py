@@ -1,0 +1,150 @@
+"""Splits over the devices of a host: how much faster than one device, and how exact."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from shardpage import page_attention
+
+from ..devices import is_simulated
+from . import inputs, timing
+from .decode import REPEATS, in_one_program
+from .report import Row
+from .shapes import Shape
+
+ALONE = "1 device"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Devices along sequences, KV heads and context; and which work it is tried on."""
+
+    data: int = 1
+    kv: int = 1
+    context: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axes longer than 1."""
+        return {name: size for name, size in dataclasses.asdict(self).items() if size > 1}
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def name(self) -> str:
+        return ",".join(f"{axis}={size}" for axis, size in self.sizes.items())
+
+    @property
+    def work(self) -> str:
+        """Splits of sequences need many of them."""
+        return "many" if self.data > 1 or self.context == 1 else "long"
+
+    def mesh(self) -> Mesh:
+        axes = (jax.sharding.AxisType.Auto,) * len(self.sizes)
+        devices = jax.devices()[: self.num_devices]
+        return jax.make_mesh(
+            tuple(self.sizes.values()), tuple(self.sizes), axis_types=axes, devices=devices
+        )
+
+    def grown(self, shape: Shape) -> Shape:
+        """As much work for each device as one device had: each split dimension longer."""
+        return dataclasses.replace(
+            shape,
+            name=f"{shape.name} a device",
+            num_seqs=shape.num_seqs * self.data,
+            num_heads=shape.num_heads * self.kv,
+            num_kv_heads=shape.num_kv_heads * self.kv,
+            context=shape.context * self.context,
+        )
+
+
+def splits(num_devices: int) -> list[Split]:
+    """Each split alone over all devices, then their products."""
+    half = num_devices // 2
+    alone = [Split(data=num_devices), Split(kv=num_devices), Split(context=num_devices)]
+    products = [Split(data=half, kv=2), Split(data=2, context=half), Split(kv=2, context=half)]
+    if num_devices == 8:
+        products.append(Split(data=2, kv=2, context=2))
+    return alone + (products if half > 1 else [])
+
+
+def rows(work: Mapping[str, Shape], platform: str, roof_gbps: float) -> Iterator[Row]:
+    """Measures every split of all devices, the same work and as much a device."""
+    if jax.device_count() < 2:
+        name = f"{jax.device_count()} device"
+        yield Row(
+            "sharded", "", name, why="needs 2 devices or more: --simulate 8, or a larger host"
+        )
+        return
+    for split in splits(jax.device_count()):
+        yield from measure(split, work[split.work], 1 if platform == "cpu" else REPEATS, roof_gbps)
+        jax.clear_caches()
+
+
+def measure(split: Split, shape: Shape, repeats: int, roof_gbps: float) -> Iterator[Row]:
+    """One split, and one device with the same work, in turn."""
+    mesh = split.mesh()
+    same = inputs.make(shape, repeats, mesh)
+    alone = dataclasses.replace(same, **_on_one_device(same))
+    grown = inputs.make(split.grown(shape), repeats, mesh)
+    programs = {
+        ALONE: (alone, _compile(alone, None)),
+        split.name: (same, _compile(same, mesh)),
+        f"{split.name}, work x {split.num_devices}": (grown, _compile(grown, mesh)),
+    }
+    calls, outs = {}, {}
+    for name, (given, compiled) in programs.items():
+        calls[name] = functools.partial(compiled, *_arrays(given))
+        outs[name] = calls[name]()[-1]
+    wrong = _wrong(programs, outs, split)
+    timed = timing.in_turn(calls, repeats)
+    for name, (given, compiled) in programs.items():
+        row = functools.partial(Row, "sharded", f"{split.name}: {shape.name}", name)
+        if name in wrong:
+            yield row(why=wrong[name])
+            continue
+        efficiency = timed[ALONE].median_us / timed[name].median_us
+        if name == split.name:
+            efficiency /= split.num_devices
+        yield row(
+            timed[name],
+            given.shape.kv_bytes,
+            timing.temp_bytes(compiled),
+            roof_gbps * (1 if name == ALONE or is_simulated(mesh) else split.num_devices),
+            efficiency=None if name == ALONE else round(efficiency, 3),
+        )
+
+
+def _wrong(programs: Mapping, outs: Mapping[str, jax.Array], split: Split) -> dict[str, str]:
+    """What misses the oracle, or one device's answer, by more than rounding."""
+    found = {}
+    for name, (given, _) in programs.items():
+        error, limit = inputs.error_of(given, outs[name])
+        if name == split.name:
+            ours, alone = (np.asarray(outs[which], np.float64) for which in (name, ALONE))
+            error = max(error, float(np.abs(ours - alone).max()))
+        if not error <= limit:
+            found[name] = f"wrong: error {error:.1e}, rounding allows {limit:.1e}"
+    return found
+
+
+def _compile(given: inputs.Inputs, mesh: Mesh | None):
+    attend = functools.partial(page_attention, kv_layout="blocks_first", mesh=mesh)
+    return jax.jit(in_one_program(attend)).lower(*_arrays(given)).compile()
+
+
+def _arrays(given: inputs.Inputs) -> tuple[jax.Array, ...]:
+    return given.queries, given.key, given.value, given.lens, given.tables
+
+
+def _on_one_device(given: inputs.Inputs) -> dict[str, jax.Array]:
+    device = jax.devices()[0]
+    names = ("queries", "key", "value", "lens", "tables")
+    return {name: jax.device_put(getattr(given, name), device) for name in names}

@@ -1,0 +1,169 @@
+"""`shardpage bench`: how fast, against what else, and how near to what memory allows?"""
+
+import enum
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..devices import SimulateOption
+
+if TYPE_CHECKING:
+    from ..bench.report import Row
+
+
+class Kind(enum.StrEnum):
+    """What to measure."""
+
+    decode = "decode"
+    write = "write"
+    sharded = "sharded"
+    all = "all"
+
+
+class Size(enum.StrEnum):
+    """How many shapes."""
+
+    quick = "quick"
+    full = "full"
+
+
+def bench(
+    kind: Annotated[
+        Kind,
+        typer.Argument(
+            help="decode steps, writes of new tokens, splits over all devices, or all of it."
+        ),
+    ] = Kind.all,
+    suite: Annotated[Size, typer.Option(help="A few shapes, or all.")] = Size.quick,
+    simulate: SimulateOption = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Ask the TPU compiler instead, for this slice (v5e:2x2, ...); may be repeated. "
+            "The same as `shardpage schedule`."
+        ),
+    ] = None,
+    json_file: Annotated[
+        pathlib.Path | None,
+        typer.Option("--json", help="Keep all figures here; after each shape, so nothing is lost."),
+    ] = None,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(help="Draw them here (PNG), a picture a kind.")
+    ] = None,
+    compare: Annotated[
+        pathlib.Path | None, typer.Option(help="Say what changed since this earlier --json.")
+    ] = None,
+) -> None:
+    """Measure page attention beside what a user would pick instead, in one run.
+
+    Every answer is compared with an exact oracle before it is timed. Implementations take turns;
+    figures are medians, with the spread between the quartiles. GB/s are keys and values that had
+    to be read (written, for writes); "of copy" is their share of what a plain copy reads and
+    writes on the same device.
+    """
+    from ..signals import Stopped, stop_on_signals
+
+    if topology:
+        from .schedule import schedule
+
+        schedule(topology=topology, json_file=json_file, png=plot)
+        return
+    old = _read(compare) if compare is not None else None
+    try:
+        with stop_on_signals():
+            _run(kind, suite, simulate, json_file, plot, old)
+    except Stopped as stopped:
+        raise typer.Exit(stopped.exit_code) from None
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _run(
+    kind: Kind,
+    suite: Size,
+    simulate: int | None,
+    json_file: pathlib.Path | None,
+    plot: pathlib.Path | None,
+    old: "list[Row] | None",
+) -> None:
+    import jax
+
+    import meshes
+
+    from ..bench import compare, draw, report, timing
+    from ..results import write_json
+
+    if simulate is not None:
+        meshes.simulate(simulate)
+    platform = jax.devices()[0].platform
+    roof_gbps, roof = timing.copy_roof(platform)
+    about = report.environment(roof_gbps, roof)
+    print(
+        f"{about['num_devices']} x {about['device']}, a copy makes {roof_gbps:.0f} GB/s", flush=True
+    )
+    rows: list[report.Row] = []
+    try:
+        for row in _rows(kind, suite, platform, roof_gbps):
+            rows.append(row)
+            if json_file is not None:
+                write_json(json_file, about | {"rows": [row.to_json() for row in rows]})
+    finally:
+        _print(report.table(rows))
+    if plot is not None:
+        title = f"{about['num_devices']} x {about['device']}, jax {about['versions']['jax']}"
+        for path in draw.draw(rows, title, plot):
+            print(f"drawn: {path}")
+    if old is not None:
+        _print(compare.table(compare.changes(old, rows)))
+
+
+def _rows(kind: Kind, suite: Size, platform: str, roof_gbps: float) -> "Iterator[Row]":
+    import jax
+
+    from ..bench import decode, shapes, sharded, write
+
+    def say(what: str) -> None:
+        print(f"measuring {what} ...", file=sys.stderr, flush=True)
+
+    if kind in (Kind.decode, Kind.all):
+        for shape in shapes.decode_shapes(platform, suite.value):
+            say(shape.name)
+            yield from decode.rows([shape], platform, roof_gbps)
+    if kind in (Kind.write, Kind.all):
+        for shape in shapes.write_shapes(suite.value):
+            say(shape.name)
+            yield from write.rows([shape], roof_gbps)
+    if kind in (Kind.sharded, Kind.all):
+        say(f"splits over {jax.device_count()} devices")
+        work = shapes.sharded_shapes(platform, jax.device_count())
+        yield from sharded.rows(work, platform, roof_gbps)
+
+
+def _read(path: pathlib.Path) -> "list[Row]":
+    from ..bench.report import Row
+
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return [Row.from_json(row) for row in content["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise typer.BadParameter(f"{path}: {error!r}", param_hint="--compare") from error
+
+
+def _print(cells: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*cells[0], box=None, pad_edge=False)
+    for column in table.columns[2:-1]:
+        column.justify = "right"
+    for row in cells[1:]:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:  # in a pipe a table may be as wide as it is
+        console = Console(width=200)
+    console.print(table)
