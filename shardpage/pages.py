@@ -112,17 +112,28 @@ def _within(ids: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
 def compact(
     values: Int[Array, "rows columns"], keep: Bool[Array, "rows columns"]
 ) -> Int[Array, "rows columns"]:
-    """Moves the kept entries of each row to its left end, in order; the rest is arbitrary.
+    """Moves the kept entries of each row to its left end, in order; the rest is arbitrary."""
+    values, keep = vary_together(values, keep)
+    return lax.platform_dependent(values, keep, tpu=_compact_by_shifts, default=_compact_by_scatter)
+
+
+def _compact_by_scatter(values: jax.Array, keep: jax.Array) -> jax.Array:
+    rows, columns = values.shape
+    place = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
+    at = (jnp.arange(rows)[:, None], jnp.where(keep, place, columns))
+    return jnp.zeros_like(values).at[at].set(values, mode="drop")
+
+
+def _compact_by_shifts(values: jax.Array, keep: jax.Array) -> jax.Array:
+    """For TPUs, where a sort or a scatter would be the slowest part of the plan.
 
     An entry moves left by the number of dropped entries before it. That distance never falls
     along a row, so moving by one bit of it at a time, lowest first, never makes two kept entries
-    meet (Hacker's Delight, 2nd ed., 7-4, "compress"): log2(columns) elementwise passes, where a
-    sort or a scatter would be the slowest part of the plan on a TPU.
+    meet (Hacker's Delight, 2nd ed., 7-4, "compress"): log2(columns) elementwise passes.
     """
     columns = values.shape[1]
     distance = jnp.cumsum(~keep, axis=1, dtype=jnp.int32)
     distance = jnp.where(keep, distance, 0)
-    values, distance = vary_together(values, distance)
 
     def move(bit: jax.Array, state: tuple[jax.Array, jax.Array]):
         values, distance = state

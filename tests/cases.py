@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 
 KV_LAYOUTS = ("blocks_first", "heads_first", "fused")
 PLACEMENTS = ("contiguous", "round_robin", "random", "lopsided")
@@ -289,6 +290,8 @@ def build_mesh(spec: str, axis_type: str = "Auto") -> jax.sharding.Mesh:
     """A mesh over the first devices, e.g. `build_mesh("data=2,kv=4", "Explicit")`."""
     sizes = {name: int(size) for name, size in (part.split("=") for part in spec.split(","))}
     num_devices = math.prod(sizes.values())
+    if num_devices > jax.device_count():
+        pytest.skip(f"{spec} needs {num_devices} devices, here are {jax.device_count()}")
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),

@@ -3,7 +3,6 @@
 import dataclasses
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -70,11 +69,11 @@ class Row:
         return cls(**known | {"timing": Timing(**timed) if timed else None})
 
 
-def environment(roof_gbps: float, roof: str) -> dict[str, Any]:
+def environment(command: str, roof_gbps: float, roof: str) -> dict[str, Any]:
     """Where a report comes from: hardware, versions, commit, command."""
     devices = jax.devices()
     return {
-        "command": " ".join(["shardpage", *sys.argv[1:]]),
+        "command": command,
         "device": devices[0].device_kind,
         "num_devices": len(devices),
         "machine": platform.machine(),

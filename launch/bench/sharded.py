@@ -15,7 +15,7 @@ from ..devices import is_simulated
 from . import inputs, timing
 from .decode import REPEATS, in_one_program
 from .report import Row
-from .shapes import Shape
+from .shapes import Shape, Suite
 
 ALONE = "1 device"
 
@@ -65,17 +65,17 @@ class Split:
         )
 
 
-def splits(num_devices: int) -> list[Split]:
-    """Each split alone over all devices, then their products."""
+def splits(num_devices: int, suite: Suite) -> list[Split]:
+    """Each split alone over all devices; in full, their products too."""
     half = num_devices // 2
     alone = [Split(data=num_devices), Split(kv=num_devices), Split(context=num_devices)]
     products = [Split(data=half, kv=2), Split(data=2, context=half), Split(kv=2, context=half)]
     if num_devices == 8:
         products.append(Split(data=2, kv=2, context=2))
-    return alone + (products if half > 1 else [])
+    return alone + (products if half > 1 and suite == "full" else [])
 
 
-def rows(work: Mapping[str, Shape], platform: str, roof_gbps: float) -> Iterator[Row]:
+def rows(work: Mapping[str, Shape], suite: Suite, platform: str, roof_gbps: float) -> Iterator[Row]:
     """Measures every split of all devices, the same work and as much a device."""
     if jax.device_count() < 2:
         name = f"{jax.device_count()} device"
@@ -83,7 +83,7 @@ def rows(work: Mapping[str, Shape], platform: str, roof_gbps: float) -> Iterator
             "sharded", "", name, why="needs 2 devices or more: --simulate 8, or a larger host"
         )
         return
-    for split in splits(jax.device_count()):
+    for split in splits(jax.device_count(), suite):
         yield from measure(split, work[split.work], 1 if platform == "cpu" else REPEATS, roof_gbps)
         jax.clear_caches()
 

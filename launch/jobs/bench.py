@@ -102,7 +102,10 @@ def _run(
         meshes.simulate(simulate)
     platform = jax.devices()[0].platform
     roof_gbps, roof = timing.copy_roof(platform)
-    about = report.environment(roof_gbps, roof)
+    command = f"shardpage bench {kind.value} --suite {suite.value}"
+    if simulate is not None:
+        command += f" --simulate {simulate}"
+    about = report.environment(command, roof_gbps, roof)
     print(
         f"{about['num_devices']} x {about['device']}, a copy makes {roof_gbps:.0f} GB/s", flush=True
     )
@@ -141,7 +144,7 @@ def _rows(kind: Kind, suite: Size, platform: str, roof_gbps: float) -> "Iterator
     if kind in (Kind.sharded, Kind.all):
         say(f"splits over {jax.device_count()} devices")
         work = shapes.sharded_shapes(platform, jax.device_count())
-        yield from sharded.rows(work, platform, roof_gbps)
+        yield from sharded.rows(work, suite.value, platform, roof_gbps)
 
 
 def _read(path: pathlib.Path) -> "list[Row]":

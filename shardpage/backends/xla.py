@@ -35,8 +35,9 @@ _STEP_BYTES = {"cpu": 2 << 20, "gpu": 256 << 20}
 _STEP_BYTES_ELSEWHERE = 64 << 20
 # Tokens of one lane's block, where a step holds several lanes.
 _LANE_TOKENS = 512
-# Queries of a KV head up to which a GPU reduces keys as it reads them, instead of a matmul.
-_MAX_STREAMED_QUERIES = 8
+# Queries of a KV head up to which a GPU reduces keys, and values, as it reads them. Beyond, its
+# arithmetic takes longer than the matmul's detour through memory.
+_MAX_STREAMED = {"keys": 8, "values": 2}
 
 
 def attend(
@@ -155,8 +156,13 @@ def masked_logits(
     spec: AttentionSpec,
 ) -> Float[Array, "lanes kv_heads queries tokens"]:
     """Scaled, soft-capped logits in float32; `mask_value` where a token is not attended to."""
-    streamed = spec.platform == "gpu" and query.shape[2] <= _MAX_STREAMED_QUERIES
-    logits = (_streamed_dot if streamed else _dot)(query, key) * spec.scale
+    if _streamed("keys", query.shape[2], spec):
+        queries, keys = query.astype(jnp.float32), key.astype(jnp.float32)
+        products = [queries[:, :, i, None] * keys for i in range(query.shape[2])]
+        logits = _sums(products, axis=3)
+    else:
+        logits = _matmul("wkgd,wktd->wkgt", query, key)
+    logits = logits * spec.scale
     if spec.soft_cap is not None:
         logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
     return jnp.where(valid[:, None, None], logits, spec.mask_value)
@@ -173,7 +179,16 @@ def block_attention(
     logits = masked_logits(split_heads(query, key), key, valid, spec)
     peak = jnp.max(logits, axis=-1)
     weights = jnp.exp(logits - peak[..., None]) * valid[:, None, None].astype(jnp.float32)
-    out = _matmul("wkgt,wktd->wkgd", weights.astype(value.dtype), value)
+    if _streamed("values", weights.shape[2], spec):
+        values = value.astype(jnp.float32)
+        products = [weights[:, :, i, :, None] * values for i in range(weights.shape[2])]
+        if len(products) == 1 and key.shape[2] % 2 == 0:
+            # Of one array XLA would make two reductions, and write the products in between.
+            out = _sums(jnp.split(products[0], 2, axis=2), axis=2).sum(axis=2, keepdims=True)
+        else:
+            out = _sums(products, axis=2)
+    else:
+        out = _matmul("wkgt,wktd->wkgd", weights.astype(value.dtype), value)
     block = normalize(out, jnp.sum(weights, axis=-1), peak)
     return Partial(block.out.reshape(query.shape), block.lse.reshape(query.shape[:2]))
 
@@ -186,28 +201,22 @@ def split_heads(
     return query.reshape(num_lanes, key.shape[1], -1, head_dim)
 
 
-def _dot(
-    query: Float[Array, "lanes kv_heads queries dim"],
-    key: Float[Array, "lanes kv_heads tokens dim"],
-) -> Float[Array, "lanes kv_heads queries tokens"]:
-    return _matmul("wkgd,wktd->wkgt", query, key)
+def _streamed(what: str, num_queries: int, spec: AttentionSpec) -> bool:
+    """Whether to reduce keys or values as they are fetched, instead of a matmul.
 
-
-def _streamed_dot(
-    query: Float[Array, "lanes kv_heads queries dim"],
-    key: Float[Array, "lanes kv_heads tokens dim"],
-) -> Float[Array, "lanes kv_heads queries tokens"]:
-    """The same as one reduction with an operand for each query.
-
-    XLA fuses the gather of the keys into a reduction but not into a matmul, for which it writes
-    them to memory and reads them again: three passes over the keys instead of one.
+    XLA's GPU compiler fuses the gather of pages into a reduction but not into a matmul, for which
+    it writes what was fetched to memory and reads it again: three passes instead of one.
     """
-    query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    num_queries = query.shape[2]
-    products = tuple(query[:, :, i, None] * key for i in range(num_queries))
-    zeros = (jnp.zeros((), jnp.float32),) * num_queries
+    return spec.platform == "gpu" and num_queries <= _MAX_STREAMED[what]
+
+
+def _sums(
+    products: list[Float[Array, "lanes kv_heads tokens dim"]], axis: int
+) -> Float[Array, "lanes kv_heads queries kept"]:
+    """Sums of several arrays over an axis, in one reduction: what they share is read once."""
+    zeros = (jnp.zeros((), jnp.float32),) * len(products)
     add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys, strict=True))
-    return jnp.stack(lax.reduce(products, zeros, add, (3,)), axis=2)
+    return jnp.stack(lax.reduce(tuple(products), zeros, add, (axis,)), axis=2)
 
 
 def _matmul(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
