@@ -25,8 +25,7 @@ def rows(shapes: Sequence[Shape], platform: str, roof_gbps: float) -> Iterator[R
 def measure(shape: Shape, platform: str, roof_gbps: float) -> Iterator[Row]:
     """One shape. An answer that misses the oracle is reported, and not timed."""
     given = inputs.make(shape, 1 if platform == "cpu" else REPEATS)
-    calls, temp_bytes = {}, {}
-    row = functools.partial(Row, "decode", shape.name)
+    calls, temp_bytes, missing = {}, {}, {}
     for name, build in peers.IMPLEMENTATIONS.items():
         try:
             attend, kv_layout = build(shape, platform)
@@ -34,21 +33,26 @@ def measure(shape: Shape, platform: str, roof_gbps: float) -> Iterator[Row]:
             compiled = jax.jit(in_one_program(attend)).lower(*arrays).compile()
             error, limit = inputs.error_of(given, compiled(*arrays)[-1])
         except peers.Unavailable as reason:
-            yield row(name, why=str(reason))
+            missing[name] = str(reason)
             continue
         except Exception as failure:  # a peer's failure must not end the run
             if name == peers.OURS:
                 raise
-            yield row(name, why=f"failed: {_first_line(failure)}")
+            missing[name] = f"failed: {_first_line(failure)}"
             continue
         if error > limit:
-            yield row(name, why=f"wrong: error {error:.1e}, rounding allows {limit:.1e}")
+            missing[name] = f"wrong: error {error:.1e}, rounding allows {limit:.1e}"
             continue
         calls[name] = functools.partial(compiled, *arrays)
         temp_bytes[name] = timing.temp_bytes(compiled)
 
-    for name, timed in timing.in_turn(calls, given.repeats).items():
-        yield row(name, timed, shape.kv_bytes, temp_bytes[name], roof_gbps)
+    timed = timing.in_turn(calls, given.repeats)
+    for name in peers.IMPLEMENTATIONS:
+        row = functools.partial(Row, "decode", shape.name, name)
+        if name in missing:
+            yield row(why=missing[name])
+        else:
+            yield row(timed[name], shape.kv_bytes, temp_bytes[name], roof_gbps)
 
 
 def in_one_program(attend: peers.Attend) -> Any:
