@@ -177,7 +177,7 @@ def write_error(problem: Problem, cache: PagedKVCache) -> float:
         for table, expected in zip(problem.tables, tokens, strict=True):
             found = stored[table].swapaxes(1, 2).reshape(-1, *stored.shape[1::2])[: len(expected)]
             difference = np.abs(found - expected.astype(np.float32))
-            worst = max(worst, float(np.max(difference, initial=0.0)))
+            worst = float(np.maximum(worst, np.max(difference, initial=0.0)))
     return worst
 
 
@@ -222,10 +222,10 @@ def compare(
         exact_out, exact_lse = attend(query, keys, values)
         plain_out, _ = attend(query, keys, values, precision=np.float32)
         rounding = max(rounding, float(np.abs(plain_out - exact_out).max()))
-        error = max(error, float(np.abs(out[seq] - exact_out).max()))
+        error = float(np.maximum(error, np.abs(out[seq] - exact_out).max()))  # NaN stays
         if np.isneginf(exact_lse).all() and np.isneginf(lse[seq]).all():
             continue
         # an error in lse is one of the same relative size in every weight
-        error = max(error, float(np.abs(lse[seq] - exact_lse).max()))
+        error = float(np.maximum(error, np.abs(lse[seq] - exact_lse).max()))
     limit = MULTIPLE * rounding + FLOOR
     return (error if np.isfinite(error) else np.inf), limit

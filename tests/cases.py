@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from launch.bench.shapes import SHAPES
+
 KV_LAYOUTS = ("blocks_first", "heads_first", "fused")
 PLACEMENTS = ("contiguous", "round_robin", "random", "lopsided")
 
@@ -107,11 +109,6 @@ class Case:
         return dataclasses.replace(self, **changes)
 
 
-def ragged_lens(num_seqs: int, low: int, high: int) -> tuple[int, ...]:
-    """Lengths drawn evenly from low to high (both included); always the same ones."""
-    return tuple(int(n) for n in _rng(f"{num_seqs}").integers(low, high + 1, size=num_seqs))
-
-
 # Small enough that the oracle's loops take a moment. Each case adds one thing to the first.
 CASES = (
     Case("plain"),
@@ -157,14 +154,20 @@ CASES = (
     ),
 )
 
-# What is measured, not checked against the oracle: the workloads of the benches.
-_SERVING = Case("8x2048", num_heads=32, num_kv_heads=8, head_dim=128, max_blocks=128, lens="full")
-WORKLOADS = (
-    _SERVING,
-    _SERVING.replace(name="8x10..900", lens=ragged_lens(8, 10, 900)),
-    _SERVING.replace(name="1x32768", num_seqs=1, max_blocks=2048),
-    _SERVING.replace(name="8x2048_bf16", dtype="bfloat16"),
-    _SERVING.replace(name="64x8192_bf16", num_seqs=64, max_blocks=512, dtype="bfloat16"),
+# What is measured, not checked against the oracle: the shapes of the benches.
+WORKLOADS = tuple(
+    Case(
+        shape.name,
+        num_seqs=shape.num_seqs,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        page_size=shape.page_size,
+        max_blocks=shape.max_blocks,
+        lens=tuple(map(int, shape.context_lens)),
+        dtype=shape.dtype,
+    )
+    for shape in SHAPES
 )
 
 

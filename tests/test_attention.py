@@ -385,7 +385,7 @@ class TestMemory:
     def test_of_a_serving_batch_fits_96_mb(self, kv_layout, dtype):
         """64 x 8192 tokens, 2 GB of KV in bfloat16: no copy, transpose or cast of it is hidden."""
         most = 192e6 if jax.default_backend() == "gpu" else 96e6  # a GPU takes larger steps
-        assert self.temp_bytes(named("64x8192_bf16").replace(dtype=dtype), kv_layout) < most
+        assert self.temp_bytes(named("64 x 1..8192").replace(dtype=dtype), kv_layout) < most
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,11 @@ def test_verify_prints_the_matrix_and_fails_on_a_miss(monkeypatch):
     assert "2 exact up to rounding, 0 refused, 0 missed" in one_line(result.output)
 
     answer = checks.answer
-    monkeypatch.setattr(checks, "answer", lambda *a: [x + 1e-3 for x in answer(*a)])
-    result = run("verify", "--mesh", "data=2,context=2")
-    assert result.exit_code == 1
-    assert "MISS xla blocks_first float32 plain" in one_line(result.output)
+    for wrong in (1e-3, float("nan")):
+        monkeypatch.setattr(checks, "answer", lambda *a, by=wrong: [x + by for x in answer(*a)])
+        result = run("verify", "--mesh", "data=2,context=2")
+        assert result.exit_code == 1
+        assert "MISS xla blocks_first float32 plain" in one_line(result.output)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .peers import OURS
-from .report import Row
+from .report import Row, speed
 
 _COLORS = {
     OURS: "#1b6ca8",
@@ -63,7 +63,7 @@ def _draw_speed(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
         bars = panel.barh(
             places, [row.gbps for row in here], height, color=_COLORS[name], label=name
         )
-        panel.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        panel.bar_label(bars, [speed(row.gbps or 0) for row in here], padding=2, fontsize=7)
     if rows[0].bench == "decode":
         panel.axvline(rows[0].roof_gbps, color="black", linewidth=1, label="copy, read + written")
         panel.set_xlabel("GB/s of keys and values")

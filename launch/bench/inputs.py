@@ -117,7 +117,8 @@ def error_of(inputs: Inputs, out: jax.Array, repeat: int = -1) -> tuple[float, f
         keys, values = (_tokens(cache, pages)[: lens[seq]] for cache in (inputs.key, inputs.value))
         exact, _ = oracle.attend(queries[seq], keys, values)
         plain, _ = oracle.attend(queries[seq], keys, values, precision=np.float32)
-        error = max(error, float(np.abs(np.asarray(out[seq], np.float64) - exact).max()))
+        difference = np.abs(np.asarray(out[seq], np.float64) - exact)
+        error = float(np.maximum(error, difference.max()))  # NaN stays
         rounding = max(rounding, float(np.abs(plain - exact).max()))
     return (error if np.isfinite(error) else np.inf), MULTIPLE * rounding + FLOOR
 

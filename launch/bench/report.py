@@ -105,7 +105,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
                 row.name,
                 f"{timing.median_us:.0f}",
                 f"{spread:.0%}",
-                f"{row.gbps:.3g}",
+                speed(row.gbps),
                 f"{row.gbps / row.roof_gbps:.0%}" if row.roof_gbps else "",
                 f"{row.temp_bytes / 1e6:.0f}",
                 ratio,
@@ -113,6 +113,11 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             ]
         )
     return cells
+
+
+def speed(gbps: float) -> str:
+    """GB/s, to three digits."""
+    return f"{gbps:.0f}" if gbps >= 100 else f"{gbps:.3g}"
 
 
 def _version(name: str) -> str | None:

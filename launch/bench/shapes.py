@@ -151,15 +151,18 @@ def write_shapes(suite: Suite) -> tuple[Tokens, ...]:
     return WRITES_QUICK if suite == "quick" else WRITES_FULL
 
 
-def sharded_shapes(platform: str, num_devices: int) -> dict[str, Shape]:
-    """The one-device work of a sharded bench: many sequences, and one that is long."""
+def sharded_shapes(platform: str, suite: Suite, num_devices: int) -> dict[str, tuple[Shape, ...]]:
+    """The one-device work of a sharded bench: many sequences, and one that is long.
+
+    In full there is also less of it: what does not shrink with the work shows there.
+    """
     if platform == "cpu":
         return {
-            "many": Shape("8 x 2048, f32", 8, 2048, dtype="float32"),
-            "long": Shape("1 x 32768, f32", 1, 32768, dtype="float32"),
+            "many": (Shape("8 x 2048, f32", 8, 2048, dtype="float32"),),
+            "long": (Shape("1 x 32768, f32", 1, 32768, dtype="float32"),),
         }
-    long = 131072 if num_devices <= 2 else 524288
-    return {
-        "many": Shape("64 x 4096", 64, 4096),
-        "long": Shape(f"1 x {long}", 1, long),
-    }
+    many = (Shape("128 x 8192", 128, 8192), Shape("64 x 4096", 64, 4096))
+    long = (Shape("1 x 131072", 1, 131072), Shape("1 x 524288", 1, 524288))
+    if suite == "quick":
+        many, long = many[:1], long[:1] if num_devices <= 2 else long[1:]
+    return {"many": many, "long": long}

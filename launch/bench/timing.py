@@ -46,8 +46,8 @@ def temp_bytes(compiled: Any) -> int:
 
 
 def _timing(samples: list[float]) -> Timing:
-    low, median, high = np.percentile(samples, [25, 50, 75])
-    return Timing(round(median, 2), round(low, 2), round(high, 2), len(samples))
+    low, median, high = (round(float(x), 2) for x in np.percentile(samples, [25, 50, 75]))
+    return Timing(median, low, high, len(samples))
 
 
 def copy_roof(platform: str) -> tuple[float, str]:

@@ -143,7 +143,7 @@ def _rows(kind: Kind, suite: Size, platform: str, roof_gbps: float) -> "Iterator
             yield from write.rows([shape], roof_gbps)
     if kind in (Kind.sharded, Kind.all):
         say(f"splits over {jax.device_count()} devices")
-        work = shapes.sharded_shapes(platform, jax.device_count())
+        work = shapes.sharded_shapes(platform, suite.value, jax.device_count())
         yield from sharded.rows(work, suite.value, platform, roof_gbps)
 
 
