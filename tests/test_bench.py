@@ -198,6 +198,7 @@ def test_rows_survive_json():
 
 @pytest.mark.usefixtures("small")
 class TestCommand:
+    @slow
     def test_all_of_it(self, tmp_path):
         kept, picture = tmp_path / "new.json", tmp_path / "new.png"
         result = run("all", "--simulate", "8", "--json", str(kept), "--plot", str(picture))

@@ -219,7 +219,7 @@ def dense_logits(tiny_file, ids) -> np.ndarray:
 @pytest.mark.parametrize(
     "mesh_spec",
     [
-        "data=1",
+        pytest.param("data=1", marks=pytest.mark.slow),
         "data=2,context=2",
         pytest.param("context=8", marks=pytest.mark.slow),
         pytest.param("data=2,kv=3", marks=pytest.mark.slow),

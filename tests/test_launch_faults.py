@@ -53,6 +53,7 @@ def test_rank_that_sleeps_for_ever(launcher):
     assert "most recent call first" in launcher.log(1)  # stacks
 
 
+@pytest.mark.slow
 def test_stopped_rank(launcher):
     assert launcher.fault(1, "stop", "--heartbeat-timeout", "6") == 75
     assert launcher.first() == (1, "stopped by SIGSTOP for more than 3 s")
