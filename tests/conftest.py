@@ -34,8 +34,12 @@ from shardpage.backends import pallas_tpu  # noqa: E402
 from .backends import INTERPRETED  # noqa: E402
 from .cases import build_mesh  # noqa: E402
 
-# Copies are simulated with their semaphores, unwritten memory is NaN, races are looked for.
-pallas_tpu.INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+# Copies are simulated with their semaphores: data arrives when it is waited for, unwritten memory
+# is NaN, races are looked for. Each copy counts as one of as many threads as a vector clock has
+# entries; by default that is one for a device, and hardly a race is seen.
+pallas_tpu.INTERPRET = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", vector_clock_size=64
+)
 
 # Eight devices each; every kind of split, alone and with the others.
 MESHES = (

@@ -37,7 +37,7 @@ def no_races(capfd):
 def two_cores(monkeypatch):
     """A chip with two TensorCores, which run at the same time."""
     monkeypatch.setattr(blocks, "current_chip", lambda: TWO_CORES)
-    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    params = dataclasses.replace(pallas_tpu.INTERPRET, num_cores_or_threads=2)
     monkeypatch.setattr(pallas_tpu, "INTERPRET", params)
 
 
