@@ -38,7 +38,7 @@ from .cases import build_mesh  # noqa: E402
 # is NaN, races are looked for. Each copy counts as one of as many threads as a vector clock has
 # entries; by default that is one for a device, and hardly a race is seen.
 pallas_tpu.INTERPRET = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", vector_clock_size=64
+    detect_races=True, uninitialized_memory="nan", vector_clock_size=24
 )
 
 # Eight devices each; every kind of split, alone and with the others.
