@@ -90,7 +90,8 @@ def test_terminated_with_what_was_done(launcher, tmp_path, tiny_prompts):
     prompts = json.loads(file.read_text())["prompts"]
     assert all(prompts[key]["finished"] for key in first)
     endings = {prompt["ending"] for prompt in prompts if not prompt["finished"]}
-    assert endings <= {"interrupted"}
+    # None: one that waited in a collective for a process that had gone was ended as it was
+    assert endings <= {"interrupted", None}
 
 
 def wait_for_an_answer(file: Path) -> list[int]:
