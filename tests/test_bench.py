@@ -116,6 +116,7 @@ class TestDecode:
         assert rows["wrong"].why.startswith("wrong: error")
         assert rows["broken"].why == "failed: no such luck"
 
+    @slow
     def test_calls_of_one_program_have_tables_of_their_own(self):
         given = inputs.make(SMALL, 3)
         attend, _ = peers.shardpage(SMALL, "cpu")
@@ -147,13 +148,8 @@ class TestSharded:
         assert all(split.num_devices == 8 for split in sharded.splits(8, "full"))
         assert len(sharded.splits(8, "quick")) == len(sharded.splits(2, "full")) == 3
 
-    @pytest.mark.parametrize(
-        "split",
-        [
-            pytest.param(split, id=split.name, marks=() if split.name == "kv=2,context=2" else slow)
-            for split in sharded.splits(4, "full")[1:]
-        ],
-    )
+    @slow
+    @pytest.mark.parametrize("split", sharded.splits(4, "full")[1:], ids=lambda split: split.name)
     def test_a_split_is_as_exact_as_one_device(self, split):
         alone, same, grown = sharded.measure(split, SMALL, 1, 10.0)
         assert (alone.why, same.why, grown.why) == ("", "", "")
@@ -196,9 +192,9 @@ def test_rows_survive_json():
     assert table([row])[1][-1] == "efficiency 0.50"
 
 
+@slow
 @pytest.mark.usefixtures("small")
 class TestCommand:
-    @slow
     def test_all_of_it(self, tmp_path):
         kept, picture = tmp_path / "new.json", tmp_path / "new.png"
         result = run("all", "--simulate", "8", "--json", str(kept), "--plot", str(picture))

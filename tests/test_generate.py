@@ -233,7 +233,7 @@ def test_any_mesh_gives_the_answers_of_a_dense_model(tiny_file, alone, mesh_spec
 @pytest.mark.parametrize(
     "options",
     [
-        {"page_size": 8, "rows": 1},
+        pytest.param({"page_size": 8, "rows": 1}, marks=pytest.mark.slow),
         pytest.param({"page_size": 64}, marks=pytest.mark.slow),
         pytest.param({"chunk_lens": (16, 48)}, marks=pytest.mark.slow),
     ],
@@ -242,6 +242,7 @@ def test_page_and_chunk_sizes_do_not_change_answers(tiny_file, alone, options):
     assert tiny_serve(tiny_file, **options)[0] == alone
 
 
+@pytest.mark.slow
 def test_prompts_wait_for_pages_and_use_them_again(tiny_file, alone):
     ids, engine = tiny_serve(tiny_file, **SMALL_POOL)
     assert ids == alone

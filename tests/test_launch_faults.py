@@ -30,6 +30,7 @@ def test_all_ranks_done(launcher):
     assert "Gloo" in launcher.log(0)  # only the foreground is spared
 
 
+@pytest.mark.slow
 def test_kill_rank_1_in_a_collective(launcher):
     assert launcher.fault(1, "kill") == 137
     assert launcher.first() == (1, "killed by SIGKILL")
@@ -46,6 +47,7 @@ def test_exception_in_one_rank_while_the_other_waits(launcher):
     assert '[1]     raise ValueError("no such page")' in launcher.err
 
 
+@pytest.mark.slow
 def test_rank_that_sleeps_for_ever(launcher):
     assert launcher.fault(1, "sleep", "--step-timeout", "4") == 75
     why = "step 4 took longer than 4 s; at misbehave.py:32: time.sleep(1000)"
@@ -77,6 +79,7 @@ def test_rank_that_ends_before_it_joins(launcher):
     assert launcher.first() == (1, "ended without having joined the others")
 
 
+@pytest.mark.slow
 def test_rank_failing_after_the_last_collective(launcher):
     assert launcher.fault(1, "late", "--grace", "2") == 1
     assert launcher.first() == (1, "ValueError: after the last collective")

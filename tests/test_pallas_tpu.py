@@ -154,7 +154,7 @@ class TestMegacore:
     LENS = (500, 3, 0, 17, 40, 1, 0, 9)
 
     @pytest.mark.parametrize(
-        "mode", ["batch", *(pytest.param(mode, marks=slow) for mode in ("kv_head", "auto"))]
+        "mode", [pytest.param(mode, marks=slow) for mode in ("batch", "kv_head", "auto")]
     )
     def test_two_cores(self, two_cores, mode):
         case = Case("megacore", lens=self.LENS, max_blocks=32, pages_per_compute_block=2)

@@ -41,7 +41,7 @@ def on(mesh, case="plain", kv_layout="blocks_first", placement="random", layout=
     ("axis_type", "case"),
     [
         ("Auto", "everything"),
-        ("Explicit", "plain"),
+        pytest.param("Explicit", "plain", marks=pytest.mark.slow),
         pytest.param("Auto", "plain", marks=pytest.mark.slow),
         pytest.param("Explicit", "everything", marks=pytest.mark.slow),
     ],
@@ -157,6 +157,7 @@ def test_mesh_none_inside_a_shard_map_of_ones_own(axis_type):
     assert_within_rounding(inputs, np.asarray(out), np.asarray(lse))
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_mesh():
     mesh = build_mesh("data=2,kv=2,context=2")
     inputs = on(mesh)
