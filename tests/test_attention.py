@@ -238,7 +238,7 @@ class TestAnyInput:
 
     @pytest.mark.slow
     @settings(
-        max_examples=12,
+        max_examples=8,
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -223,7 +223,6 @@ def dense_logits(tiny_file, ids) -> np.ndarray:
         "data=2,context=2",
         pytest.param("context=8", marks=pytest.mark.slow),
         pytest.param("data=2,kv=3", marks=pytest.mark.slow),
-        pytest.param("data=4,context=2", marks=pytest.mark.slow),
     ],
 )
 def test_any_mesh_gives_the_answers_of_a_dense_model(tiny_file, alone, mesh_spec):

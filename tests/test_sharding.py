@@ -42,8 +42,6 @@ def on(mesh, case="plain", kv_layout="blocks_first", placement="random", layout=
     [
         ("Auto", "everything"),
         pytest.param("Explicit", "plain", marks=pytest.mark.slow),
-        pytest.param("Auto", "plain", marks=pytest.mark.slow),
-        pytest.param("Explicit", "everything", marks=pytest.mark.slow),
     ],
 )
 def test_every_mesh_gives_the_oracles_numbers(mesh, case):
