@@ -24,6 +24,19 @@ def test_matches_the_oracle(backend, case, kv_layout):
     tolerance.assert_within_rounding(inputs, *attend(inputs, backend))
 
 
+@pytest.mark.parametrize("queries", [1, 2, 4, 9])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_as_formulated_for_gpus(monkeypatch, queries, dtype):
+    """Keys, and values, summed as they are read, where few queries share them; and a page of 1."""
+    monkeypatch.setattr("shardpage.attention.platform_of", lambda mesh, array: "gpu")
+    for page_size, pages in ((1, 1), (8, None)):
+        name = f"gpu_{queries}_{page_size}"
+        case = Case(name, num_heads=2 * queries, num_kv_heads=2, page_size=page_size, dtype=dtype,
+                    head_dim=32, pages_per_compute_block=pages)  # fmt: skip
+        inputs = make(case)
+        tolerance.assert_within_rounding(inputs, *attend(inputs))
+
+
 @backends
 @pytest.mark.parametrize(
     ("kv_layout", "dtype", "head_dim"),

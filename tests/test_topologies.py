@@ -211,7 +211,7 @@ def compile_collectives(mesh: Mesh) -> list[meshes.Collective]:
         return merged + jax.lax.psum(x.sum(), ("data", "context"))
 
     split = P("data", "context")
-    f = jax.shard_map(body, mesh=mesh, in_specs=split, out_specs=P("data"), check_vma=False)
+    f = jax.shard_map(body, mesh=mesh, in_specs=split, out_specs=P("data"))
     shape = (8 * mesh.shape["data"], 128 * mesh.shape["context"])
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, split))
     return meshes.collectives(jax.jit(f).lower(x).compile().as_text(), mesh)

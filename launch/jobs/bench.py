@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..devices import SimulateOption
-
 if TYPE_CHECKING:
     from ..bench.report import Row
 
@@ -39,7 +37,10 @@ def bench(
         ),
     ] = Kind.all,
     suite: Annotated[Size, typer.Option(help="A few shapes, or all.")] = Size.quick,
-    simulate: SimulateOption = None,
+    simulate: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Simulate N devices on the CPU, to split over."),
+    ] = None,
     topology: Annotated[
         list[str] | None,
         typer.Option(
