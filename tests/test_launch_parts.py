@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from launch import bootstrap, doctor, guard, notes, resume
 from launch.__main__ import app
 from launch.engine import Request
-from launch.supervisor import environment, output, verdict
+from launch.supervisor import environment, gang, output, verdict
 from launch.supervisor.verdict import Outcome
 
 IDENTITY = {
@@ -268,6 +268,28 @@ def test_doctor_as_a_command(monkeypatch):
 def test_simulate_of_a_command_that_is_not_there():
     result = CliRunner().invoke(app, ["simulate", "--", "no-such-command"])
     assert result.exit_code == 127
+    assert "cannot start no-such-command: No such file or directory" in result.output
+
+
+def test_simulate_with_no_place_for_its_logs(tmp_path):
+    (tmp_path / "taken").write_text("")
+    result = CliRunner().invoke(app, ["simulate", "--log-dir", f"{tmp_path}/taken", "--", "true"])
+    assert result.exit_code == 1
+    assert "File exists" in result.output
+
+
+def test_rank_that_ends_between_two_looks_at_it(monkeypatch, tmp_path):
+    """It is then no child that could be stopped, which must not be taken for an error."""
+    reap = gang._Gang._reap
+
+    def reap_and_wait(self):
+        reap(self)
+        for _, process in self._running():
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(gang._Gang, "_reap", reap_and_wait)
+    monkeypatch.setattr(gang, "_NOTES_SECONDS", 0.0)
+    assert gang.run(gang.Plan(["true"], log_dir=tmp_path)) == 0
 
 
 def test_simulate_refuses_other_ranks():

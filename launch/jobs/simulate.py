@@ -58,7 +58,7 @@ def simulate(
 
     Exits with 0, or the code of the process that failed first: 75 if it hung, 137 if it was killed.
     """
-    from ..supervisor import Plan, run
+    from ..supervisor import CannotStart, Plan, run
 
     if ranks not in ("0", "all"):
         raise typer.BadParameter(f"{ranks!r} is neither 0 nor all", param_hint="--ranks")
@@ -80,7 +80,10 @@ def simulate(
     )
     try:
         code = run(plan)
-    except OSError as error:
-        print(f"error: cannot start {words[0]}: {error.strerror}", file=sys.stderr)
+    except CannotStart as error:
+        print(f"error: cannot start {error}", file=sys.stderr)
         raise typer.Exit(127) from None
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     raise typer.Exit(code)

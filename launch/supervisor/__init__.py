@@ -7,5 +7,6 @@
 - keeper.py is a process that ends the ranks if the supervisor itself is killed
 """
 
+from .gang import CannotStart as CannotStart
 from .gang import Plan as Plan
 from .gang import run as run

@@ -58,12 +58,20 @@ class Plan:
     max_restarts: int = 0
 
 
+class CannotStart(Exception):
+    """The command of a job is not there, or may not be run; the message says which and why."""
+
+
 def run(plan: Plan) -> int:
     """Runs a job to its end, restarting it if the plan says so.
 
     Returns:
       The exit code: 0; that of the rank that failed first, as a shell shows it; 75 for hangs; 130
       or 143 if SIGINT or SIGTERM ended it.
+
+    Raises:
+      CannotStart: if there is no such command.
+      OSError: if the folder of the log files cannot be made or written.
     """
     folder = _log_folder(plan)
     code = FAILED
@@ -98,7 +106,8 @@ class _Gang:
         self._attempt = attempt
         self._outcomes = [Outcome(rank) for rank in range(plan.num_processes)]
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._selector = selectors.DefaultSelector()
+        self._files = contextlib.ExitStack()
+        self._selector = self._files.enter_context(selectors.DefaultSelector())
         self._began = time.monotonic()
         self._num_ended = 0
         self._stopped_since: dict[int, float] = {}
@@ -123,7 +132,7 @@ class _Gang:
                 if process.poll() is None:
                     kill_group(process.pid)
                     process.wait()
-            self._selector.close()
+            self._files.close()
         return self._report()
 
     def _start(self) -> None:
@@ -146,24 +155,28 @@ class _Gang:
             }
             for old in self._logs.glob(f"rank-{rank}.*"):
                 old.unlink()
-            process = subprocess.Popen(
-                plan.command,
-                env=rank_environment(os.environ, settings),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                process_group=0,
-            )
+            try:
+                process = subprocess.Popen(
+                    plan.command,
+                    env=rank_environment(os.environ, settings),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    process_group=0,
+                )
+            except OSError as error:
+                raise CannotStart(f"{plan.command[0]}: {error.strerror}") from error
             self._keeper.started(process.pid)
             self._processes.append(process)
             self._attach(rank, process)
 
     def _attach(self, rank: int, process: subprocess.Popen[bytes]) -> None:
-        log = open_log(self._logs / f"rank-{rank}.log")
+        log = self._files.enter_context(open_log(self._logs / f"rank-{rank}.log"))
         prefix = f"[{rank}] " if self._plan.show_all else ""
         targets = (sys.stdout.buffer, sys.stderr.buffer)
         for source, target in zip((process.stdout, process.stderr), targets, strict=True):
             assert source is not None
+            self._files.enter_context(source)
             seen = rank == 0 or self._plan.show_all
             stream = Stream(source, log, target if seen else None, prefix)
             self._selector.register(source, selectors.EVENT_READ, stream)
@@ -212,7 +225,10 @@ class _Gang:
         self._look_for_missing(now)
 
     def _look_for_stopped(self, outcome: Outcome, pid: int, now: float) -> None:
-        what = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+        try:
+            what = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # it has ended since the last `_reap`
+            what = None
         if what is None:
             self._stopped_since.pop(outcome.rank, None)
             return
