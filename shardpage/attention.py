@@ -144,6 +144,10 @@ def page_attention(
     return (out, lse) if return_lse else out
 
 
+# A collective costs a GPU some 30 us, in which NVLink would move more than this.
+_AT_ONCE_BYTES = {"gpu": 1 << 20}
+
+
 class _Arrays(NamedTuple):
     """The arrays of a call; as a tree of PartitionSpecs, their split."""
 
@@ -205,7 +209,11 @@ def _attend_shard(call: _Call, arrays: _Arrays) -> tuple[jax.Array, jax.Array]:
         partial = attend(query, arrays.key_cache, arrays.value_cache, pages, spec)
     with jax.named_scope("merge"):
         if layout is not None and axis_names(layout.context):
-            partial = merge_over_axis(partial, axis_names(layout.context))
+            partial = merge_over_axis(
+                partial,
+                axis_names(layout.context),
+                at_once_bytes=_AT_ONCE_BYTES.get(spec.platform, 0),
+            )
         if arrays.sinks is not None:
             partial = add_sinks(partial, arrays.sinks)
     out = jnp.where(invalid[:, None, None], jnp.nan, partial.out)

@@ -85,24 +85,23 @@ def plan(
         first_token = jnp.maximum(lens - sliding_window, 0)
 
     block_start = page_size * jnp.arange(block_tables.shape[1], dtype=jnp.int32)
-    needed = (block_start < lens[:, None]) & (block_start + page_size > first_token[:, None])
+    filled = jnp.clip(lens[:, None] - block_start, 0, page_size)  # tokens in each page
+    skipped = jnp.clip(first_token[:, None] - block_start, 0, page_size)  # before the window
+    needed = filled > skipped
     usable = _within(block_tables, pages.seqs_first, pages.seqs_num_pages)
+    held = needed & _within(block_tables, pages.first, pages.num_pages)
     invalid |= jnp.any(needed & ~usable, axis=1)
-    held = needed & _within(block_tables, pages.first, pages.num_pages) & ~invalid[:, None]
 
     ids = block_tables - pages.first
     if sliding_window is not None or pages.num_pages != pages.seqs_num_pages:
         ids = compact(ids, held)
-    # Holding the sequence's first needed page, the device skips the tokens before the window;
-    # holding its last, the tokens after the context.
-    is_first = block_start <= first_token[:, None]
-    is_last = block_start + page_size >= lens[:, None]
-    skipped = jnp.where(held & is_first, first_token[:, None] - block_start, 0)
-    missing = jnp.where(held & is_last, block_start + page_size - lens[:, None], 0)
-    start = jnp.sum(skipped, axis=1, dtype=jnp.int32)
-    num_held = jnp.sum(held, axis=1, dtype=jnp.int32)
-    stop = num_held * page_size - jnp.sum(missing, axis=1, dtype=jnp.int32)
-    return LocalPages(ids, start, stop), invalid
+
+    def total(tokens: jax.Array) -> jax.Array:
+        held_tokens = jnp.sum(jnp.where(held, tokens, 0), axis=1, dtype=jnp.int32)
+        return jnp.where(invalid, 0, held_tokens)
+
+    # Of the needed pages only the first has tokens before the window, and only the last has room.
+    return LocalPages(ids, start=total(skipped), stop=total(filled)), invalid
 
 
 def _within(ids: jax.Array, first: jax.Array | int, count: int) -> jax.Array:

@@ -51,13 +51,45 @@ def normalize(out: jax.Array, total: jax.Array, peak: jax.Array) -> Partial:
     )
 
 
-def merge_over_axis(partial: Partial, axis_name: str | tuple[str, ...]) -> Partial:
-    """Merges the partials of all devices along mesh axes: one pmax of lse, one psum of the rest."""
+def merge_over_axis(
+    partial: Partial, axis_name: str | tuple[str, ...], *, at_once_bytes: int = 0
+) -> Partial:
+    """Merges the partials of all devices along mesh axes: one pmax of lse, one psum of the rest.
+
+    Args:
+      at_once_bytes: up to which size, in bytes, the partials of all devices go to each of them
+        in one psum instead: more bytes for one collective less.
+    """
+    rows = pack(partial)
+    num_devices = lax.axis_size(axis_name)
+    if num_devices * rows.nbytes <= at_once_bytes:
+        # An all_gather, whose result `shard_map` would not know to be the same everywhere.
+        mine = jnp.arange(num_devices) == lax.axis_index(axis_name)
+        mine = mine.reshape(-1, *(1,) * rows.ndim)
+        return merge_along(unpack(lax.psum(jnp.where(mine, rows, 0.0), axis_name)))
     out, lse = partial
     peak = _finite(lax.pmax(lax.stop_gradient(lse), axis_name))
-    weight = jnp.exp(lse - peak)[..., None]
-    summed = lax.psum(jnp.concatenate([out * weight, weight], axis=-1), axis_name)
-    return normalize(summed[..., :-1], summed[..., -1], peak)
+    weight = jnp.exp(lse - peak)
+    total = unpack(lax.psum(pack(Partial(out * weight[..., None], weight)), axis_name))
+    return normalize(*total, peak)
+
+
+def merge_along(partials: Partial) -> Partial:
+    """Merges partials that are stacked along a new first axis."""
+    out, lse = partials
+    peak = _finite(lax.stop_gradient(jnp.max(lse, axis=0)))
+    weight = jnp.exp(lse - peak)
+    return normalize(jnp.sum(out * weight[..., None], axis=0), jnp.sum(weight, axis=0), peak)
+
+
+def pack(partial: Partial) -> Float[Array, "*batch heads dim_and_one"]:
+    """Both arrays as one, which moves at once."""
+    return jnp.concatenate([partial.out, partial.lse[..., None]], axis=-1)
+
+
+def unpack(rows: Float[Array, "*batch heads dim_and_one"]) -> Partial:
+    """What `pack` has packed."""
+    return Partial(rows[..., :-1], rows[..., -1])
 
 
 def add_sinks(partial: Partial, sinks: Float[Array, " heads"]) -> Partial:

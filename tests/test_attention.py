@@ -8,8 +8,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import shardpage
-from shardpage.backends.xla_walk import make_walk, walk_blocks
-from shardpage.pages import LocalPages
 
 from . import reference, tolerance
 from .backends import attend, backends, oracle_matrix, refusal
@@ -399,21 +397,3 @@ class TestMemory:
         """64 x 8192 tokens, 2 GB of KV in bfloat16: no copy, transpose or cast of it is hidden."""
         most = 192e6 if jax.default_backend() == "gpu" else 96e6  # a GPU takes larger steps
         assert self.temp_bytes(named("64 x 1..8192").replace(dtype=dtype), kv_layout) < most
-
-
-@pytest.mark.parametrize(
-    ("lens", "num_lanes", "steps"),
-    [
-        ((256, 256, 256, 256), 1, 4),  # of blocks of 256 tokens, in a table of 65536
-        ((65536, 0, 0, 0), 1, 256),
-        ((1, 257, 0, 65536), 1, 1 + 2 + 256),
-        ((512, 512, 512, 65536 - 1536), 8, 32),  # a long sequence is spread over all lanes
-    ],
-)
-def test_work_follows_the_contexts_not_the_table_nor_the_longest(lens, num_lanes, steps):
-    """Counted, not timed: the steps that the loop makes, as many as the longest lane has blocks."""
-    stop = jnp.array(lens, jnp.int32)
-    pages = LocalPages(jnp.zeros((4, 4096), jnp.int32), jnp.zeros_like(stop), stop)
-    walk = make_walk(pages, block_tokens=256, num_lanes=num_lanes, num_splits=0)
-    count = walk_blocks(walk, 16, 16, lambda items, steps: steps + 1, jnp.int32(0))
-    assert count == steps

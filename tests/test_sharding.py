@@ -229,6 +229,24 @@ def test_context_split_sends_the_merge_and_its_size_does_not_grow_with_context(s
     assert all("all-reduce" in line for line in short)
 
 
+@pytest.mark.parametrize(
+    "spec", ["context=8", pytest.param("data=2,kv=2,context=2", marks=pytest.mark.slow)]
+)
+def test_small_partials_merge_in_one_collective_on_gpus(spec, monkeypatch):
+    """As formulated for GPUs, and run on simulated devices."""
+    monkeypatch.setattr("shardpage.attention.platform_of", lambda mesh, array: "gpu")
+    collectives = [
+        line for line in compiled(spec).as_text().splitlines() if COLLECTIVE.search(line)
+    ]
+    assert len(collectives) == 1
+    large = compiled(spec, num_seqs=2048).as_text()  # of 1 MiB and more, together
+    assert len([line for line in large.splitlines() if COLLECTIVE.search(line)]) == 2
+
+    mesh = build_mesh(spec)
+    inputs = on(mesh, "everything")
+    assert_within_rounding(inputs, *attend(inputs, mesh=mesh))
+
+
 def test_temporaries_on_a_mesh_do_not_grow_with_context():
     """The plan's few integers a page do; keys and values do not."""
     short, long = (

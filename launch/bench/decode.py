@@ -12,7 +12,7 @@ from .report import Row
 from .shapes import Shape
 
 # Calls that an accelerator makes in one program: what is timed is the device, not Python.
-REPEATS = 8
+REPEATS = 32
 
 
 def rows(shapes: Sequence[Shape], platform: str, roof_gbps: float) -> Iterator[Row]:

@@ -43,7 +43,11 @@ def gather(shape: Shape, platform: str) -> tuple[Attend, str]:
             for cache in (key, value)
         )
         grouped = query.reshape(num_seqs, keys.shape[1], -1, head_dim)
-        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        # On GPUs a float32 matmul has TF32's 10 bits otherwise, and would be wrong.
+        precision = "highest" if query.dtype == jnp.float32 else None
+        einsum = functools.partial(
+            jnp.einsum, precision=precision, preferred_element_type=jnp.float32
+        )
         logits = einsum("skgd,sktd->skgt", grouped, keys) * head_dim**-0.5
         seen = jnp.arange(keys.shape[2]) < lens[:, None]
         logits = jnp.where(seen[:, None, None], logits, -jnp.inf)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..kv_layout import KVLayout, unpacked
 from ..pages import LocalPages
-from ..partial import Partial, merge, normalize
+from ..partial import Partial, merge, normalize, pack, unpack
 from ..spec import AttentionSpec
 from ..vma import vary_over, vary_together, varying_axes
 from .xla_walk import Items, Walk, make_walk, walk_blocks
@@ -107,24 +107,23 @@ def _attend(
 ) -> Partial:
     blocks, walk = plan_walk(spec, query, key_cache, pages)
 
-    def attend_block(items: Items, state: tuple[Partial, jax.Array]):
-        slots, slot_seq = state
+    def attend_block(items: Items, slots: jax.Array) -> jax.Array:
         key, value = fetch(spec.kv, key_cache, value_cache, items)
         block = block_attention(query[items.seq], key, value, items.valid, spec)
-        merged = merge(jax.tree.map(lambda x: x.at[items.slot].get(mode="clip"), slots), block)
-        put = lambda x, new: x.at[items.slot].set(new, mode="drop", unique_indices=True)
-        return jax.tree.map(put, slots, merged), put(slot_seq, items.seq)
+        merged = merge(unpack(slots.at[items.slot].get(mode="clip")), block)
+        return slots.at[items.slot].set(pack(merged), mode="drop", unique_indices=True)
 
     num_seqs, num_heads, head_dim = query.shape
     nothing = Partial(
         jnp.zeros((walk.num_slots, num_heads, head_dim), jnp.float32),
         jnp.full((walk.num_slots, num_heads), -jnp.inf, jnp.float32),
     )
-    state = (nothing, jnp.zeros(walk.num_slots, jnp.int32))
-    axes = varying_axes(query, key_cache, pages)
-    state = jax.tree.map(functools.partial(vary_over, axes=axes), state)
-    slots, slot_seq = walk_blocks(walk, blocks.pages, blocks.page_size, attend_block, state)
-    return slots if walk.num_lanes == 1 else _merge_slots(slots, slot_seq, num_seqs)
+    slots = vary_over(pack(nothing), varying_axes(query, key_cache, pages))
+    on_gpu = spec.platform == "gpu"
+    slots = unpack(
+        walk_blocks(walk, blocks.pages, blocks.page_size, attend_block, slots, peel_last=on_gpu)
+    )
+    return slots if walk.num_lanes == 1 else _merge_slots(slots, walk.slot_seq, num_seqs)
 
 
 def plan_walk(
@@ -227,11 +226,12 @@ def _matmul(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _merge_slots(slots: Partial, slot_seq: jax.Array, num_seqs: int) -> Partial:
     """Merges the slots of each sequence; an unused slot is `(0, -inf)` and changes nothing."""
-    sum_by_seq = functools.partial(jax.ops.segment_sum, segment_ids=slot_seq, num_segments=num_seqs)
-    peak = jax.ops.segment_max(slots.lse, slot_seq, num_segments=num_seqs)
+    of_seq = {"segment_ids": slot_seq, "num_segments": num_seqs}
+    peak = jax.ops.segment_max(slots.lse, **of_seq)
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
     weight = jnp.exp(slots.lse - peak[slot_seq])
-    return normalize(sum_by_seq(slots.out * weight[..., None]), sum_by_seq(weight), peak)
+    weighted = Partial(slots.out * weight[..., None], weight)
+    return normalize(*unpack(jax.ops.segment_sum(pack(weighted), **of_seq)), peak)
 
 
 def _forward(spec, query, key_cache, value_cache, pages):

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from ..pages import LocalPages
+from ..vma import vary_over, varying_axes
 
 State = TypeVar("State")
 
@@ -47,6 +48,15 @@ class Walk(NamedTuple):
         pair.
         """
         return self.first.shape[0] + self.num_lanes - 1
+
+    @property
+    def slot_seq(self) -> Int[Array, " num_slots"]:
+        """The sequence that each slot is for; any, where no partial is kept."""
+        last_lane = jnp.sum(self.cuts[1:-1] < self.last[:, None], axis=1, dtype=jnp.int32)
+        last_slot = jnp.arange(self.last.shape[0], dtype=jnp.int32) + last_lane
+        slot = jnp.arange(self.num_slots, dtype=jnp.int32)
+        seq = jnp.sum(last_slot < slot[:, None], axis=1, dtype=jnp.int32)
+        return jnp.minimum(seq, self.last.shape[0] - 1)
 
     def seq_of(self, item: Int[Array, "..."]) -> Int[Array, "..."]:
         """The sequence of an item; `num_seqs - 1` past the end of the list."""
@@ -96,11 +106,27 @@ def walk_blocks(
     page_size: int,
     work: Callable[[Items, State], State],
     state: State,
+    *,
+    peel_last: bool = False,
 ) -> State:
-    """Runs `work` on every step of the walk: as many as the longest share has items."""
+    """Runs `work` on every step of the walk: as many as the longest share has items.
+
+    Args:
+      peel_last: take the last step after the loop, even if there is nothing to do. A GPU's host
+        must wait for the device to know whether a loop goes on, and can launch nothing meanwhile;
+        so it waits before the last step, which then runs while the host launches what follows.
+    """
 
     def body(step: jax.Array, state: State) -> State:
         return work(walk.items(step, pages_per_block, page_size), state)
 
     num_steps = jnp.max(walk.cuts[1:] - walk.cuts[:-1])
-    return lax.fori_loop(0, num_steps, body, state)
+    if not peel_last:
+        return lax.fori_loop(0, num_steps, body, state)
+    # The counter comes out of the loop, or XLA would take most of the last step before it.
+    step, state = lax.while_loop(
+        lambda carry: carry[0] < num_steps - 1,
+        lambda carry: (carry[0] + 1, body(*carry)),
+        (vary_over(jnp.int32(0), varying_axes(num_steps)), state),
+    )
+    return body(step, state)
