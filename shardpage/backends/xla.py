@@ -159,6 +159,9 @@ def masked_logits(
         queries, keys = query.astype(jnp.float32), key.astype(jnp.float32)
         products = [queries[:, :, i, None] * keys for i in range(query.shape[2])]
         logits = _sums(products, axis=3)
+    elif spec.platform == "cpu" and key.dtype == jnp.float32:
+        # Keys on the left: 8 % less time a call on jax 0.10, the same on 0.12; not in bfloat16.
+        logits = _matmul("wktd,wkgd->wktg", key, query).swapaxes(2, 3)
     else:
         logits = _matmul("wkgd,wktd->wkgt", query, key)
     logits = logits * spec.scale
