@@ -73,15 +73,14 @@ def _draw_speed(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
 
 def _draw_efficiency(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
     """Bars of efficiency: the same work, and as much a device."""
-    for offset, color, label, grown in (
-        (-0.2, _SAME, "same work in all", False),
-        (0.2, _GROWN, "same work a device", True),
+    for offset, color, on_it, label, grown in (
+        (-0.2, _SAME, "white", "same work in all", False),
+        (0.2, _GROWN, "black", "same work a device", True),
     ):
         here = [r for r in rows if r.efficiency is not None and ("work x" in r.name) == grown]
         places = [shapes.index(row.shape) + offset for row in here]
         values = [row.efficiency for row in here]
-        panel.bar_label(
-            panel.barh(places, values, 0.4, color=color, label=label), fmt="%.2f", fontsize=7
-        )
+        bars = panel.barh(places, values, 0.4, color=color, label=label)
+        panel.bar_label(bars, fmt="%.2f", label_type="center", color=on_it, fontsize=7)
     panel.axvline(1, color="black", linewidth=1)
     panel.set_xlabel("efficiency: 1 is as many times faster as there are devices")
