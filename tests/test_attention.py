@@ -22,8 +22,9 @@ def test_matches_the_oracle(backend, case, kv_layout):
     tolerance.assert_within_rounding(inputs, *attend(inputs, backend))
 
 
-@pytest.mark.parametrize("queries", [1, 2, 4, 9])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("queries", "dtype"), [(1, "float32"), (2, "bfloat16"), (4, "float32"), (9, "bfloat16")]
+)
 def test_as_formulated_for_gpus(monkeypatch, queries, dtype):
     """Keys, and values, summed as they are read, where few queries share them; and a page of 1."""
     monkeypatch.setattr("shardpage.attention.platform_of", lambda mesh, array: "gpu")

@@ -41,6 +41,7 @@ def test_kill_rank_0_in_a_collective(launcher):
     assert launcher.first() == (0, "killed by SIGKILL")
 
 
+@pytest.mark.slow
 def test_exception_in_one_rank_while_the_other_waits(launcher):
     assert launcher.fault(1, "fail", within=30) == 1
     assert launcher.first() == (1, "ValueError: no such page")
