@@ -216,15 +216,8 @@ def dense_logits(tiny_file, ids) -> np.ndarray:
     return norm(x[-1]) @ weight("token_embd").T
 
 
-@pytest.mark.parametrize(
-    "mesh_spec",
-    [
-        pytest.param("data=1", marks=pytest.mark.slow),
-        "data=2,context=2",
-        pytest.param("context=8", marks=pytest.mark.slow),
-        pytest.param("data=2,kv=3", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_spec", ["data=1", "data=2,context=2", "context=8", "data=2,kv=3"])
 def test_any_mesh_gives_the_answers_of_a_dense_model(tiny_file, alone, mesh_spec):
     assert tiny_serve(tiny_file, mesh_spec)[0] == alone
 

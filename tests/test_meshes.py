@@ -323,7 +323,7 @@ class TestPlanHeads:
         ("heads", "spec", "surplus"),
         [
             ((6, 3), "kv=8", "context"),
-            ((4, 1), "data=2,kv=4", "context"),
+            pytest.param((4, 1), "data=2,kv=4", "context", marks=pytest.mark.slow),
             pytest.param((4, 2), "kv=4,context=2", "context", marks=pytest.mark.slow),
             ((4, 2), "kv=4,context=2", "replicate"),
         ],
