@@ -79,7 +79,10 @@ def axis_type(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=MESHES)
+_PAIRS = ("data=4,kv=2", "data=2,context=4", "kv=2,context=4")
+
+
+@pytest.fixture(params=[pytest.param(m, marks=[pytest.mark.slow] * (m in _PAIRS)) for m in MESHES])
 def mesh_spec(request) -> str:
     return request.param
 

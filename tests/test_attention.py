@@ -23,7 +23,13 @@ def test_matches_the_oracle(backend, case, kv_layout):
 
 
 @pytest.mark.parametrize(
-    ("queries", "dtype"), [(1, "float32"), (2, "bfloat16"), (4, "float32"), (9, "bfloat16")]
+    ("queries", "dtype"),
+    [
+        (2, "bfloat16"),
+        (4, "float32"),
+        pytest.param(1, "float32", marks=pytest.mark.slow),
+        pytest.param(9, "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_as_formulated_for_gpus(monkeypatch, queries, dtype):
     """Keys, and values, summed as they are read, where few queries share them; and a page of 1."""
@@ -393,7 +399,7 @@ class TestMemory:
         return compiled.memory_analysis().temp_size_in_bytes
 
     @kv_layouts
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
     def test_of_a_serving_batch_fits_96_mb(self, kv_layout, dtype):
         """64 x 8192 tokens, 2 GB of KV in bfloat16: no copy, transpose or cast of it is hidden."""
         most = 192e6 if jax.default_backend() == "gpu" else 96e6  # a GPU takes larger steps

@@ -83,7 +83,14 @@ def test_prefill_and_append_land_where_the_table_says(kv_layout, dtype, packed):
     np.testing.assert_array_equal(contents(cache), expected)
 
 
-@pytest.mark.parametrize("spec", ["data=2,kv=2,context=2", "data=4,kv=2", "context=8"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "data=2,kv=2,context=2",
+        pytest.param("data=4,kv=2", marks=pytest.mark.slow),
+        pytest.param("context=8", marks=pytest.mark.slow),
+    ],
+)
 def test_each_device_writes_its_own_pages(spec, axis_type):
     mesh = build_mesh(spec, axis_type)
     counts = ShardLayout.of(mesh).shards(mesh)

@@ -284,6 +284,7 @@ def test_stopping_early_keeps_what_there_is_and_frees_the_pages(tiny_file, alone
     assert engine.allocator.num_free() == engine.pool.num_pages
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_but_not_on_the_batch(tiny_file, alone):
     def draw(seed, **options):
         requests = tiny_requests(tiny_file)
