@@ -60,21 +60,20 @@ def merge_over_axis(
       at_once_bytes: up to which size, in bytes, the partials of all devices go to each of them
         in one psum instead: more bytes for one collective less.
     """
-    rows = pack(partial)
+    out, lse = partial
     num_devices = lax.axis_size(axis_name)
-    if num_devices * rows.nbytes <= at_once_bytes:
+    if num_devices * (out.nbytes + lse.nbytes) <= at_once_bytes:
         # An all_gather, whose result `shard_map` would not know to be the same everywhere.
         mine = jnp.arange(num_devices) == lax.axis_index(axis_name)
-        mine = mine.reshape(-1, *(1,) * rows.ndim)
-        return merge_along(unpack(lax.psum(jnp.where(mine, rows, 0.0), axis_name)))
-    out, lse = partial
+        mine = mine.reshape(-1, *(1,) * out.ndim)
+        return _merge_stacked(unpack(lax.psum(jnp.where(mine, pack(partial), 0.0), axis_name)))
     peak = _finite(lax.pmax(lax.stop_gradient(lse), axis_name))
     weight = jnp.exp(lse - peak)
     total = unpack(lax.psum(pack(Partial(out * weight[..., None], weight)), axis_name))
     return normalize(*total, peak)
 
 
-def merge_along(partials: Partial) -> Partial:
+def _merge_stacked(partials: Partial) -> Partial:
     """Merges partials that are stacked along a new first axis."""
     out, lse = partials
     peak = _finite(lax.stop_gradient(jnp.max(lse, axis=0)))
