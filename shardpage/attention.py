@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from . import backends, validate
 from .layout import ShardLayout, axis_names
 from .pages import local_range, plan
-from .partial import add_sinks, merge_over_axis
+from .partial import add_sinks, merge_over_axis, spread_nan
 from .placement import as_int32, place, platform_of
 from .spec import DEFAULT_MASK_VALUE, AttentionSpec, MegacoreMode
 
@@ -112,17 +112,19 @@ def page_attention(
     validate.cache_row(key_cache, query.shape[-1])
     sizes = kv.sizes(key_cache.shape, query.shape[-1])
     validate.head_sizes(query, sizes)
+    validate.table_width(block_tables, sizes)
     platform = platform_of(mesh, key_cache)
     spec = AttentionSpec(
         kv=kv,
         scale=query.shape[-1] ** -0.5 if attn_scale is None else float(attn_scale),
         platform=platform,
-        max_context_len=max_context_len,
-        sliding_window=sliding_window,
-        mask_value=float(mask_value),
+        max_context_len=None if max_context_len is None else int(max_context_len),
+        sliding_window=None if sliding_window is None else int(sliding_window),
         soft_cap=None if attn_logits_soft_cap is None else float(attn_logits_soft_cap),
-        num_splits=num_splits,
-        pages_per_compute_block=pages_per_compute_block,
+        num_splits=int(num_splits),
+        pages_per_compute_block=(
+            None if pages_per_compute_block is None else int(pages_per_compute_block)
+        ),
         megacore_mode=megacore_mode,
         inline_seq_dim=inline_seq_dim,
         interpret=interpret,
@@ -216,6 +218,7 @@ def _attend_shard(call: _Call, arrays: _Arrays) -> tuple[jax.Array, jax.Array]:
             )
         if arrays.sinks is not None:
             partial = add_sinks(partial, arrays.sinks)
+        partial = spread_nan(partial)
     out = jnp.where(invalid[:, None, None], jnp.nan, partial.out)
     lse = jnp.where(invalid[:, None], jnp.nan, partial.lse)
     return out.astype(query.dtype), lse

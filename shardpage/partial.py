@@ -27,14 +27,14 @@ class Partial(NamedTuple):
     lse: Float[Array, "*batch heads"]
 
 
-def _finite(lse: jax.Array) -> jax.Array:
+def finite(lse: jax.Array) -> jax.Array:
     """Replaces -inf (no keys) by 0, so that a difference of two empties is not NaN."""
     return jnp.where(lse == -jnp.inf, 0.0, lse)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
     """Merges two partials over disjoint keys, in float32."""
-    peak = lax.stop_gradient(_finite(jnp.maximum(a.lse, b.lse)))
+    peak = lax.stop_gradient(finite(jnp.maximum(a.lse, b.lse)))
     weight_a, weight_b = jnp.exp(a.lse - peak), jnp.exp(b.lse - peak)
     total = weight_a + weight_b
     out = a.out * weight_a[..., None] + b.out * weight_b[..., None]
@@ -42,8 +42,12 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def normalize(out: jax.Array, total: jax.Array, peak: jax.Array) -> Partial:
-    """A partial from an unnormalised sum `out`, its denominator `total`, both over exp(peak)."""
-    some = total > 0
+    """A partial from an unnormalised sum `out`, its denominator `total`, both over exp(peak).
+
+    A denominator of 0 means that no keys were seen. NaN is not 0: it stays, and is never taken for
+    "no keys".
+    """
+    some = total != 0
     safe = jnp.where(some, total, 1.0)
     return Partial(
         jnp.where(some[..., None], out / safe[..., None], 0.0),
@@ -67,7 +71,7 @@ def merge_over_axis(
         mine = jnp.arange(num_devices) == lax.axis_index(axis_name)
         mine = mine.reshape(-1, *(1,) * out.ndim)
         return _merge_stacked(unpack(lax.psum(jnp.where(mine, pack(partial), 0.0), axis_name)))
-    peak = _finite(lax.pmax(lax.stop_gradient(lse), axis_name))
+    peak = finite(lax.pmax(lax.stop_gradient(lse), axis_name))
     weight = jnp.exp(lse - peak)
     total = unpack(lax.psum(pack(Partial(out * weight[..., None], weight)), axis_name))
     return normalize(*total, peak)
@@ -76,7 +80,7 @@ def merge_over_axis(
 def _merge_stacked(partials: Partial) -> Partial:
     """Merges partials that are stacked along a new first axis."""
     out, lse = partials
-    peak = _finite(lax.stop_gradient(jnp.max(lse, axis=0)))
+    peak = finite(lax.stop_gradient(jnp.max(lse, axis=0)))
     weight = jnp.exp(lse - peak)
     return normalize(jnp.sum(out * weight[..., None], axis=0), jnp.sum(weight, axis=0), peak)
 
@@ -92,10 +96,23 @@ def unpack(rows: Float[Array, "*batch heads dim_and_one"]) -> Partial:
 
 
 def add_sinks(partial: Partial, sinks: Float[Array, " heads"]) -> Partial:
-    """Joins one sink logit per head to the denominator: it takes weight, and adds no value."""
-    out, lse = partial
-    with_sinks = jnp.logaddexp(lse, sinks.astype(jnp.float32))
-    return Partial(out * jnp.exp(lse - with_sinks)[..., None], with_sinks)
+    """Joins one sink logit per head to the denominator: it takes weight, and adds no value.
+
+    A sink is a partial over one key whose value is zero; one of -inf is no sink.
+    """
+    lse = jnp.broadcast_to(sinks.astype(jnp.float32), partial.lse.shape)
+    return merge(partial, Partial(jnp.zeros_like(partial.out), lse))
+
+
+def spread_nan(partial: Partial) -> Partial:
+    """Makes a head NaN as a whole, lse included, where any of its output is not finite.
+
+    A weighted mean of finite values is finite: what is not has read a NaN or an infinity.
+    """
+    broken = ~jnp.all(jnp.isfinite(partial.out), axis=-1)
+    return Partial(
+        jnp.where(broken[..., None], jnp.nan, partial.out), jnp.where(broken, jnp.nan, partial.lse)
+    )
 
 
 def merge_partials(

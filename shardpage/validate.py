@@ -21,6 +21,9 @@ _CACHE_DTYPES = ("float32", "bfloat16", "float16")
 # A logit below this would be a float32 overflow in the making; see `mask_value`.
 _MASK_VALUE_LIMIT = -1e30
 _FLOAT32_MIN = float(np.finfo(np.float32).min)
+# What float32 holds without being flushed to 0, with room for a factor log2(e).
+_FLOAT32_RANGE = (2.0**-126, 2.0**127)
+_INT32_MAX = 2**31 - 1
 
 
 def attention_arrays(
@@ -40,10 +43,12 @@ def attention_arrays(
             )
     if block_tables.shape[1] == 0:
         raise ValueError("block_tables has 0 columns; it needs at least one, -1 if nothing is used")
-    if sinks is not None and sinks.shape != query.shape[1:2]:
-        raise ValueError(
-            f"sinks has shape {sinks.shape}; pass one logit a query head: ({query.shape[1]},)"
-        )
+    if sinks is not None:
+        if sinks.shape != query.shape[1:2]:
+            raise ValueError(
+                f"sinks has shape {sinks.shape}; pass one logit a query head: ({query.shape[1]},)"
+            )
+        _floating("sinks", sinks)
     cache_arrays(key_cache, value_cache)
 
 
@@ -150,6 +155,16 @@ def head_sizes(query: Any, sizes: CacheSizes) -> None:
         )
 
 
+def table_width(block_tables: Any, sizes: CacheSizes) -> None:
+    """Checks that every position of a table is an int32."""
+    tokens = block_tables.shape[1] * sizes.page_size
+    if tokens > _INT32_MAX:
+        raise ValueError(
+            f"block_tables of {block_tables.shape[1]} columns hold {tokens} tokens of "
+            f"page_size={sizes.page_size}; positions are int32: at most {_INT32_MAX} tokens"
+        )
+
+
 def options(
     *,
     attn_scale: Any,
@@ -173,12 +188,12 @@ def options(
             f"{num_splits=} must be an integer >= 0: 0 chooses, 1 never splits a sequence, "
             "n splits each into at most n parts"
         )
+    _within_int32("num_splits", num_splits)
     _finite("attn_scale", attn_scale, "or None for head_dim ** -0.5")
     _finite("attn_logits_soft_cap", attn_logits_soft_cap, "above 0, or None for no cap")
     if attn_logits_soft_cap is not None and attn_logits_soft_cap <= 0:
         raise ValueError(f"{attn_logits_soft_cap=} must be above 0, or None for no cap")
-    _finite("mask_value", mask_value, f"of at most {_MASK_VALUE_LIMIT}")
-    if mask_value is None or mask_value > _MASK_VALUE_LIMIT or mask_value < _FLOAT32_MIN:
+    if mask_value is None or not _FLOAT32_MIN <= mask_value <= _MASK_VALUE_LIMIT:
         raise ValueError(
             f"{mask_value=} stands in for -inf: it must lie in float32's range and be at most "
             f"{_MASK_VALUE_LIMIT}, or it could outweigh a real logit; leave it at its default"
@@ -256,6 +271,7 @@ def write_arrays(
     """Checks the arrays of `write_kv` against each other."""
     if kv.fused != (value_cache is None):
         raise ValueError("a fused cache has value=None, any other both key and value")
+    cache_arrays(key_cache, value_cache)
     sizes = kv.sizes(key_cache.shape, head_dim)
     rank("key", key, "[num_tokens, num_kv_heads, head_dim]", 3)
     wanted = (key.shape[0], sizes.num_kv_heads, sizes.head_dim)
@@ -273,6 +289,7 @@ def write_arrays(
             raise ValueError(f"{name} has {array.shape[0]} entries for {key.shape[0]} tokens")
     rank("block_tables", block_tables, "[num_seqs, max_blocks]", 2)
     _integer("block_tables", block_tables)
+    table_width(block_tables, sizes)
 
 
 def divisible_tokens(shards: ShardCounts, layout: ShardLayout, num_tokens: int) -> None:
@@ -293,6 +310,11 @@ def rank(name: str, array: Any, dims: str, rank: int) -> None:
 def _floating(name: str, array: Any) -> None:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point; got {array.dtype}")
+    if array.dtype.itemsize < 2:
+        raise ValueError(
+            f"{name} has dtype {array.dtype}, which keeps too few digits for an exact result; "
+            "cast it to bfloat16 or float32 first"
+        )
 
 
 def _integer(name: str, array: Any) -> None:
@@ -307,6 +329,14 @@ def _is_int(value: Any) -> bool:
 def _positive_int(name: str, value: Any, meaning: str) -> None:
     if value is not None and (not _is_int(value) or value < 1):
         raise ValueError(f"{name}={value!r} must be a positive integer: {meaning}")
+    _within_int32(name, value)
+
+
+def _within_int32(name: str, value: Any) -> None:
+    if value is not None and value > _INT32_MAX:
+        raise ValueError(
+            f"{name}={value!r} must be at most {_INT32_MAX}: lengths and positions are int32"
+        )
 
 
 def _finite(name: str, value: Any, meaning: str) -> None:
@@ -314,3 +344,8 @@ def _finite(name: str, value: Any, meaning: str) -> None:
         raise ValueError(f"{name} is traced; it is a static option: pass a Python number")
     if value is not None and not math.isfinite(value):
         raise ValueError(f"{name}={value!r} must be a finite number {meaning}")
+    low, high = _FLOAT32_RANGE
+    if value and not low <= abs(value) <= high:
+        raise ValueError(
+            f"{name}={value!r} must be 0 or between 2**-126 and 2**127 in size: logits are float32"
+        )

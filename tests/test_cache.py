@@ -1,5 +1,6 @@
 """The cache: made sharded, written in place, by each device its own part."""
 
+import dataclasses
 import functools
 import re
 
@@ -225,6 +226,9 @@ def test_a_cache_goes_through_jit_and_tree_maps():
 def bad(**changes):
     key, value = tokens(4)
     cache = PagedKVCache.zeros(**SIZES)
+    by_hand = changes.pop("dtype", cache.key.dtype), changes.pop("value_pages", len(cache.key))
+    cache = jax.tree.map(lambda x: x.astype(by_hand[0]), cache)
+    cache = dataclasses.replace(cache, value=cache.value[: by_hand[1]])
     ids = np.zeros(4, np.int32)
     args = {"key": key, "value": value, "seq_ids": ids, "positions": ids,
             "block_tables": np.zeros((2, 3), np.int32)} | changes  # fmt: skip
@@ -243,6 +247,8 @@ def bad(**changes):
         ({"positions": np.zeros(4, np.float32)}, "positions must hold integers"),
         ({"positions": np.zeros((4, 1), np.int32)}, r"positions must be \[num_tokens\]"),
         ({"block_tables": np.zeros(3, np.int32)}, r"block_tables must be \[num_seqs, max_blocks\]"),
+        ({"dtype": jnp.int8}, "cache has dtype int8; supported are float32, bfloat16, float16"),
+        ({"value_pages": 5}, r"key_cache is bfloat16\[.*\] but value_cache bfloat16\[5, .*must be eq"),
         ({"backend": "cuda"}, r"backend='cuda' is none of \('xla', 'pallas_tpu'\)"),
         ({"mesh": "data=8"}, r"num_seqs=2 must be divisible by the 8 shards"),
         ({"mesh": "data=8", "block_tables": np.zeros((8, 2), np.int32)},

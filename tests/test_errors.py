@@ -3,6 +3,8 @@
 All are raised before anything is compiled. Those about meshes are in test_sharding.py.
 """
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,18 @@ def zeros(*shape: int, dtype=jnp.float32):
             "num_heads=6 must be a multiple of num_kv_heads=4: each KV head serves the same number",
         ),
         ({"query": zeros(8, 0, 64)}, r"no axis may be empty; got query \(8, 0, 64\)"),
+        (
+            {"query": zeros(8, 8, 64, dtype=jnp.float8_e4m3fn)},
+            "query has dtype float8_e4m3fn, which keeps too few digits .* cast it to bfloat16",
+        ),
+        *(
+            ({"sinks": zeros(8, dtype=dtype)}, f"sinks must be floating point; got {dtype}")
+            for dtype in ("bool", "int32", "complex64")
+        ),
+        (
+            {"block_tables": jax.ShapeDtypeStruct((8, 2**27), jnp.int32)},
+            "134217728 columns hold 2147483648 tokens .* at most 2147483647 tokens",
+        ),
     ],
 )
 def test_arrays(changes, message):
@@ -137,7 +151,7 @@ def test_kv_layout(kv_layout, changes, message):
         ("num_splits", 2.0, "num_splits=2.0 must be an integer >= 0"),
         ("num_splits", True, "num_splits=True must be an integer >= 0"),
         ("mask_value", None, "mask_value=None stands in for -inf"),
-        ("mask_value", float("-inf"), "mask_value=-inf must be a finite number of at most -1e"),
+        ("mask_value", float("-inf"), "mask_value=-inf stands in for -inf: it must lie in float32"),
         ("mask_value", -1e4, "mask_value=-10000.0 stands in for -inf: .* outweigh a real logit"),
         ("mask_value", -1e39, "mask_value=-1e.39 stands in for -inf: it must lie in float32's ran"),
         ("attn_logits_soft_cap", 0.0, "soft_cap=0.0 must be above 0, or None for no cap"),
@@ -146,6 +160,27 @@ def test_kv_layout(kv_layout, changes, message):
         ("pages_per_compute_block", 0, "block=0 must be a positive integer: pages, or None to"),
         ("sliding_window", 0, "sliding_window=0 must be a positive integer: tokens, or None for"),
         ("sliding_window", -4, "sliding_window=-4 must be a positive integer"),
+        ("sliding_window", 2**33, "sliding_window=8589934592 must be at most 2147483647: lengths"),
+        (
+            "sliding_window",
+            np.int64(2**32 + 3),
+            r"window=.*4294967299.* must be at most 2147483647",
+        ),
+        (
+            "max_context_len",
+            sys.maxsize,
+            "max_context_len=9223372036854775807 must be at most 2147",
+        ),
+        ("num_splits", 2**40, "num_splits=1099511627776 must be at most 2147483647"),
+        ("pages_per_compute_block", 2**31, "pages_per_compute_block=2147483648 must be at most"),
+        (
+            "attn_scale",
+            1e39,
+            r"attn_scale=1e\+39 must be 0 or between 2\*\*-126 and 2\*\*127 in si",
+        ),
+        ("attn_scale", 1e300, r"attn_scale=1e\+300 must be 0 or between"),
+        ("attn_scale", 1e-40, "attn_scale=1e-40 must be 0 or between"),
+        ("attn_logits_soft_cap", 3e38, r"soft_cap=3e\+38 must be 0 or between"),
         ("megacore_mode", "heads", r"megacore_mode='heads' must be one of \(None, 'kv_head', 'bat"),
         ("inline_seq_dim", 2, "inline_seq_dim=2 must be True or False"),
         ("backend", "triton", r"backend='triton' is none of \('xla', 'pallas_tpu'\); None follows"),

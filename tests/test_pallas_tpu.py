@@ -15,7 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from shardpage import blocks
 from shardpage.backends import pallas_tpu, pallas_tpu_write, xla_write
-from shardpage.kernels import walk
+from shardpage.kernels import softmax, walk
+from shardpage.kernels.geometry import Geometry
 from shardpage.kv_layout import CacheSizes, KVLayout
 
 from . import tolerance
@@ -119,6 +120,44 @@ def test_packed_rows_see_no_token_of_another(head_dim, page_size, kv_layout):
         dtype="bfloat16",
     )
     check(case, kv_layout, packed=True)
+
+
+def test_masks_of_any_number_of_queries():
+    """Each row of a head sees its own token of a cache row, for all packings and query counts."""
+    for head_dim, queries in itertools.product((8, 16, 32, 64), range(1, 129)):
+        pack = 128 // head_dim
+        geometry = Geometry(KVLayout.FUSED, 3, queries, head_dim, pack, 8, np.dtype(np.float32))
+        first, stop = 5, 5 + 8 * pack - 3
+        span = softmax.Span(jnp.int32(first + 2), jnp.int32(stop), jnp.int32(first))
+        seen = np.asarray(softmax._seen_logits(geometry, 8, span))
+        per_head = geometry.rows_per_head
+        for head in range(geometry.rows_per_group // per_head):
+            rows = seen[head * per_head :][: pack * queries].reshape(pack, queries, 8)
+            token = first + np.arange(8) * pack + np.arange(pack)[:, None, None]
+            expected = np.broadcast_to((token >= first + 2) & (token < stop), rows.shape)
+            np.testing.assert_array_equal(rows, expected, err_msg=f"{head_dim=} {queries=}")
+
+
+def test_rows_are_taken_from_their_own_head():
+    for pack, queries in itertools.product((1, 2, 4, 8, 16), range(1, 129)):
+        geometry = Geometry(KVLayout.FUSED, 5, queries, 128 // pack, pack, 8, np.dtype(np.float32))
+        heads = geometry.heads_of(0)
+        results = [jnp.full((geometry.rows_per_group, 2), head) for head in heads]
+        taken = np.asarray(softmax._own_rows(geometry, results))[:, 0]
+        used = len(heads) * geometry.rows_per_head
+        np.testing.assert_array_equal(taken[:used], np.repeat(heads, geometry.rows_per_head))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "queries"),
+    [(64, 12), *(pytest.param(*g, marks=slow) for g in [(64, 9), (64, 71), (32, 5), (16, 3)])],
+)
+def test_packed_rows_with_any_number_of_queries(head_dim, queries):
+    """Counts that are no power of two, Falcon-7B's 71 among them."""
+    pack = 128 // head_dim
+    case = Case(f"g{queries}_dim{head_dim}", num_seqs=3, num_heads=2 * queries, num_kv_heads=2,
+                head_dim=head_dim, page_size=8 * pack, sliding_window=11 * pack)  # fmt: skip
+    check(case, packed=True)
 
 
 @slow

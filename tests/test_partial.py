@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardpage import merge_partials
-from shardpage.partial import Partial, add_sinks
+from shardpage.partial import Partial, add_sinks, spread_nan
 
-finite = st.floats(-50, 50, width=32)
+# Flushed to 0 by XLA, smaller ones would not come back as they were.
+finite = st.floats(-50, 50, width=32, allow_subnormal=False)
 lse_values = st.one_of(finite, st.just(-np.inf))
 
 
@@ -62,6 +63,36 @@ def test_empty_with_empty_stays_empty_and_so_do_its_gradients():
     np.testing.assert_array_equal(lse, -np.inf)
     grad = jax.grad(lambda out: merge_partials(out, nothing.lse, *nothing)[0].sum())(nothing.out)
     np.testing.assert_array_equal(grad, 0)
+
+
+@given(partials(), st.sampled_from([(np.nan, np.nan), (np.nan, 0.0), (np.inf, 1.0)]))
+def test_what_is_no_number_stays(a, broken):
+    """It is never taken for "no keys", whatever it is merged with and on which side."""
+    out, lse = broken
+    b = Partial(np.full((3, 2), out, np.float32), np.full(3, lse, np.float32))
+    for got in (merged(a, b), merged(b, a), merged(a, merged(b, a))):
+        got = spread_nan(Partial(*got))
+        assert np.isnan(got.out).all()
+        assert np.isnan(got.lse).all()
+
+
+@given(partials())
+def test_spreading_nan_changes_no_number(a):
+    for actual, was in zip(spread_nan(a), a, strict=True):
+        np.testing.assert_array_equal(actual, was)
+
+
+def test_one_element_that_is_no_number_spreads_over_its_head_only():
+    out = jnp.zeros((2, 3)).at[0, 1].set(jnp.inf)
+    out, lse = spread_nan(Partial(out, jnp.zeros(2)))
+    np.testing.assert_array_equal(np.isnan(out), [[True] * 3, [False] * 3])
+    np.testing.assert_array_equal(np.isnan(lse), [True, False])
+
+
+@given(partials())
+def test_a_sink_of_minus_infinity_is_none(a):
+    for actual, was in zip(add_sinks(a, jnp.full(3, -jnp.inf)), a, strict=True):
+        np.testing.assert_array_equal(actual, was)
 
 
 def test_huge_logits_do_not_overflow():

@@ -1,5 +1,6 @@
 """A mesh changes nothing but where the work is done."""
 
+import dataclasses
 import functools
 import re
 
@@ -115,6 +116,26 @@ def test_one_sequences_bad_table_is_nan_for_that_sequence_only():
     np.testing.assert_array_equal(bad, np.isin(np.arange(8), [1, 2, 6]))
     np.testing.assert_array_equal(np.isnan(lse).all(axis=1), bad)
     assert np.isfinite(out[~bad]).all()
+
+
+@pytest.mark.parametrize("which", ["key_cache", "value_cache"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_that_one_device_reads_is_seen(backend, which):
+    """The other devices of the context axis have finite partials, which must not hide it."""
+    mesh = build_mesh("data=2,context=2")
+    inputs = on(
+        mesh,
+        cases.Case("nan_on_a_mesh", num_seqs=4, lens=(60, 64, 50, 33)),
+        placement="round_robin",
+    )
+    before = attend(inputs, backend, mesh=mesh)
+    for block in (0, 1):
+        changed = dataclasses.replace(inputs, **{which: getattr(inputs, which).copy()})
+        getattr(changed, which)[inputs.block_tables[2, block], 1, 0, 5] = np.nan
+        for actual, was in zip(attend(changed, backend, mesh=mesh), before, strict=True):
+            assert np.isnan(actual[2, 2:4]).all()
+            actual[2, 2:4] = was[2, 2:4]
+            np.testing.assert_array_equal(actual, was)
 
 
 def test_mesh_none_inside_a_shard_map_of_ones_own(axis_type):

@@ -67,7 +67,7 @@ def attend(
     if cores.by_heads:
         geometry = dataclasses.replace(geometry, num_kv_heads=geometry.num_kv_heads // cores.count)
     num_seqs, max_pages = pages.ids.shape
-    num_splits = max(spec.num_splits, 1)
+    num_splits = max(1, min(spec.num_splits, max_pages))
     config = Config(
         geometry=geometry,
         sizes=blocks.decode_sizes(
@@ -79,7 +79,7 @@ def attend(
             max_pages=max_pages,
             block_pages=spec.pages_per_compute_block,
         ),
-        logits=softmax.Logits(spec.scale, spec.soft_cap, max(spec.mask_value, -2e38)),
+        logits=softmax.Logits(spec.scale, spec.soft_cap),
         cores=cores,
         num_seqs=num_seqs,
         num_splits=num_splits,

@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Float
 
 from ..kv_layout import KVLayout, unpacked
 from ..pages import LocalPages
-from ..partial import Partial, merge, normalize, pack, unpack
-from ..spec import AttentionSpec
+from ..partial import Partial, finite, merge, normalize, pack, unpack
+from ..spec import HUGE_SOFT_CAP, UNCAPPED, AttentionSpec
 from ..vma import vary_over, vary_together, varying_axes
 from .xla_walk import Items, Walk, make_walk, walk_blocks
 
@@ -154,7 +154,10 @@ def masked_logits(
     valid: Bool[Array, "lanes tokens"],
     spec: AttentionSpec,
 ) -> Float[Array, "lanes kv_heads queries tokens"]:
-    """Scaled, soft-capped logits in float32; `mask_value` where a token is not attended to."""
+    """Scaled, soft-capped logits in float32; -inf where a token is not attended to.
+
+    NaN where a NaN or an infinity was read: it must not look like a masked logit.
+    """
     if _streamed("keys", query.shape[2], spec):
         queries, keys = query.astype(jnp.float32), key.astype(jnp.float32)
         products = [queries[:, :, i, None] * keys for i in range(query.shape[2])]
@@ -165,9 +168,16 @@ def masked_logits(
     else:
         logits = _matmul("wkgd,wktd->wkgt", query, key)
     logits = logits * spec.scale
+    logits = jnp.where(jnp.isfinite(logits), logits, jnp.nan)
     if spec.soft_cap is not None:
-        logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
-    return jnp.where(valid[:, None, None], logits, spec.mask_value)
+        logits = _soft_capped(logits, spec.soft_cap)
+    return jnp.where(valid[:, None, None], logits, -jnp.inf)
+
+
+def _soft_capped(logits: jax.Array, cap: float) -> jax.Array:
+    ratio = logits / cap
+    capped = cap * jnp.tanh(ratio)
+    return jnp.where(jnp.abs(ratio) < UNCAPPED, logits, capped) if cap > HUGE_SOFT_CAP else capped
 
 
 def block_attention(
@@ -179,8 +189,8 @@ def block_attention(
 ) -> Partial:
     """Softmax attention of each lane's query over one block of its keys."""
     logits = masked_logits(split_heads(query, key), key, valid, spec)
-    peak = jnp.max(logits, axis=-1)
-    weights = jnp.exp(logits - peak[..., None]) * valid[:, None, None].astype(jnp.float32)
+    peak = finite(jnp.max(logits, axis=-1))
+    weights = jnp.exp(logits - peak[..., None])
     if _streamed("values", weights.shape[2], spec):
         values = value.astype(jnp.float32)
         products = [weights[:, :, i, :, None] * values for i in range(weights.shape[2])]
@@ -230,8 +240,7 @@ def _matmul(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def _merge_slots(slots: Partial, slot_seq: jax.Array, num_seqs: int) -> Partial:
     """Merges the slots of each sequence; an unused slot is `(0, -inf)` and changes nothing."""
     of_seq = {"segment_ids": slot_seq, "num_segments": num_seqs}
-    peak = jax.ops.segment_max(slots.lse, **of_seq)
-    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    peak = finite(jax.ops.segment_max(slots.lse, **of_seq))
     weight = jnp.exp(slots.lse - peak[slot_seq])
     weighted = Partial(slots.out * weight[..., None], weight)
     return normalize(*unpack(jax.ops.segment_sum(pack(weighted), **of_seq)), peak)

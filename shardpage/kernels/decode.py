@@ -167,7 +167,7 @@ class Kernel:
         """Takes over the query of a segment, and forgets the last one's."""
         self.copy_query(position.at, position.slot).wait()
         self.scratch.query[...] = self.scratch.queries[position.slot]
-        softmax.reset(self.scratch.state, self.config.logits)
+        softmax.reset(self.scratch.state)
 
     def count_plain(self, position: Position) -> jax.Array:
         """How many blocks need no mask and fetch a full block that starts no segment."""

@@ -1,7 +1,8 @@
 """Attention of all query rows over one block in fast memory, as an online softmax.
 
 Logits are kept in units of log2, for which the hardware has the exponential. A masked logit is
--inf, and the running maximum starts at a finite floor, so that no difference is ever NaN.
+-inf, and the running maximum starts at the lowest finite one, so that no difference is ever NaN by
+itself. What a NaN or an infinity was read for is NaN: it must never look like a masked logit.
 """
 
 import dataclasses
@@ -11,11 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from ..spec import HUGE_SOFT_CAP, UNCAPPED
 from .geometry import LANES, Geometry
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 LOG2_E = math.log2(math.e)
 
 
@@ -25,12 +29,16 @@ class Logits:
 
     scale: float
     soft_cap: float | None
-    floor: float
 
     def __call__(self, dots: jax.Array) -> jax.Array:
         if self.soft_cap is None:
-            return dots * (self.scale * LOG2_E)
-        return jnp.tanh(dots * (self.scale / self.soft_cap)) * (self.soft_cap * LOG2_E)
+            logits = dots * (self.scale * LOG2_E)
+            return jnp.where(jnp.abs(logits) <= FLOAT32_MAX, logits, jnp.nan)
+        ratio = dots * (self.scale / self.soft_cap)
+        logits = jnp.tanh(ratio) * (self.soft_cap * LOG2_E)
+        if self.soft_cap > HUGE_SOFT_CAP:
+            logits = jnp.where(jnp.abs(ratio) < UNCAPPED, dots * (self.scale * LOG2_E), logits)
+        return jnp.where(jnp.abs(ratio) <= FLOAT32_MAX, logits, jnp.nan)
 
 
 class State(NamedTuple):
@@ -81,9 +89,9 @@ class Chunk:
         return loaded.reshape(self.num_rows, self.geometry.row_dim)
 
 
-def reset(state: State, logits: Logits) -> None:
+def reset(state: State) -> None:
     """No tokens seen yet."""
-    state.maximum[...] = jnp.full(state.maximum.shape, logits.floor, jnp.float32)
+    state.maximum[...] = jnp.full(state.maximum.shape, -FLOAT32_MAX, jnp.float32)
     state.total[...] = jnp.zeros(state.total.shape, jnp.float32)
     state.out[...] = jnp.zeros(state.out.shape, jnp.float32)
 
@@ -168,12 +176,25 @@ def _dot(rows: jax.Array, matrix: jax.Array, *, over: int) -> jax.Array:
 
 def _own_rows(geometry: Geometry, by_head: list[jax.Array]) -> jax.Array:
     """Takes each row from its own KV head's result: all were computed for all rows of the group."""
-    shape = by_head[0].shape
     result = by_head[0]
-    head = lax.broadcasted_iota(jnp.int32, shape, 0) >> (geometry.rows_per_head.bit_length() - 1)
-    for index in range(1, len(by_head)):
-        result = jnp.where(head == index, by_head[index], result)
+    if len(by_head) > 1:
+        row = lax.broadcasted_iota(jnp.int32, result.shape, 0)
+        head = row >> _log2(geometry.rows_per_head)
+        for index in range(1, len(by_head)):
+            result = jnp.where(head == index, by_head[index], result)
     return result
+
+
+def _row_of_head(geometry: Geometry, row: jax.Array) -> jax.Array:
+    """A group's row, counted from the first row of its KV head."""
+    if geometry.rows_per_group == geometry.rows_per_head:  # the group is one head
+        return row
+    return row & ((1 << _log2(geometry.rows_per_head)) - 1)
+
+
+def _log2(power_of_two: int) -> int:
+    assert power_of_two & (power_of_two - 1) == 0, power_of_two
+    return power_of_two.bit_length() - 1
 
 
 def _seen_logits(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
@@ -181,7 +202,7 @@ def _seen_logits(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
     shape = (geometry.rows_per_group, num_rows)
     token = lax.broadcasted_iota(jnp.int32, shape, 1)
     if geometry.pack > 1:
-        row = lax.broadcasted_iota(jnp.int32, shape, 0) & (geometry.rows_per_head - 1)
+        row = _row_of_head(geometry, lax.broadcasted_iota(jnp.int32, shape, 0))
         token = token * geometry.pack + lax.div(row, geometry.queries_per_kv_head)
     return _within(token + span.first_token, span)
 
@@ -203,7 +224,7 @@ def _within(token: jax.Array, span: Span) -> jax.Array:
 def write_result(state: State, result: Any) -> None:
     """Divides, and writes `[rows, row_dim]` values and the natural lse in the last 128 lanes."""
     total = state.total[...]
-    some = total > 0
+    some = total != 0  # NaN, too, is something
     lse = jnp.where(some, state.maximum[...] + jnp.log2(total), -jnp.inf) / LOG2_E
     row_dim = state.out.shape[-1]
     inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
