@@ -33,6 +33,7 @@ from shardpage.backends import pallas_tpu  # noqa: E402
 
 from .backends import INTERPRETED  # noqa: E402
 from .cases import build_mesh  # noqa: E402
+from .slow import pytest_collection_modifyitems as pytest_collection_modifyitems  # noqa: E402
 
 # Copies are simulated with their semaphores: data arrives when it is waited for, unwritten memory
 # is NaN, races are looked for. Each copy counts as one of as many threads as a vector clock has
@@ -79,10 +80,7 @@ def axis_type(request) -> str:
     return request.param
 
 
-_PAIRS = ("data=4,kv=2", "data=2,context=4", "kv=2,context=4")
-
-
-@pytest.fixture(params=[pytest.param(m, marks=[pytest.mark.slow] * (m in _PAIRS)) for m in MESHES])
+@pytest.fixture(params=MESHES)
 def mesh_spec(request) -> str:
     return request.param
 

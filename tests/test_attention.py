@@ -27,8 +27,8 @@ def test_matches_the_oracle(backend, case, kv_layout):
     [
         (2, "bfloat16"),
         (4, "float32"),
-        pytest.param(1, "float32", marks=pytest.mark.slow),
-        pytest.param(9, "bfloat16", marks=pytest.mark.slow),
+        (1, "float32"),
+        (9, "bfloat16"),
     ],
 )
 def test_as_formulated_for_gpus(monkeypatch, queries, dtype):
@@ -254,7 +254,6 @@ class TestAnyInput:
         tolerance.assert_close("out", out, exact_out)
         tolerance.assert_close("lse", lse, exact_lse)
 
-    @pytest.mark.slow
     @settings(
         max_examples=8,
         deadline=None,
@@ -399,7 +398,7 @@ class TestMemory:
         return compiled.memory_analysis().temp_size_in_bytes
 
     @kv_layouts
-    @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
     def test_of_a_serving_batch_fits_96_mb(self, kv_layout, dtype):
         """64 x 8192 tokens, 2 GB of KV in bfloat16: no copy, transpose or cast of it is hidden."""
         most = 192e6 if jax.default_backend() == "gpu" else 96e6  # a GPU takes larger steps

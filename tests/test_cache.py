@@ -87,8 +87,8 @@ def test_prefill_and_append_land_where_the_table_says(kv_layout, dtype, packed):
     "spec",
     [
         "data=2,kv=2,context=2",
-        pytest.param("data=4,kv=2", marks=pytest.mark.slow),
-        pytest.param("context=8", marks=pytest.mark.slow),
+        "data=4,kv=2",
+        "context=8",
     ],
 )
 def test_each_device_writes_its_own_pages(spec, axis_type):

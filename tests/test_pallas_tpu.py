@@ -22,7 +22,6 @@ from . import tolerance
 from .backends import attend
 from .cases import KV_LAYOUTS, Case, make
 
-slow = pytest.mark.slow
 TWO_CORES = dataclasses.replace(blocks.UNKNOWN_CHIP, name="two cores", cores=2)
 
 
@@ -88,12 +87,9 @@ SHAPES = {
     "g12k2": Case("g12k2", num_heads=24, num_kv_heads=2),
     "g2k6": Case("g2k6", num_heads=12, num_kv_heads=6),
 }
-QUICK = {"g5k2"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else slow) for name in SHAPES]
-)
+@pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name):
     layouts = itertools.cycle(KV_LAYOUTS)
     layout = dict(zip(SHAPES, layouts, strict=False))[name]
@@ -104,9 +100,9 @@ def test_shapes(name):
     ("head_dim", "page_size", "kv_layout"),
     [
         (64, 16, "fused"),
-        pytest.param(64, 32, "heads_first", marks=slow),
-        pytest.param(32, 32, "blocks_first", marks=slow),
-        pytest.param(16, 64, "fused", marks=slow),
+        (64, 32, "heads_first"),
+        (32, 32, "blocks_first"),
+        (16, 64, "fused"),
     ],
 )
 def test_packed_rows_see_no_token_of_another(head_dim, page_size, kv_layout):
@@ -121,7 +117,6 @@ def test_packed_rows_see_no_token_of_another(head_dim, page_size, kv_layout):
     check(case, kv_layout, packed=True)
 
 
-@slow
 @pytest.mark.parametrize("pages", [1, 3])
 def test_many_blocks_take_the_plain_path(pages):
     """Long sequences next to short and empty ones: blocks without a mask, across their ends."""
@@ -140,7 +135,6 @@ class TestPagedTables:
 
     CASE = Case("paged", num_seqs=8, max_blocks=300, page_size=8, lens=(2400, 0, 9, 1030, *[8] * 4))
 
-    @slow
     @pytest.mark.parametrize("pages", [4, None])
     def test_matches_the_oracle(self, pages):
         check(self.CASE.replace(pages_per_compute_block=pages))
@@ -153,19 +147,15 @@ class TestPagedTables:
 class TestMegacore:
     LENS = (500, 3, 0, 17, 40, 1, 0, 9)
 
-    @pytest.mark.parametrize(
-        "mode", [pytest.param(mode, marks=slow) for mode in ("batch", "kv_head", "auto")]
-    )
+    @pytest.mark.parametrize("mode", ["batch", "kv_head", "auto"])
     def test_two_cores(self, two_cores, mode):
         case = Case("megacore", lens=self.LENS, max_blocks=32, pages_per_compute_block=2)
         check(case, megacore_mode=mode)
 
-    @slow
     def test_one_sequence_is_split_by_context(self, two_cores):
         case = Case("alone", num_seqs=1, lens=(512,), max_blocks=32, pages_per_compute_block=2)
         check(case.replace(num_heads=3, num_kv_heads=1), megacore_mode="batch")
 
-    @slow
     def test_splits_and_cores_together(self, two_cores):
         case = Case("both", lens=self.LENS, max_blocks=32, pages_per_compute_block=1, num_splits=3)
         check(case, megacore_mode="batch")
@@ -269,7 +259,7 @@ WRITES = [
 @pytest.mark.parametrize("kv", KVLayout, ids=lambda kv: kv.name.lower())
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "pack", "page_size", "num_kv_heads"),
-    [WRITES[0], *(pytest.param(*sizes, marks=slow) for sizes in WRITES[1:])],
+    WRITES,
 )
 def test_write_puts_what_xla_puts(kv, dtype, head_dim, pack, page_size, num_kv_heads):
     """Single tokens, whole tiles and dropped tokens at once, in random order."""

@@ -41,7 +41,7 @@ def on(mesh, case="plain", kv_layout="blocks_first", placement="random", layout=
     ("axis_type", "case"),
     [
         ("Auto", "everything"),
-        pytest.param("Explicit", "plain", marks=pytest.mark.slow),
+        ("Explicit", "plain"),
     ],
 )
 def test_every_mesh_gives_the_oracles_numbers(mesh, case):
@@ -50,7 +50,7 @@ def test_every_mesh_gives_the_oracles_numbers(mesh, case):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("case", ["plain", pytest.param("window", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["plain", "window"])
 def test_pages_may_lie_on_any_context_shard(placement, case):
     mesh = build_mesh("data=2,context=4")
     inputs = on(mesh, case, placement=placement)
@@ -64,7 +64,6 @@ def test_every_layout_on_a_mesh(kv_layout):
     assert_within_rounding(inputs, *attend(inputs, mesh=mesh))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name in INTERPRETED])
 @pytest.mark.parametrize("spec", ["data=2,context=2", "kv=2,context=2"])
 def test_interpreted_kernels_on_a_mesh(backend, spec):
@@ -155,7 +154,6 @@ def test_mesh_none_inside_a_shard_map_of_ones_own(axis_type):
     assert_within_rounding(inputs, np.asarray(out), np.asarray(lse))
 
 
-@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_mesh():
     mesh = build_mesh("data=2,kv=2,context=2")
     inputs = on(mesh)
@@ -229,9 +227,7 @@ def test_context_split_sends_the_merge_and_its_size_does_not_grow_with_context(s
     assert all("all-reduce" in line for line in short)
 
 
-@pytest.mark.parametrize(
-    "spec", ["context=8", pytest.param("data=2,kv=2,context=2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("spec", ["context=8", "data=2,kv=2,context=2"])
 def test_small_partials_merge_in_one_collective_on_gpus(spec, monkeypatch):
     """As formulated for GPUs, and run on simulated devices."""
     monkeypatch.setattr("shardpage.attention.platform_of", lambda mesh, array: "gpu")
@@ -241,7 +237,6 @@ def test_small_partials_merge_in_one_collective_on_gpus(spec, monkeypatch):
     assert_within_rounding(inputs, *attend(inputs, mesh=mesh))
 
 
-@pytest.mark.slow
 def test_large_partials_merge_in_two_on_gpus(monkeypatch):
     """1 MiB and more, of all devices together."""
     monkeypatch.setattr("shardpage.attention.platform_of", lambda mesh, array: "gpu")
