@@ -3,6 +3,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +90,7 @@ def test_inside_and_outside_jit(in_jit, axis_type):
     ]
     out = (jax.jit(call) if in_jit else call)(*arrays)
     assert_within_rounding(inputs, np.asarray(out))
+    chex.assert_tree_is_sharded(out, devices=mesh.devices.flat)
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data", "kv")), 3)
 
 
@@ -171,7 +173,7 @@ def test_gradients_do_not_depend_on_the_mesh():
 
     sharded = jax.grad(loss)(jnp.asarray(inputs.query), inputs, mesh)
     single = jax.grad(loss)(jnp.asarray(one.query), one, None)
-    np.testing.assert_allclose(sharded, single, atol=1e-5)
+    chex.assert_trees_all_close(sharded, single, atol=1e-5)
 
 
 # Compiled programs
@@ -244,12 +246,12 @@ def test_large_partials_merge_in_two_on_gpus(monkeypatch):
 
 
 def test_temporaries_on_a_mesh_do_not_grow_with_context():
-    """The plan's few integers a page do; keys and values do not."""
+    """The plan's few integers per page do; keys and values do not."""
     short, long = (
         compiled("data=2,context=4", context_len=n).memory_analysis().temp_size_in_bytes
         for n in (2048, 16384)
     )
-    cache_growth = (16384 - 2048) * 8 * 64 * 4 * 2  # one sequence's keys and values, a device
+    cache_growth = (16384 - 2048) * 8 * 64 * 4 * 2  # one sequence's keys and values, per device
     assert long - short < cache_growth / 8
 
 
