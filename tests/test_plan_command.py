@@ -169,7 +169,7 @@ class TestPod:
             assert all(row.temp_bytes <= first.temp_bytes for row in rest)
         else:
             assert {row.cache_bytes for row in rows} == {first.cache_bytes}
-            # A longer context has a longer block table: 4 bytes a page and sequence.
+            # A longer context has a longer block table: 4 bytes per page and sequence.
             tables = [4 * 4 * row.context // 64 for row in rows]
             for row, table in zip(rows, tables, strict=True):
                 assert row.temp_bytes <= 1.05 * first.temp_bytes + 3 * table

@@ -20,7 +20,7 @@ TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 LAYOUTS = tuple(KVLayout)
 MIB = 1 << 20
 
-# queries a KV head, KV heads, head_dim, page_size, dtype
+# queries per KV head, KV heads, head_dim, page_size, dtype
 SHAPES = {
     "g8k1": (8, 1, 128, 16, jnp.bfloat16),
     "g4k8": (4, 8, 128, 64, jnp.bfloat16),
