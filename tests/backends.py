@@ -8,19 +8,14 @@ import shardpage
 
 from .cases import KV_LAYOUTS, Case, Inputs
 
-# Every suite runs on each of these. What runs in an interpreter is slow, and marked so.
+# Every suite runs on each of these. What runs in an interpreter is slow: see `slow.py`.
 BACKENDS = ("xla", "pallas_tpu")
 INTERPRETED = ("pallas_tpu",)
 
 # Cases that run in every layout, not in one only.
 IN_ALL_LAYOUTS = ("plain", "bf16", "page1", "window", "one_long_sequence", "everything")
 
-_slow = pytest.mark.slow
-
-backends = pytest.mark.parametrize(
-    "backend",
-    [pytest.param(name, marks=_slow if name in INTERPRETED else ()) for name in BACKENDS],
-)
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def refusal(backend: str, inputs: Inputs) -> str | None:
@@ -37,17 +32,11 @@ def oracle_matrix(cases: tuple[Case, ...]) -> list:
     """(backend, case, kv_layout). Compiling takes the time, so each case has one layout, in turn;
     those of `IN_ALL_LAYOUTS` have all, where nothing is interpreted."""
     return [
-        pytest.param(
-            backend,
-            case,
-            kv_layout,
-            marks=_slow if backend in INTERPRETED or not in_turn else (),
-            id=f"{backend}-{case.name}-{kv_layout}",
-        )
+        pytest.param(backend, case, kv_layout, id=f"{backend}-{case.name}-{kv_layout}")
         for backend in BACKENDS
         for number, case in enumerate(cases)
         for turn, kv_layout in enumerate(KV_LAYOUTS)
-        if (in_turn := number % len(KV_LAYOUTS) == turn)
+        if number % len(KV_LAYOUTS) == turn
         or (backend not in INTERPRETED and case.name in IN_ALL_LAYOUTS)
     ]
 

@@ -1,8 +1,8 @@
 """Named cases of paged attention, and the data for them.
 
 A case names shapes and options; `make` fills it with data that is hard to get right by accident:
-every page holds other numbers, physical pages are permuted, table entries that must not be looked
-at are garbage, and every slot that must not be read is NaN.
+every page holds other values, physical pages are permuted, table entries that must not be looked
+up are garbage, and every slot that must not be read is NaN.
 """
 
 import dataclasses
@@ -221,12 +221,12 @@ def make(
       case: the shapes and options.
       kv_layout: of the caches.
       seed: other seeds give other data in the same shapes.
-      num_seq_shards: sequences and their pages are split over so many shards.
+      num_seq_shards: sequences and their pages are split over this many shards.
       num_context_shards: so is, within each of those, the context of a sequence.
       placement: which context shard holds a sequence's n-th page: "contiguous" ranges,
         "round_robin", "random", or "lopsided" (all on the last shard).
       poison: put NaN in every slot that must not be read.
-      packed: put as many tokens as fit in rows of 128 numbers.
+      packed: put as many tokens as fit in rows of 128 elements.
 
     Returns:
       The arrays, as NumPy. Page 0 of every shard is never used. What the tokens hold depends on

@@ -3,6 +3,7 @@
 import gc
 import os
 
+import chex
 import hypothesis
 import jax
 import jaxtyping
@@ -13,7 +14,7 @@ import pytest
 os.environ.setdefault("NPROC", "20")
 # Before any backend starts. On a TPU host: JAX_PLATFORMS=tpu,cpu.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+chex.set_n_cpu_devices(8)
 # The first example of a test compiles: no deadline. The same examples in every run.
 hypothesis.settings.register_profile("session", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("session")
@@ -33,10 +34,11 @@ from shardpage.backends import pallas_tpu  # noqa: E402
 
 from .backends import INTERPRETED  # noqa: E402
 from .cases import build_mesh  # noqa: E402
+from .slow import pytest_collection_modifyitems as pytest_collection_modifyitems  # noqa: E402
 
 # Copies are simulated with their semaphores: data arrives when it is waited for, unwritten memory
 # is NaN, races are looked for. Each copy counts as one of as many threads as a vector clock has
-# entries; by default that is one for a device, and hardly a race is seen.
+# entries; by default that is one per device, and hardly a race is seen.
 pallas_tpu.INTERPRET = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", vector_clock_size=24
 )
@@ -51,6 +53,14 @@ MESHES = (
     "kv=2,context=4",
     "data=2,kv=2,context=2",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices():
+    """Starts JAX. What tests start then has as many devices as it asks for, not these eight."""
+    jax.devices()
+    words = os.environ["XLA_FLAGS"].split()
+    os.environ["XLA_FLAGS"] = " ".join(word for word in words if "device_count" not in word)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,10 +89,7 @@ def axis_type(request) -> str:
     return request.param
 
 
-_PAIRS = ("data=4,kv=2", "data=2,context=4", "kv=2,context=4")
-
-
-@pytest.fixture(params=[pytest.param(m, marks=[pytest.mark.slow] * (m in _PAIRS)) for m in MESHES])
+@pytest.fixture(params=MESHES)
 def mesh_spec(request) -> str:
     return request.param
 

@@ -33,10 +33,10 @@ def page_attention(
       kv_layout: "blocks_first", "heads_first" or "fused".
       scale: of the logits; None is 1/sqrt(head_dim).
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
-      sliding_window: only the last so many tokens are attended.
+      sliding_window: only this many tokens, the last ones, are attended.
       sinks: [num_heads], one more logit per head that takes weight and adds no value.
       max_context_len: a longer context is an error of the caller.
-      num_seq_shards: sequences, and with them pages, are split into so many equal parts.
+      num_seq_shards: sequences, and with them pages, are split into this many equal parts.
 
     Returns:
       (out [num_seqs, num_heads, head_dim], lse [num_seqs, num_heads]) in float64. A sequence

@@ -1,5 +1,6 @@
 """page_attention on one device, every backend against the oracle."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +28,8 @@ def test_matches_the_oracle(backend, case, kv_layout):
     [
         (2, "bfloat16"),
         (4, "float32"),
-        pytest.param(1, "float32", marks=pytest.mark.slow),
-        pytest.param(9, "bfloat16", marks=pytest.mark.slow),
+        (1, "float32"),
+        (9, "bfloat16"),
     ],
 )
 def test_as_formulated_for_gpus(monkeypatch, queries, dtype):
@@ -48,7 +49,7 @@ def test_as_formulated_for_gpus(monkeypatch, queries, dtype):
     [("blocks_first", "bfloat16", 64), ("heads_first", "float32", 32), ("fused", "bfloat16", 8)],
 )
 def test_packed_rows(backend, kv_layout, dtype, head_dim):
-    """Rows of 128 numbers that hold 2, 4 and 16 tokens."""
+    """Rows of 128 elements that hold 2, 4 and 16 tokens."""
     packed = Case(f"packed_{kv_layout}", head_dim=head_dim, dtype=dtype, sliding_window=37)
     inputs = make(packed, kv_layout, packed=True)
     assert inputs.key_cache.shape[-1] == 128
@@ -76,8 +77,7 @@ def test_the_seeds_example(backend):
     output = shardpage.page_attention(
         query, key_cache, value_cache, context_lens, block_tables, backend=backend
     )
-    assert output.shape == (2, 8, 64)
-    np.testing.assert_allclose(output, 1.0, rtol=1e-6)
+    chex.assert_trees_all_close(output, np.ones((2, 8, 64)), rtol=1e-6)
 
 
 class TestInvalidSequences:
@@ -241,7 +241,7 @@ class TestExtremeOptions:
 
 @backends
 class TestOptionsThatChangeNothing:
-    """Knobs of speed: the numbers stay, up to rounding."""
+    """Knobs of speed: the answers stay, up to rounding."""
 
     def check(self, backend, **options):
         inputs = make(named("three_splits"))
@@ -358,7 +358,6 @@ class TestAnyInput:
         tolerance.assert_close("out", out, exact_out)
         tolerance.assert_close("lse", lse, exact_lse)
 
-    @pytest.mark.slow
     @settings(
         max_examples=8,
         deadline=None,
@@ -471,8 +470,8 @@ class TestGradients:
 
         gradients = jax.grad(loss, argnums=(0, 1, 2))(*map(jnp.asarray, inputs.arrays[:3]))
         unread = np.isnan(inputs.key_cache)
-        for name, gradient in zip(("query", "key_cache", "value_cache"), gradients, strict=True):
-            assert np.isfinite(gradient).all(), name
+        chex.assert_tree_all_finite(gradients)
+        chex.assert_trees_all_equal_shapes(gradients, inputs.arrays[:3])
         for gradient in gradients[1:]:
             assert not np.asarray(gradient)[unread].any()
 
@@ -503,7 +502,7 @@ class TestMemory:
         return compiled.memory_analysis().temp_size_in_bytes
 
     @kv_layouts
-    @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
     def test_of_a_serving_batch_fits_96_mb(self, kv_layout, dtype):
         """64 x 8192 tokens, 2 GB of KV in bfloat16: no copy, transpose or cast of it is hidden."""
         most = 192e6 if jax.default_backend() == "gpu" else 96e6  # a GPU takes larger steps

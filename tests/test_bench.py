@@ -15,7 +15,6 @@ from launch.bench.report import Row, table
 from launch.bench.shapes import Shape, Tokens
 from launch.bench.timing import Timing
 
-slow = pytest.mark.slow
 SMALL = Shape("small", 8, 64, (1, 64), num_heads=8, num_kv_heads=8, head_dim=32, dtype="float32")
 TOKENS = Tokens("few", 3, 2, num_kv_heads=2, head_dim=32, context=64, dtype="float32")
 
@@ -116,7 +115,6 @@ class TestDecode:
         assert rows["wrong"].why.startswith("wrong: error")
         assert rows["broken"].why == "failed: no such luck"
 
-    @slow
     def test_calls_of_one_program_have_tables_of_their_own(self):
         given = inputs.make(SMALL, 3)
         attend, _ = peers.shardpage(SMALL, "cpu")
@@ -148,7 +146,6 @@ class TestSharded:
         assert all(split.num_devices == 8 for split in sharded.splits(8, "full"))
         assert len(sharded.splits(8, "quick")) == len(sharded.splits(2, "full")) == 3
 
-    @slow
     @pytest.mark.parametrize("split", sharded.splits(4, "full")[3::2], ids=lambda split: split.name)
     def test_a_split_is_as_exact_as_one_device(self, split):
         alone, same, grown = sharded.measure(split, SMALL, 1, 10.0)
@@ -192,7 +189,6 @@ def test_rows_survive_json():
     assert table([row])[1][-1] == "efficiency 0.50"
 
 
-@slow
 @pytest.mark.usefixtures("small")
 class TestCommand:
     def test_all_of_it(self, tmp_path):

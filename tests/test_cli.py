@@ -62,7 +62,6 @@ def test_generate_answers_shows_and_writes(tiny, tmp_path):
     assert list(tmp_path.glob(".out*")) == []  # nothing half-written is left
 
 
-@pytest.mark.slow
 def test_a_prompt_too_long_for_the_pool_fails_and_the_others_are_answered(tiny, tmp_path):
     out = tmp_path / "out.json"
     result = run(
@@ -144,7 +143,6 @@ def test_fitting_meshes_use_every_device_and_divide_the_heads():
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_run_with_what_there_is(tiny, tmp_path, name):
     out = tmp_path / "out.json"
@@ -192,7 +190,6 @@ def test_verify_prints_the_matrix_and_fails_on_a_miss(monkeypatch):
         assert "MISS xla blocks_first float32 plain" in one_line(result.output)
 
 
-@pytest.mark.slow
 def test_verify_is_exact_for_every_backend_and_layout():
     result = run("verify", "--mesh", "data=2,context=2")
     assert result.exit_code == 0, result.output

@@ -2,6 +2,7 @@
 
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,7 @@ def test_3_bad_pages_and_lengths_are_not_accepted(backend, seq, length, page, me
 def test_4_the_output_has_the_querys_dtype_whatever_the_scale(backend, attn_scale):
     inputs = make(Case("defect", dtype="bfloat16", num_seqs=2))
     out, _ = attend(inputs, backend, attn_scale=attn_scale)
-    assert out.dtype == jnp.bfloat16
+    chex.assert_type(out, jnp.bfloat16)
 
 
 @backends

@@ -105,7 +105,6 @@ def test_short_prompts_give_the_tokens_of_an_outside_implementation(smollm2):
     assert_says_what_the_oracle_says(smollm2, "data=1", SHORT)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh_spec", ["data=2,context=4", "data=2,kv=3", "data=2,context=2,kv=1"])
 def test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation(smollm2, mesh_spec):
     assert_says_what_the_oracle_says(smollm2, mesh_spec, tuple(ORACLE))
@@ -216,7 +215,6 @@ def dense_logits(tiny_file, ids) -> np.ndarray:
     return norm(x[-1]) @ weight("token_embd").T
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh_spec", ["data=1", "data=2,context=2", "context=8", "data=2,kv=3"])
 def test_any_mesh_gives_the_answers_of_a_dense_model(tiny_file, alone, mesh_spec):
     assert tiny_serve(tiny_file, mesh_spec)[0] == alone
@@ -225,16 +223,15 @@ def test_any_mesh_gives_the_answers_of_a_dense_model(tiny_file, alone, mesh_spec
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"page_size": 8, "rows": 1}, marks=pytest.mark.slow),
-        pytest.param({"page_size": 64}, marks=pytest.mark.slow),
-        pytest.param({"chunk_lens": (16, 48)}, marks=pytest.mark.slow),
+        {"page_size": 8, "rows": 1},
+        {"page_size": 64},
+        {"chunk_lens": (16, 48)},
     ],
 )
 def test_page_and_chunk_sizes_do_not_change_answers(tiny_file, alone, options):
     assert tiny_serve(tiny_file, **options)[0] == alone
 
 
-@pytest.mark.slow
 def test_prompts_wait_for_pages_and_use_them_again(tiny_file, alone):
     ids, engine = tiny_serve(tiny_file, **SMALL_POOL)
     assert ids == alone
@@ -284,7 +281,6 @@ def test_stopping_early_keeps_what_there_is_and_frees_the_pages(tiny_file, alone
     assert engine.allocator.num_free() == engine.pool.num_pages
 
 
-@pytest.mark.slow
 def test_samples_depend_on_the_seed_but_not_on_the_batch(tiny_file, alone):
     def draw(seed, **options):
         requests = tiny_requests(tiny_file)

@@ -38,9 +38,7 @@ def clean_environ():
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun: Open MPI")
-@pytest.mark.parametrize(
-    ("fault", "code"), [("none", 0), pytest.param("fail", 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("fault", "code"), [("none", 0), ("fail", 1)])
 def test_mpirun(tmp_path, clean_environ, fault, code):
     script = tmp_path / "mpirun.sh"
     script.write_text(render.RENDERERS["mpirun"](job(sys.executable, PROGRAM, "1", fault)))

@@ -30,7 +30,6 @@ def test_all_ranks_done(launcher):
     assert "Gloo" in launcher.log(0)  # only the foreground is spared
 
 
-@pytest.mark.slow
 def test_kill_rank_1_in_a_collective(launcher):
     assert launcher.fault(1, "kill") == 137
     assert launcher.first() == (1, "killed by SIGKILL")
@@ -41,14 +40,12 @@ def test_kill_rank_0_in_a_collective(launcher):
     assert launcher.first() == (0, "killed by SIGKILL")
 
 
-@pytest.mark.slow
 def test_exception_in_one_rank_while_the_other_waits(launcher):
     assert launcher.fault(1, "fail", within=30) == 1
     assert launcher.first() == (1, "ValueError: no such page")
     assert '[1]     raise ValueError("no such page")' in launcher.err
 
 
-@pytest.mark.slow
 def test_rank_that_sleeps_for_ever(launcher):
     assert launcher.fault(1, "sleep", "--step-timeout", "4") == 75
     why = "step 4 took longer than 4 s; at misbehave.py:32: time.sleep(1000)"
@@ -56,37 +53,31 @@ def test_rank_that_sleeps_for_ever(launcher):
     assert "most recent call first" in launcher.log(1)  # stacks
 
 
-@pytest.mark.slow
 def test_stopped_rank(launcher):
     assert launcher.fault(1, "stop", "--heartbeat-timeout", "6") == 75
     assert launcher.first() == (1, "stopped by SIGSTOP for more than 3 s")
 
 
-@pytest.mark.slow
 def test_sigterm_to_a_rank(launcher):
     assert launcher.fault(1, "term") == 143
     assert launcher.first() == (1, "stopped by SIGTERM")
 
 
-@pytest.mark.slow
 def test_rank_missing_at_start(launcher):
     assert launcher.fault(1, "missing", "--start-timeout", "3") == 75
     assert launcher.first() == (1, "has not joined the others within 3 s")
 
 
-@pytest.mark.slow
 def test_rank_that_ends_before_it_joins(launcher):
     assert launcher.fault(1, "absent", within=30) == 1
     assert launcher.first() == (1, "ended without having joined the others")
 
 
-@pytest.mark.slow
 def test_rank_failing_after_the_last_collective(launcher):
     assert launcher.fault(1, "late", "--grace", "2") == 1
     assert launcher.first() == (1, "ValueError: after the last collective")
 
 
-@pytest.mark.slow
 def test_barrier_names_the_missing_rank(launcher):
     assert launcher.fault(1, "barrier") == 1
     rank, why = launcher.first()
@@ -94,7 +85,6 @@ def test_barrier_names_the_missing_rank(launcher):
     assert why.endswith("not every process came within 1 s; missing rank(s): 1")
 
 
-@pytest.mark.slow
 def test_plain_sys_exit_in_one_rank_is_bounded(launcher):
     assert launcher.fault(1, "leave", within=60) != 0
 

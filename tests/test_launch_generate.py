@@ -18,12 +18,9 @@ from .launcher import ROOT, launching
 
 ORACLE = json.loads((ROOT / "tests/data/smollm2_public.json").read_text(encoding="utf-8"))
 PROMPTS = ["one", "another prompt", "the third"]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not Path("/proc/self/environ").exists(), reason="looks for left-over processes in /proc"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="looks for left-over processes in /proc"
+)
 
 
 @pytest.fixture

@@ -323,8 +323,8 @@ class TestPlanHeads:
         ("heads", "spec", "surplus"),
         [
             ((6, 3), "kv=8", "context"),
-            pytest.param((4, 1), "data=2,kv=4", "context", marks=pytest.mark.slow),
-            pytest.param((4, 2), "kv=4,context=2", "context", marks=pytest.mark.slow),
+            ((4, 1), "data=2,kv=4", "context"),
+            ((4, 2), "kv=4,context=2", "context"),
             ((4, 2), "kv=4,context=2", "replicate"),
         ],
     )
@@ -332,7 +332,6 @@ class TestPlanHeads:
         plan = meshes.plan_heads(*heads, meshes.make(spec, devices), surplus=surplus)
         check_end_to_end(plan, *heads)
 
-    @pytest.mark.slow
     def test_eight_heads_on_sixteen_devices(self):
         result = run_python("""
             import meshes

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +26,7 @@ def partials(draw) -> Partial:
 
 
 def close(a, b):
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(tuple(a), tuple(b), rtol=1e-4, atol=1e-4)
 
 
 def merged(*parts):
@@ -59,8 +59,7 @@ def test_merging_is_the_softmax_over_the_union(a, b):
 def test_empty_with_empty_stays_empty_and_so_do_its_gradients():
     nothing = Partial(jnp.zeros((2, 4)), jnp.full(2, -jnp.inf))
     out, lse = merge_partials(*nothing, *nothing)
-    np.testing.assert_array_equal(out, 0)
-    np.testing.assert_array_equal(lse, -np.inf)
+    chex.assert_trees_all_equal((out, lse), tuple(nothing))
     grad = jax.grad(lambda out: merge_partials(out, nothing.lse, *nothing)[0].sum())(nothing.out)
     np.testing.assert_array_equal(grad, 0)
 
@@ -104,9 +103,9 @@ def test_huge_logits_do_not_overflow():
 
 def test_output_dtype_is_the_first_partials():
     out, lse = jnp.ones((1, 2), jnp.bfloat16), jnp.zeros(1)
-    merged_out, merged_lse = merge_partials(out, lse, out, lse)
-    assert merged_out.dtype == jnp.bfloat16
-    assert merged_lse.dtype == jnp.float32
+    merged = merge_partials(out, lse, out, lse)
+    chex.assert_type(merged, [jnp.bfloat16, jnp.float32])
+    chex.assert_trees_all_equal_shapes(merged, (out, lse))
 
 
 def test_shapes_must_match():

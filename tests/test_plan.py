@@ -157,7 +157,6 @@ class TestEstimate:
         assert plan.times.hbm == pytest.approx(CACHE_BYTES / 8 / 819e9, rel=0.01)
         assert plan.tokens_per_s == 8 / plan.times.total
 
-    @pytest.mark.slow
     def test_the_largest_batch_fits_and_the_next_does_not(self):
         mesh = meshes.topology("v5e:2x2", "data=2,context=2")
         plan = make_plan(WORK, mesh, reserved_bytes=int(14.75 * 2**30))
@@ -170,7 +169,6 @@ class TestEstimate:
         assert confirmed is not None
         assert 0.5 * largest < confirmed <= largest
 
-    @pytest.mark.slow
     def test_too_much_for_one_layer_shrinks_until_it_compiles(self):
         mesh = meshes.topology("v5e:2x2", "data=4")
         large = dataclasses.replace(WORK, batch=4096, context=2**17, page_size=128)
@@ -247,7 +245,6 @@ class TestIssue:
         plan = make_plan(WORK, meshes.topology(V5E, "data=8"))
         assert plan.issue == "the compiler gave no schedule: no such flag"
 
-    @pytest.mark.slow
     def test_agrees_with_the_schedule_of_the_same_shapes(self):
         model = Model("one", 8, 1, 128, (LayerKind(1),))
         work = Workload(model, batch=64 * 4, context=4096, page_size=64)
@@ -261,7 +258,6 @@ class TestIssue:
         assert plan.times.issue is not None
         assert plan.times.issue < plan.times.hbm
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(("kv_heads", "walks"), [(1, 2), (16, 1)])
     def test_both_cores_of_a_chip_share_blocks_or_heads(self, kv_heads, walks):
         model = Model("one", 16, kv_heads, 128, (LayerKind(1),))

@@ -36,7 +36,6 @@ class TestSearch:
         assert found == [s for s in meshes.factorings(8, 3) if 8 % s[0] == 0 and 4 % s[2] == 0]
         assert all(sizes["data"] % 2 == 0 for _, sizes in legal(WORK, 8, num_slices=2))
 
-    @pytest.mark.slow
     def test_stops_when_no_other_can_win_and_is_right(self):
         work = dataclasses.replace(WORK, batch=2)  # context has to split
         candidates = searched(work)
@@ -158,7 +157,6 @@ class TestCommand:
         assert "sequences of 1048576 tokens" in result.output
 
 
-@pytest.mark.slow
 class TestPod:
     @pytest.mark.parametrize("series", growth.SERIES)
     def test_cost_stays_flat(self, series):
@@ -171,7 +169,7 @@ class TestPod:
             assert all(row.temp_bytes <= first.temp_bytes for row in rest)
         else:
             assert {row.cache_bytes for row in rows} == {first.cache_bytes}
-            # A longer context has a longer block table: 4 bytes a page and sequence.
+            # A longer context has a longer block table: 4 bytes per page and sequence.
             tables = [4 * 4 * row.context // 64 for row in rows]
             for row, table in zip(rows, tables, strict=True):
                 assert row.temp_bytes <= 1.05 * first.temp_bytes + 3 * table

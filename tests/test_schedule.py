@@ -116,7 +116,6 @@ class TestCompiled:
     def libtpu(self):
         pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: shardpage[tpu]")
 
-    @pytest.mark.slow
     def test_the_job(self, tmp_path):
         out = tmp_path / "schedule.json"
         arguments = ["--topology", "v5e:2x2", "--case", "G8 K1 page 64"]
@@ -126,7 +125,6 @@ class TestCompiled:
         assert set(rows) == {"fused", "separate", "stock"}
         assert rows["fused"]["ratio"] < rows["stock"]["ratio"] / 3
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         "topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
     )

@@ -16,12 +16,11 @@ from shardpage.kv_layout import CacheSizes, KVLayout
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: shardpage[tpu]")
 
-slow = pytest.mark.slow
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 LAYOUTS = tuple(KVLayout)
 MIB = 1 << 20
 
-# queries a KV head, KV heads, head_dim, page_size, dtype
+# queries per KV head, KV heads, head_dim, page_size, dtype
 SHAPES = {
     "g8k1": (8, 1, 128, 16, jnp.bfloat16),
     "g4k8": (4, 8, 128, 64, jnp.bfloat16),
@@ -37,7 +36,6 @@ SHAPES = {
     "dim256": (8, 1, 256, 32, jnp.bfloat16),
     "float32": (4, 2, 128, 16, jnp.float32),
 }
-QUICK = {("g8k1", "v6e:2x2"), ("g4k8", "tpu7x:2x2x1"), ("dim64", "v5e:2x2"), ("dim80", "v4:2x2x1")}
 
 
 def one_device(topology: str) -> Mesh:
@@ -90,7 +88,7 @@ def in_turn(names) -> list:
     """(name, topology, kv): each name on each generation, in one layout after the other."""
     kvs = itertools.cycle([*LAYOUTS, LAYOUTS[-1]])  # 4 against 5 topologies: all of them meet
     return [
-        pytest.param(name, topology, kv, marks=() if (name, topology) in QUICK else slow)
+        (name, topology, kv)
         for (name, topology), kv in zip(itertools.product(names, TOPOLOGIES), kvs, strict=False)
     ]
 
@@ -104,9 +102,7 @@ def test_attention_compiles_without_a_copy_of_the_cache(name, topology, kv):
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * MIB
 
 
-@pytest.mark.parametrize(
-    ("num_seqs", "context"), [(8, 1 << 20), pytest.param(1024, 128 << 10, marks=slow)]
-)
+@pytest.mark.parametrize(("num_seqs", "context"), [(8, 1 << 20), (1024, 128 << 10)])
 def test_tables_that_do_not_fit_scalar_memory(num_seqs, context):
     lowered, _ = lower_attention(
         "v6e:2x2", KVLayout.FUSED, SHAPES["g8k1"], num_seqs=num_seqs, context=context
@@ -117,7 +113,6 @@ def test_tables_that_do_not_fit_scalar_memory(num_seqs, context):
     assert temp < 2 * table_bytes + 64 * MIB
 
 
-@slow
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1"])
 @pytest.mark.parametrize("mode", ["kv_head", "batch", "auto"])
 def test_megacore_compiles(topology, mode):

@@ -1,0 +1,120 @@
+"""Which tests are slow: all said here. `-m "not slow"` leaves them out."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from .backends import INTERPRETED
+
+# By what a test is given: interpreted kernels, and two axes at once where all three are quick.
+RULES = {"backend": INTERPRETED, "mesh_spec": ("data=4,kv=2", "data=2,context=4", "kv=2,context=4")}
+
+# By name, one or more lines per reason: `*` is any text, `{a,b}` is one pattern per word, and `!`
+# excepts from what the lines before it say. `test_slow.py` finds a pattern without a test.
+NAMES = """
+# Kernels interpreted without a `backend` to tell it by; each shows one quick example.
+test_pallas_tpu.py::test_shapes[*]
+!test_pallas_tpu.py::test_shapes[g5k2]
+test_pallas_tpu.py::test_packed_rows_see_no_token_of_another[*]
+!test_pallas_tpu.py::test_packed_rows_see_no_token_of_another[64-16-fused]
+test_pallas_tpu.py::test_packed_rows_with_any_number_of_queries[{64-9,64-71,32-5,16-3}]
+test_pallas_tpu.py::test_many_blocks_take_the_plain_path[*]
+test_pallas_tpu.py::TestPagedTables::test_matches_the_oracle[*]
+test_pallas_tpu.py::TestMegacore::{test_two_cores[*],test_one_sequence*,test_splits_and_cores*}
+test_pallas_tpu.py::test_write_puts_what_xla_puts[{float32-128,bfloat16-64,bfloat16-80}-*]
+
+# More of what one quick example shows: other layouts, dtypes, meshes, drawn shapes.
+test_attention.py::test_matches_the_oracle[xla-{plain,bf16,page1,window}-{heads_first,fused}]
+test_attention.py::test_matches_the_oracle[xla-one_long_sequence-{heads_first,fused}]
+test_attention.py::test_matches_the_oracle[xla-everything-{blocks_first,fused}]
+test_attention.py::test_as_formulated_for_gpus[{1-float32,9-bfloat16}]
+test_attention.py::TestAnyInput::test_shapes_and_options[*]
+test_attention.py::TestMemory::test_of_a_serving_batch_fits_96_mb[float32-*]
+test_cache.py::test_each_device_writes_its_own_pages[*]
+!test_cache.py::test_each_device_writes_its_own_pages[*-data=2,kv=2,context=2]
+test_sharding.py::test_every_mesh_gives_the_oracles_numbers[*-Explicit-plain]
+test_sharding.py::test_pages_may_lie_on_any_context_shard[window-*]
+test_sharding.py::test_gradients_do_not_depend_on_the_mesh
+test_sharding.py::test_small_partials_merge_in_one_collective_on_gpus[data=2,kv=2,context=2]
+test_sharding.py::test_large_partials_merge_in_two_on_gpus
+test_meshes.py::TestPlanHeads::test_works_end_to_end[{heads1,heads2}-*]
+test_meshes.py::TestPlanHeads::test_eight_heads_on_sixteen_devices
+
+# Compiled for every generation of TPU, for whole slices, or measured.
+test_tpu_aot.py::test_attention_compiles_without_a_copy_of_the_cache[*]
+!test_tpu_aot.py::test_attention_compiles*[{g8k1-v6e,g4k8-tpu7x,dim64-v5e,dim80-v4}:*]
+test_tpu_aot.py::test_write_updates_the_cache_in_place[*]
+!test_tpu_aot.py::test_write_updates_the_cache_in_place[{g4k8-tpu7x,dim64-v5e,dim80-v4}:*]
+test_tpu_aot.py::test_tables_that_do_not_fit_scalar_memory[1024-*]
+test_tpu_aot.py::test_megacore_compiles[*]
+test_schedule.py::TestCompiled::{test_the_job,test_block_loops_stay_within_their_limits[*]}
+test_plan.py::TestEstimate::{test_the_largest_batch_fits*,test_too_much_for_one_layer*}
+test_plan.py::TestIssue::{test_agrees_with_the_schedule*,test_both_cores_of_a_chip*}
+test_plan_command.py::TestSearch::test_stops_when_no_other_can_win_and_is_right
+test_plan_command.py::TestPod::*
+test_bench.py::TestDecode::test_calls_of_one_program_have_tables_of_their_own
+test_bench.py::TestSharded::test_a_split_is_as_exact_as_one_device[*]
+test_bench.py::TestCommand::*
+
+# A model that answers prompts, in one process or several; processes that wait for each other.
+test_generate.py::test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation[*]
+test_generate.py::test_any_mesh_gives_the_answers_of_a_dense_model[*]
+test_generate.py::test_page_and_chunk_sizes_do_not_change_answers[*]
+test_generate.py::{test_prompts_wait_for_pages*,test_samples_depend_on_the_seed*}
+test_cli.py::{test_a_prompt_too_long*,test_a_signal_ends_the_run*,test_verify_is_exact*}
+test_launch_generate.py::*
+test_launch_cluster.py::test_mpirun[fail-1]
+test_launch_faults.py::test_{kill_rank_1*,exception_in_one_rank*,stopped_rank,sigterm_to_a_rank}
+test_launch_faults.py::test_rank_{that_sleeps*,missing_at_start,that_ends_before*,failing_after*}
+test_launch_faults.py::test_{barrier_names_the_missing_rank,plain_sys_exit_in_one_rank*}
+"""
+
+
+def _expand(line: str) -> list[str]:
+    """The patterns that one with `{a,b}` stands for."""
+    parts = re.split(r"\{(.*?)\}", line)
+    words = [part.split(",") if index % 2 else [part] for index, part in enumerate(parts)]
+    return ["".join(choice) for choice in itertools.product(*words)]
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, pattern.removeprefix("!").split("*"))))
+
+
+_LINES = [line for line in NAMES.splitlines() if line and not line.startswith("#")]
+_PATTERNS = {pattern: _compiled(pattern) for line in _LINES for pattern in _expand(line)}
+
+STALE = pytest.StashKey[list[str] | None]()  # patterns without a test; None: not all are collected
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k choose
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    files, used = set(), set()
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        files.add(name.partition("::")[0])
+        call = getattr(item, "callspec", None)
+        slow = call is not None and any(call.params.get(key) in RULES[key] for key in RULES)
+        for pattern, compiled in _PATTERNS.items():
+            if slow == pattern.startswith("!") and compiled.fullmatch(name):
+                slow = not slow
+                used.add(pattern)
+        if slow:
+            item.add_marker(pytest.mark.slow)
+    config.stash[STALE] = _stale(files, used) if _all_collected(config) else None
+
+
+def _all_collected(config: pytest.Config) -> bool:
+    here = Path(__file__).parent
+    narrowed = ("keyword", "deselect", "ignore", "ignore_glob", "lf", "stepwise")
+    paths = {(config.invocation_params.dir / arg).resolve() for arg in config.args}
+    return paths <= {here, here.parent} and not any(config.getoption(o, None) for o in narrowed)
+
+
+def _stale(files: set[str], used: set[str]) -> list[str]:
+    """A file that is there and has no test was skipped, for what is not installed."""
+    skipped = {path.name for path in Path(__file__).parent.glob("test_*.py")} - files
+    unused = [pattern for pattern in _PATTERNS if pattern not in used]
+    return [pattern for pattern in unused if pattern.strip("!").split("::")[0] not in skipped]
