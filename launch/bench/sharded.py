@@ -43,7 +43,7 @@ class Split:
 
     @property
     def work(self) -> str:
-        """Which work it is measured on: only a split of the context alone does not need many sequences."""
+        """Its work: "many" sequences, or a "long" one for context without data."""
         return "many" if self.data > 1 or self.context == 1 else "long"
 
     def mesh(self) -> Mesh:
@@ -54,7 +54,7 @@ class Split:
         )
 
     def grown(self, shape: Shape) -> Shape:
-        """As much work per device as one device had: each dimension as much longer as it is split."""
+        """The shape with each dimension multiplied by its split: the same work per device."""
         lens = shape.lens
         if isinstance(lens, tuple):
             lens = (lens[0] * self.context, lens[1] * self.context)
