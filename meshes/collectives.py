@@ -171,17 +171,17 @@ def _groups(line: str, num_devices: int) -> np.ndarray:
 def _mesh_groups(mesh: str, axes: str) -> np.ndarray:
     """`'data'=2,'context'=4` and `'context'` (or a part of it, `'context':(2)2`) to groups."""
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(mesh)}
-    split: list[tuple[int, bool]] = []  # (size, talks), every axis cut where a part begins or ends
+    split: list[tuple[int, bool]] = []  # (size, sends), axes cut where a part begins or ends
     parts = {name: (int(pre or 1), int(size or 0)) for name, pre, size in
              _MESH_AXIS_PART.findall(axes)}  # fmt: skip
     for name, size in sizes.items():
         if name in parts:
-            before, talking = parts[name][0], parts[name][1] or size
-            split += [(before, False), (talking, True), (size // before // talking, False)]
+            before, sending = parts[name][0], parts[name][1] or size
+            split += [(before, False), (sending, True), (size // before // sending, False)]
         else:
             split.append((size, False))
     order = sorted(range(len(split)), key=lambda i: split[i][1])
-    group_size = math.prod(size for size, talks in split if talks)
+    group_size = math.prod(size for size, sends in split if sends)
     numbers = np.arange(math.prod(sizes.values())).reshape([size for size, _ in split])
     return numbers.transpose(order).reshape(-1, group_size)
 

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 from jax.experimental import mesh_utils
 
-from .spec import TALKATIVE_AXES, MeshSpec
+from .spec import COMMUNICATING_AXES, MeshSpec
 
 Device = Any  # jax.Device, which type checkers see as a variable
 
 
 def place(spec: MeshSpec, slices: list[list[Device]]) -> np.ndarray:
     """Devices in the shape of the spec: slices laid out alike, joined along `dcn.` sizes."""
-    quiet_first = sorted(range(len(spec.axes)), key=lambda i: spec.names[i] in TALKATIVE_AXES)
+    quiet_first = sorted(range(len(spec.axes)), key=lambda i: spec.names[i] in COMMUNICATING_AXES)
     shape = [spec.ici_shape[i] for i in quiet_first]
     joined = np.empty((len(slices), *spec.ici_shape), dtype=object)
     for index, members in enumerate(slices):

@@ -11,7 +11,7 @@ UNKNOWN = -1  # a size to be deduced from the number of devices
 
 # Page attention communicates over `context` only (the merge), so its devices go next to each other.
 # Sequences never communicate, so `data` is the axis that may span slices without being asked to.
-TALKATIVE_AXES = ("context",)
+COMMUNICATING_AXES = ("context",)
 SLICED_AXIS = "data"
 
 
