@@ -26,17 +26,17 @@ _MESH_AXIS_PART = re.compile(r"'(.+?)'(?::\((\d+)\)(\d+))?")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One communicating instruction, as one device runs it (once: loops are not unrolled).
+    """One communicating instruction of the program; one inside a loop is listed once.
 
     Attributes:
-      kind: HLO's name for it, `all-reduce` and so on; `dcn-...` between slices.
-      num_bytes: bytes of the whole value being combined: what an all-reduce reduces, what an
-        all-gather ends with, what a reduce-scatter starts with, what a permute passes on.
-      axes: the mesh axes along which the members of a group differ; of the slices, all axes
-        that span slices.
-      group_size: devices that take part in each group; of the slices, how many slices.
-      crosses_hosts: whether some group has devices of more than one process.
-      name: what in the source asked for it, or else the instruction's name.
+      kind: its name in HLO, `all-reduce` and so on; `dcn-...` between slices.
+      num_bytes: bytes of the whole value: the one that an all-reduce reduces, an all-gather
+        ends with, a reduce-scatter starts with or a permute passes on.
+      axes: the mesh axes along which the members of a group differ; for `dcn-...`, every axis
+        that spans slices.
+      group_size: devices per group; for `dcn-...`, slices per group.
+      crosses_hosts: whether any group has devices of more than one process.
+      name: the source operation that asked for it, or else the instruction's name.
     """
 
     kind: str
@@ -53,15 +53,15 @@ class Collective:
 
 
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
-    """Lists what a program compiled for `mesh` communicates.
+    """Lists the communication of a program compiled for `mesh`.
 
     Args:
       hlo: `compiled.as_text()`.
       mesh: the mesh that it was compiled for.
 
     Returns:
-      One entry an instruction, in program order. What the compiler for TPUs does over several
-      slices comes as one entry inside the slice and one, `dcn-...`, between slices.
+      One entry per instruction, in program order. A TPU collective over several slices is two
+      entries: one inside each slice, and one, `dcn-...`, between slices.
     """
     of_first_slice, of_slices = _slice_view(mesh)
     found = []
@@ -79,9 +79,9 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
 
 
 def _slice_view(mesh: Mesh) -> tuple[np.ndarray, dict[str, int]]:
-    """The devices of the first slice in the shape of the mesh, and how axes span slices.
+    """The devices of the first slice in the shape of the mesh, and slices per axis that spans some.
 
-    TPU programs are compiled for one slice: device numbers in them count inside a slice.
+    A TPU program is compiled for one slice, so its device numbers count inside a slice.
     """
     slice_of = np.vectorize(lambda device: getattr(device, "slice_index", None) or 0)(mesh.devices)
     inside = np.nonzero(slice_of == slice_of.flat[0])
@@ -127,7 +127,7 @@ def _between_slices(match: re.Match[str], line: str, spans: dict[str, int]) -> C
 
 
 def _payload_bytes(match: re.Match[str], group_size: int) -> int:
-    """Bytes of the whole value. An asynchronous start returns its operands and its results."""
+    """Bytes of the whole value. An asynchronous start returns its operands, then its results."""
     sizes = list(_array_bytes(match["result"]))
     kind = match["kind"]
     if match["start"] and kind in ("all-gather", "collective-permute"):
@@ -148,7 +148,7 @@ def _source(match: re.Match[str], line: str) -> str:
 
 
 def _groups(line: str, num_devices: int) -> np.ndarray:
-    """Device numbers as [group, member], from any of the notations that XLA prints."""
+    """Device numbers as [group, member], read from any notation that XLA prints."""
     pairs = _PAIRS.search(line)
     if pairs:
         return np.array([_numbers(pair) for pair in _LIST.findall(pairs[1])]).reshape(-1, 2)
@@ -171,17 +171,17 @@ def _groups(line: str, num_devices: int) -> np.ndarray:
 def _mesh_groups(mesh: str, axes: str) -> np.ndarray:
     """`'data'=2,'context'=4` and `'context'` (or a part of it, `'context':(2)2`) to groups."""
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(mesh)}
-    split: list[tuple[int, bool]] = []  # (size, talks), every axis cut where a part begins or ends
+    split: list[tuple[int, bool]] = []  # (size, sends), axes cut where a part begins or ends
     parts = {name: (int(pre or 1), int(size or 0)) for name, pre, size in
              _MESH_AXIS_PART.findall(axes)}  # fmt: skip
     for name, size in sizes.items():
         if name in parts:
-            before, talking = parts[name][0], parts[name][1] or size
-            split += [(before, False), (talking, True), (size // before // talking, False)]
+            before, sending = parts[name][0], parts[name][1] or size
+            split += [(before, False), (sending, True), (size // before // sending, False)]
         else:
             split.append((size, False))
     order = sorted(range(len(split)), key=lambda i: split[i][1])
-    group_size = math.prod(size for size, talks in split if talks)
+    group_size = math.prod(size for size, sends in split if sends)
     numbers = np.arange(math.prod(sizes.values())).reshape([size for size, _ in split])
     return numbers.transpose(order).reshape(-1, group_size)
 

@@ -1,4 +1,4 @@
-"""Which devices hold which KV heads: a plan for any number of heads on any mesh."""
+"""Which devices hold which KV heads, for any number of heads on any mesh."""
 
 import dataclasses
 import math
@@ -21,13 +21,13 @@ class HeadPlan:
     """How heads lie on a mesh, in the form that `page_attention` and `PagedKVCache` take.
 
     Attributes:
-      mesh: the given mesh, or the same devices in the same order with the KV axis in two parts,
-        e.g. `kv=16` as `kv=8,kv_rest=2`. Only axes and no devices if only sizes were given.
+      mesh: the given mesh, or the same devices in the same order with the KV axis cut in two,
+        e.g. `kv=16` into `kv=8,kv_rest=2`. An AbstractMesh if only sizes were given.
       seqs, heads, context: the mesh axes of the three splits; see `layout`.
-      head_shards: shards of the KV heads.
-      context_shards: shards of one sequence's pages.
-      copies: devices that hold the same part of the cache; 1 unless replicated.
-      extra_bytes: bytes, over all devices, that the copies cost; None if the size is not known.
+      head_shards: number of shards that the KV heads are split into.
+      context_shards: number of shards that the pages of one sequence are split into.
+      copies: number of devices that hold each part of the cache; 1 unless replicated.
+      extra_bytes: cost of the copies over all devices; None if the cache's size is not known.
       reason: one sentence for people.
     """
 
@@ -44,7 +44,7 @@ class HeadPlan:
     @property
     def layout(self) -> "ShardLayout":
         """The `layout` argument of the library's functions."""
-        from shardpage import ShardLayout  # the only way in which meshes knows the library
+        from shardpage import ShardLayout  # the only import of the library in `meshes`
 
         return ShardLayout(seqs=self.seqs, heads=self.heads, context=self.context)
 
@@ -62,26 +62,29 @@ def plan_heads(
 ) -> HeadPlan:
     """Lays KV heads on a mesh whose KV axis need not divide them.
 
-    Where the axis divides the heads, they are split over it. Otherwise the largest part of the
-    axis that does is used for heads, and the rest of it
+    If the size of the axis divides the number of heads, the heads are split over it. Otherwise
+    the heads are split over its largest factor that does. `surplus` says what becomes of the
+    other factor:
 
-    - `"context"`: splits the pages of each sequence as well. No copies; costs a merge.
-    - `"replicate"`: holds copies of the cache and repeats the same work.
-    - `"refuse"`: is an error that names the nearest sizes without a rest.
+    - `"context"`: it splits the pages of each sequence. No copies, but a merge.
+    - `"replicate"`: its devices hold copies of the cache and repeat the same work.
+    - `"refuse"`: an error that names the nearest sizes that divide.
 
     Args:
       num_q_heads: query heads of the model.
       num_kv_heads: its KV heads; must divide the query heads.
-      mesh: a mesh, or only sizes: `"data=2,kv=8"`, a `MeshSpec` without open sizes, a mapping.
-      surplus: what to do with the rest of the KV axis.
-      cache_bytes: bytes of the whole cache, to say what copies cost.
-      seqs, heads, context: names of the mesh axes of the three splits; absent ones are not split.
+      mesh: a mesh, or just sizes: `"data=2,kv=8"`, a `MeshSpec` without open sizes, a mapping.
+      surplus: what the factor of the KV axis that does not divide the heads is used for.
+      cache_bytes: bytes of the whole cache, to compute what copies cost.
+      seqs, heads, context: names of the mesh axes that split sequences, KV heads and the pages of
+        a sequence; an axis that the mesh does not have splits nothing.
 
     Returns:
       The plan; pass `mesh=plan.mesh, layout=plan.layout`.
 
     Raises:
-      ValueError: if the query heads do not divide, or `surplus="refuse"` and there is some.
+      ValueError: if the KV heads do not divide the query heads, or if `surplus="refuse"` and the
+        KV axis does not divide the KV heads.
     """
     if num_kv_heads < 1 or num_q_heads % num_kv_heads:
         raise ValueError(
@@ -119,7 +122,7 @@ def _with_rest(
     cache_bytes: int | None,
     context: str,
 ) -> HeadPlan:
-    """The plan on the mesh whose KV axis is cut into the part for heads and the rest."""
+    """The plan with the KV axis cut in two: a factor for heads, and the rest."""
     heads = plan.heads
     assert heads is not None
     each = num_kv_heads // plan.head_shards

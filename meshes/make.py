@@ -1,4 +1,4 @@
-"""From a spec and devices to a mesh, with talkative axes on neighbouring chips."""
+"""Makes a mesh from a spec and devices, with the axes that communicate on neighbouring chips."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,17 +18,18 @@ def make(
 ) -> Mesh:
     """Makes a mesh that uses every device exactly once.
 
-    Inside a slice, axes are laid on the chips' network in the order of their traffic: those named
-    `context` get neighbouring chips, then the later axes of the spec before the earlier ones. Of
-    several slices, `dcn.` axes count whole slices; a spec without any gives the slices to `data`.
-    CPU devices form no slices and are cut into as many equal parts as the `dcn.` axes ask for.
+    Inside a slice, axes named `context` get neighbouring chips; after them, later axes of the
+    spec get nearer ones than earlier axes. Over several slices, `dcn.` sizes count whole slices;
+    if the spec has none, the axis `data` spans the slices. CPU devices form no slices: they are
+    cut into as many equal parts as the `dcn.` sizes ask for.
 
     Args:
       spec: axes in the mesh's order, e.g. `"data=2,kv=-1"` or `"dcn.data=2,data=4,context=2"`.
-      devices: the devices to use, all of them; default `jax.devices()`, of all processes.
-      axis_types: one type for all axes, or one each. Auto by default: the compiler propagates
-        shardings, so code around the attention needs no annotations. Explicit works as well,
-        and makes every array's type show its sharding.
+      devices: the devices, every one of which is used; default `jax.devices()`, those of all
+        processes.
+      axis_types: one type for all axes, or one per axis. Auto by default: the compiler propagates
+        shardings, so code around the attention needs no annotations. Explicit works as well:
+        each array's type then shows its sharding.
 
     Returns:
       A mesh whose axis names and order are the spec's.
@@ -55,7 +56,7 @@ def make(
 
 
 def split_slices(devices: Sequence[Device], num_simulated_slices: int = 1) -> list[list[Device]]:
-    """Groups devices by slice; those that know no slices (CPU) are cut into equal parts in order.
+    """Groups devices by slice; devices without slices (CPU) are cut into equal parts, in order.
 
     Raises:
       ValueError: if slices are of unequal size.

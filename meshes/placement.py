@@ -1,18 +1,18 @@
-"""Which device goes where in a mesh: talkative axes on neighbouring chips, slices outermost."""
+"""Which device goes where: axes that communicate on neighbouring chips, slices outermost."""
 
 from typing import Any
 
 import numpy as np
 from jax.experimental import mesh_utils
 
-from .spec import TALKATIVE_AXES, MeshSpec
+from .spec import COMMUNICATING_AXES, MeshSpec
 
 Device = Any  # jax.Device, which type checkers see as a variable
 
 
 def place(spec: MeshSpec, slices: list[list[Device]]) -> np.ndarray:
-    """Devices in the shape of the spec: each slice laid out alike, then joined along dcn axes."""
-    quiet_first = sorted(range(len(spec.axes)), key=lambda i: spec.names[i] in TALKATIVE_AXES)
+    """Devices in the shape of the spec: slices laid out alike, joined along `dcn.` sizes."""
+    quiet_first = sorted(range(len(spec.axes)), key=lambda i: spec.names[i] in COMMUNICATING_AXES)
     shape = [spec.ici_shape[i] for i in quiet_first]
     joined = np.empty((len(slices), *spec.ici_shape), dtype=object)
     for index, members in enumerate(slices):
@@ -24,10 +24,10 @@ def place(spec: MeshSpec, slices: list[list[Device]]) -> np.ndarray:
 
 
 def place_slice(shape: list[int], devices: list[Device]) -> np.ndarray:
-    """Devices of one slice in `shape`, whose later axes talk more and get nearer neighbours.
+    """Devices of one slice in `shape`, whose later axes get nearer neighbours.
 
-    Chips are laid out by JAX's `create_device_mesh`. Where a chip is two devices, they are the
-    nearest neighbours there are, so they become the inner half of the last axis of even size.
+    JAX's `create_device_mesh` lays out the chips. If a chip is two devices, these are the nearest
+    neighbours there are, so they become the inner part of the last axis whose size is even.
     """
     chips: dict[tuple[int, ...], list[Device]] = {}
     for device in devices:

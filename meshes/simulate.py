@@ -24,20 +24,20 @@ def simulate(
 ) -> Mesh | None:
     """Makes this process simulate devices on its CPU, before or after JAX has started.
 
-    A number without `spec` only asks for the devices and does not start JAX, so that it can come
+    A number without `spec` only requests the devices and does not start JAX, so it can come
     before `jax.distributed.initialize`; each process then simulates `what` devices of its own.
-    Where no platform was chosen yet this chooses the CPU, so that a TPU or GPU of the machine is
-    neither waited for nor locked.
+    If no platform has been chosen yet this chooses the CPU, so JAX neither waits for nor locks a
+    TPU or GPU of the machine.
 
     Args:
-      what: how many CPU devices, or the name of a slice to stand in for: `"v5e:2x4"`.
-      spec: the mesh to make of exactly that many of them; `data=-1` for a named slice.
-      num_slices: how many such slices, or equal parts of that number; as in `topology`, they go
-        to the spec's `dcn.` axes, or else to `data`.
+      what: the number of CPU devices, or the name of a slice to imitate: `"v5e:2x4"`.
+      spec: the axes of a mesh of exactly that many devices; default `data=-1` for a named slice.
+      num_slices: the number of such slices, or of equal parts of the number `what`. As in
+        `topology`, the spec's `dcn.` sizes span them, or else `data` does.
 
     Returns:
-      Nothing for a number without `spec`; otherwise the mesh over the first CPU devices, with the
-      axes that `topology(what, spec, num_slices=...)` has.
+      None for a number without `spec`; otherwise a mesh of the first CPU devices, with the axes of
+      `topology(what, spec, num_slices=...)`.
 
     Raises:
       ValueError: if there is nothing to simulate, or the spec does not fit.
@@ -65,11 +65,11 @@ def _request_cpu_devices(num_devices: int) -> None:
         )
     try:
         requested = _config.jax_num_cpu_devices
-        # XLA's thread pool. Interpreted Pallas kernels occupy a thread a device while they wait for
-        # each other, and with none to spare they wait for ever.
+        # The size of XLA's thread pool. While interpreted Pallas kernels wait for each other they
+        # occupy one thread per device; with none to spare they deadlock.
         os.environ.setdefault("NPROC", str(max(2 * num_devices + 4, os.cpu_count() or 1)))
         _config.update("jax_num_cpu_devices", max(num_devices, requested))
-    except RuntimeError:  # JAX has started: what it has is what there is
+    except RuntimeError:  # JAX has started: its devices can no longer change
         num_present = jax.local_device_count("cpu")
         if num_present < num_devices:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Named pod slices: what `"v5p:4x4x4"` or `"v5p-128"` is, read from `slices.toml`."""
+"""Pod slices by name, `"v5p:4x4x4"` or `"v5p-128"`, as described in `slices.toml`."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from typing import Any, Self
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One TPU generation. Rates and sizes are of one chip; see `slices.toml` for sources."""
+    """One TPU generation. `slices.toml` says what each field is, with sources."""
 
     name: str
     device_kind: str
@@ -37,7 +37,7 @@ class Chip:
 
     @classmethod
     def of_kind(cls, device_kind: str) -> "Chip | None":
-        """The generation whose `jax.Device.device_kind` this is; None for CPUs and others."""
+        """The generation with this `jax.Device.device_kind`; None for CPUs and others."""
         return next((chip for chip in chips().values() if chip.device_kind == device_kind), None)
 
 
@@ -57,7 +57,7 @@ def _chip(name: str, entry: dict[str, Any]) -> Chip:
 
 @dataclasses.dataclass(frozen=True)
 class PodSlice:
-    """A slice of one generation: its chips as a box of the network."""
+    """A slice of one generation: a box of chips in the network."""
 
     chip: Chip
     shape: tuple[int, ...]
@@ -89,7 +89,7 @@ class PodSlice:
 
     @property
     def num_devices(self) -> int:
-        """jax devices of the slice, in the usual configuration of its chips."""
+        """JAX devices of the slice, with its chips in their usual configuration."""
         return self.num_chips * self.chip.devices
 
     @property
@@ -124,6 +124,6 @@ def _shape_of_size(chip: Chip, name: str, count: int) -> tuple[int, ...]:
             return shape
     known = ", ".join(f"{name.split('-')[0]}-{math.prod(shape) * per_chip}" for shape in shapes)
     raise ValueError(
-        f"unknown slice {name!r}: the number counts {chip.counts}, {per_chip} a chip; known are "
+        f"unknown slice {name!r}: the number counts {chip.counts}, {per_chip} per chip; known are "
         f"{known}. The form {chip.name}:{chip.shapes[-1]} names a shape directly"
     )

@@ -9,15 +9,15 @@ from typing import Self
 DCN_PREFIX = "dcn."
 UNKNOWN = -1  # a size to be deduced from the number of devices
 
-# Page attention sends something over `context` only (the merge), so those devices go next to
-# each other; sequences never talk, so `data` is the axis that may span slices without being asked.
-TALKATIVE_AXES = ("context",)
+# Page attention communicates over `context` only (the merge), so its devices go next to each other.
+# Sequences never communicate, so `data` is the axis that may span slices without being asked to.
+COMMUNICATING_AXES = ("context",)
 SLICED_AXIS = "data"
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxis:
-    """One mesh axis: `ici` devices inside a slice, times `dcn` slices."""
+    """One mesh axis: `ici` devices inside each of `dcn` slices."""
 
     name: str
     ici: int = 1
@@ -31,10 +31,10 @@ class MeshAxis:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-    """The axes of a mesh in order, sizes inside a slice and across slices told apart.
+    """The axes of a mesh in order, each with its size inside a slice and across slices.
 
     The text form is a comma-separated list of `NAME=SIZE` and `dcn.NAME=SIZE`; one SIZE may be
-    -1, which takes what is left. `dcn.data=2,data=4` is one axis `data` of size 8 whose two halves
+    -1: whatever is left. `dcn.data=2,data=4` is one axis `data` of size 8 whose two halves
     lie in different slices.
     """
 
@@ -82,7 +82,7 @@ class MeshSpec:
 
     @property
     def num_slices(self) -> int:
-        """How many slices the spec asks for (an open size counts as 1)."""
+        """The number of slices that the spec asks for (an open size counts as 1)."""
         return math.prod(max(size, 1) for size in self.dcn_shape)
 
     def __str__(self) -> str:
@@ -95,7 +95,7 @@ class MeshSpec:
         return ",".join(parts)
 
     def over_slices(self, num_slices: int) -> Self:
-        """Gives the slices to `data` if no axis has any: sequences never talk to each other."""
+        """Lets `data` span the slices if no axis does: sequences never communicate."""
         if num_slices == 1 or any(size != 1 for size in self.dcn_shape):
             return self
         axes = []
@@ -111,7 +111,7 @@ class MeshSpec:
 
         Args:
           num_devices: all devices, over all slices.
-          num_slices: how many slices those devices form.
+          num_slices: the number of slices that those devices form.
 
         Returns:
           The same axes with all sizes known; their product is `num_devices`.
@@ -156,7 +156,7 @@ class MeshSpec:
         )
 
     def _suggest(self, per_slice: int, num_slices: int, most: int = 8) -> str:
-        """The factorings nearest to the sizes asked for, as specs."""
+        """Specs that fit, nearest to the requested sizes first."""
         dcn = self.dcn_shape
         if math.prod(dcn) != num_slices:
             sliced = self.names.index(SLICED_AXIS) if SLICED_AXIS in self.names else 0

@@ -1,4 +1,4 @@
-"""Meshes over TPU slices that are not there, to compile for them ahead of time with libtpu."""
+"""Meshes of TPU slices that this machine does not have, to compile for them with libtpu."""
 
 import contextlib
 import importlib.util
@@ -13,8 +13,8 @@ from .make import make
 from .slices import PodSlice
 from .spec import MeshSpec
 
-# While libtpu loads: ask no metadata server what this machine is (none answers off Google Cloud,
-# and each question waits for its time limit), and let other processes load libtpu as well.
+# While libtpu loads: do not ask a metadata server what this machine is (outside Google Cloud none
+# answers, and every request runs into its timeout), and let other processes load libtpu as well.
 _LOADING = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -31,25 +31,26 @@ def topology(
     megacore: bool | None = None,
     axis_types: AxisType = AxisType.Auto,
 ) -> Mesh:
-    """A mesh over compile-only devices of one or more TPU slices; needs no TPU.
+    """A mesh of compile-only devices of one or more TPU slices; needs no TPU.
 
-    `jax.jit(f).lower(...).compile()` works on its devices and gives memory, cost and HLO;
-    arrays cannot be put on them.
+    `jax.jit(f).lower(...).compile()` works for its devices and gives memory, cost and HLO; they
+    cannot hold arrays.
 
     Args:
       name: a slice, e.g. `"v5p:4x4x4"`, or a product name, e.g. `"v5p-128"`.
       spec: the axes, as in `make`; default one axis `data` over everything.
-      num_slices: how many such slices, joined by the data centre network.
-      megacore: v4 and v5p only: whether the two TensorCores of a chip are one device (usual, and
-        the default) or two.
-      axis_types: as in `make`, one type for all axes.
+      num_slices: the number of such slices, joined by the data centre network.
+      megacore: whether the two TensorCores of a chip are one device (the default) or two; v4 and
+        v5p only.
+      axis_types: as in `make`; one type for all axes.
 
     Returns:
       A mesh of all the slices' devices.
 
     Raises:
-      ValueError: for unknown slices, specs that do not fit, megacore where there is none.
-      RuntimeError: without libtpu, or where libtpu refuses the slice.
+      ValueError: for an unknown slice, a spec that does not fit, or `megacore` on a generation
+        without it.
+      RuntimeError: if libtpu is missing or refuses the slice.
     """
     pod = PodSlice.parse(name) if isinstance(name, str) else name
     if num_slices < 1:
@@ -59,12 +60,12 @@ def topology(
 
 
 def _config(pod: PodSlice, megacore: bool | None) -> str | None:
-    """The name of the chip configuration, None for the only one."""
+    """The name of the chip configuration; None where there is only one."""
     if megacore is None:
         return pod.chip.megacore_config
     if pod.chip.megacore_config is None:
         raise ValueError(
-            f"{pod.chip.name} has no megacore to switch: always {pod.chip.devices} device(s) a "
+            f"{pod.chip.name} has no megacore to switch: always {pod.chip.devices} device(s) per "
             f"chip; leave megacore=None (v4 and v5p have it)"
         )
     return pod.chip.megacore_config if megacore else pod.chip.separate_config
@@ -92,7 +93,7 @@ def _compile_only_devices(pod: PodSlice, num_slices: int, config: str | None) ->
 
 @contextlib.contextmanager
 def _environment_while_loading() -> Iterator[None]:
-    """Sets what libtpu reads when it loads, and puts everything back as it was."""
+    """Sets the variables that libtpu reads when it loads, and restores the environment."""
     before = dict(os.environ)
     for name, value in _LOADING.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""The benches: a wrong answer is never timed, nothing measured is lost, noise is no change."""
+"""The benches never time a wrong answer, lose no measurement and take no noise for a change."""
 
 import dataclasses
 import json
@@ -21,14 +21,14 @@ TOKENS = Tokens("few", 3, 2, num_kv_heads=2, head_dim=32, context=64, dtype="flo
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    """No round that counts is left out but most of them."""
+    """Two rounds, both of which count."""
     monkeypatch.setattr(timing, "WARM_UP", 0)
     monkeypatch.setattr(timing, "ROUNDS", 2)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """The command measures small shapes only."""
+    """Lets the command measure small shapes only."""
     monkeypatch.setattr(timing, "copy_roof", lambda platform: (10.0, "made up"))
     monkeypatch.setattr(shapes, "decode_shapes", lambda platform, suite: (SMALL,))
     monkeypatch.setattr(shapes, "write_shapes", lambda suite: (TOKENS,))
@@ -80,7 +80,7 @@ class TestInputs:
             assert len(used) == len(set(used))
         assert not np.array_equal(*tables)
 
-    def test_errors_of_other_numbers_are_seen(self):
+    def test_errors_are_seen(self):
         given = inputs.make(SMALL, 1)
         attend, _ = peers.gather(SMALL, "cpu")
         out = attend(given.queries[0], given.key, given.value, given.lens, given.tables[0])
@@ -169,7 +169,7 @@ class TestCompare:
         assert self.verdict(90.0, 85.0, 96.0) == "same"
         tight = dataclasses.replace(self.ROW, timing=Timing(100.0, 99.9, 100.1, 9))
         near = dataclasses.replace(self.ROW, timing=Timing(103.0, 102.9, 103.1, 9))
-        assert compare.changes([tight], [near])[0].verdict == "same"  # less than a second run does
+        assert compare.changes([tight], [near])[0].verdict == "same"  # no more than two runs differ
 
     def test_what_is_beyond_noise(self):
         assert self.verdict(130.0, 120.0, 140.0) == "slower"

@@ -167,7 +167,7 @@ class TestMake:
 
 
 class FakeDevice:
-    """A TPU-like device of a multi-slice job, ids not contiguous."""
+    """Like a TPU device of a job on several slices, with ids that are not contiguous."""
 
     platform, device_kind, process_index = "cpu", "cpu", 0
 
@@ -192,7 +192,7 @@ class TestSimulate:
         meshes.simulate(len(devices))
         meshes.simulate(1)
 
-    def test_makes_a_mesh_of_exactly_so_many(self, devices):
+    def test_makes_a_mesh_of_exactly_this_many(self, devices):
         mesh = meshes.simulate(4, "data=2,context=2")
         assert list(mesh.devices.flat) == devices[:4]
 
@@ -243,7 +243,7 @@ class TestSimulate:
 
 
 def test_processes_with_gaps_between_their_device_ids():
-    """Two processes of two devices: ids 0, 1, 2048, 2049; context stays inside a process."""
+    """Two processes of two devices each: ids 0, 1, 2048, 2049; `context` stays inside a process."""
     code = f"""
         import json, sys, jax, meshes
         import numpy as np
@@ -351,7 +351,7 @@ class TestPlanHeads:
 
 
 def check_end_to_end(plan: meshes.HeadPlan, num_heads: int, num_kv_heads: int):
-    """Attention on a plan's mesh is right, and its cache is there as often as the plan says."""
+    """Attention on a plan's mesh is right, and it keeps as many copies of the cache as it says."""
     case = Case(f"plan{num_kv_heads}", num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=16)
     counts = plan.layout.shards(plan.mesh)
     assert (counts.heads, counts.context) == (plan.head_shards, plan.context_shards)

@@ -1,4 +1,4 @@
-"""The README's claims that a machine can check: its example runs, its figures are the kept ones."""
+"""The claims of the READMEs that a machine can check: examples, figures, links."""
 
 import re
 import subprocess
@@ -7,24 +7,65 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench import readme
+from launch.bench import publish
+from launch.bench.report import Row
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "launch/bench/RESULTS.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LINKS = [
+    (document, link)
+    for document in ("README.md", "meshes/README.md", "launch/bench/RESULTS.md")
+    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text())
+]
 
 
-def test_the_library_example_runs_as_it_stands(tmp_path):
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+@pytest.mark.parametrize("example", EXAMPLES, ids=["one device", "mesh"])
+def test_examples_run_as_they_stand(example, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "(4, 16, 128) P('data', 'kv', None)\n"
+    assert done.stdout.strip() == re.search(r"print\(.*# (.*)", example).group(1)
 
 
-def test_figures_are_those_of_the_kept_results():
-    assert readme.generated(README) == README, "run: python -m launch.bench.readme"
+def test_tables_are_those_of_the_kept_reports():
+    assert publish.generated(RESULTS) == RESULTS, "run: python -m launch.bench.publish"
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
-def test_links_lead_somewhere(link):
-    assert (Path(__file__).parents[1] / link).exists()
+def speed_ups(name, peer):
+    """This library over a peer, ascending, for the shapes of a kept report."""
+    rows = {(r.shape, r.name): r for r in map(Row.from_json, publish.load(name)["rows"])}
+    ours = [row for (_, n), row in rows.items() if n == publish.OURS]
+    return sorted(filter(None, (publish.speed_up(r, rows.get((r.shape, peer))) for r in ours)))
+
+
+def test_sentences_agree_with_the_reports():
+    text = " ".join(README.split())
+    *gather, skewed = speed_ups("gpu_decode", "gather")
+    kernel = speed_ups("gpu_decode", "jax paged_attention")
+    cpu = speed_ups("cpu_decode", "ejkernel")
+    splits = [Row.from_json(row) for row in publish.load("gpu_sharded")["rows"]]
+    splits = [row for row in splits if row.efficiency and "work x" not in row.name]
+    pages = sorted(row.efficiency for row in splits if row.name == "context=2")
+    others = sorted(row.efficiency for row in splits if row.name != "context=2")
+    for claim in (
+        f"{gather[0]:.1f} to {gather[-1]:.1f} times as fast as a plain gather ({skewed:.0f} times",
+        f"{kernel[0]:.2f} to {kernel[-1]:.2f} times as fast as JAX's Triton kernel",
+        f"of {others[0]:.2f} to {others[-1]:.2f} for a split of sequences or KV heads",
+        f"of {pages[0]:.2f} to {pages[-1]:.2f} for a split of one sequence's pages",
+        f"{cpu[0]:.1f} to {cpu[-1]:.0f} times as fast as ejkernel's",
+    ):
+        assert claim in text
+
+
+@pytest.mark.parametrize(("document", "link"), LINKS)
+def test_links_lead_somewhere(document, link):
+    path, _, anchor = link.partition("#")
+    target = (ROOT / document).parent / path if path else ROOT / document
+    assert target.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+        slugs = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+        assert anchor in slugs

@@ -47,7 +47,7 @@ class TestPodSlice:
             ("v5e:3x3", "no slice of shape 3x3.*2x2, 2x4, 4x4"),
             ("v6e:32x32", "up to 256 chips"),
             ("v5p:16x20x28", "up to 6144 chips.*or 3 multiples of 4"),
-            ("v5p-100", "counts cores, 2 a chip; known are v5p-2, v5p-8, v5p-16"),
+            ("v5p-100", "counts cores, 2 per chip; known are v5p-2, v5p-8, v5p-16"),
             ("tpu7x-12", "counts devices"),
         ],
     )

@@ -1,1 +1,1 @@
-"""Measurements: each prints a table and keeps its figures as JSON under `results/`."""
+"""Measurements of decode steps, writes and splits; the kept reports are under `results/`."""

@@ -1,4 +1,4 @@
-"""What changed between two reports, noise taken into account."""
+"""What changed between two reports, beyond noise."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Literal
 
 from .report import Row
 
-# Even on a quiet machine a second run differs by so much.
+# Even on a quiet machine two runs differ by this much.
 SMALLEST = 0.05
 
 Verdict = Literal["same", "faster", "slower", "new", "gone", "no time"]
@@ -14,11 +14,11 @@ Verdict = Literal["same", "faster", "slower", "new", "gone", "no time"]
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One row of both reports.
+    """One row in both reports.
 
     Attributes:
-      ratio: new time over old time; None if one is missing.
-      low, high: what the ratio may be, if both medians lie within their quartiles.
+      ratio: new time over old time; None if one of them is missing.
+      low, high: the range of the ratio if both medians lie within their quartiles.
     """
 
     key: tuple[str, str, str]
@@ -29,7 +29,7 @@ class Change:
 
 
 def changes(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
-    """A change for every row of either, in the order of the new ones."""
+    """One change per row of either report: new rows in their order, then those that are gone."""
     before = {row.key: row for row in old}
     after = {row.key: row for row in new}
     found = [_change(before.get(key), row) for key, row in after.items()]
@@ -53,7 +53,7 @@ def _change(old: Row | None, new: Row) -> Change:
 
 
 def table(found: Sequence[Change]) -> list[list[str]]:
-    """Cells for people, a row each; the first is the header."""
+    """A row of cells per change, after a header."""
     cells = [["bench", "shape", "", "time, new/old", "may be", "verdict"]]
     for change in found:
         ratio, may_be = "", ""

@@ -1,4 +1,4 @@
-"""Decode steps: page attention against what a user would pick instead."""
+"""Decode steps: page attention beside what a user would pick instead."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -11,19 +11,19 @@ from . import inputs, peers, timing
 from .report import Row
 from .shapes import Shape
 
-# Calls that an accelerator makes in one program: what is timed is the device, not Python.
+# Calls per program on an accelerator, so that the device is timed and not Python.
 REPEATS = 32
 
 
 def rows(shapes: Sequence[Shape], platform: str, roof_gbps: float) -> Iterator[Row]:
-    """Measures every implementation on every shape, shape after shape."""
+    """Measures every implementation on one shape after the other."""
     for shape in shapes:
         yield from measure(shape, platform, roof_gbps)
         jax.clear_caches()
 
 
 def measure(shape: Shape, platform: str, roof_gbps: float) -> Iterator[Row]:
-    """One shape. An answer that misses the oracle is reported, and not timed."""
+    """Measures one shape. An answer that misses the oracle is reported and not timed."""
     given = inputs.make(shape, 1 if platform == "cpu" else REPEATS)
     calls, temp_bytes, missing = {}, {}, {}
     for name, build in peers.IMPLEMENTATIONS.items():
@@ -35,7 +35,7 @@ def measure(shape: Shape, platform: str, roof_gbps: float) -> Iterator[Row]:
         except peers.Unavailable as reason:
             missing[name] = str(reason)
             continue
-        except Exception as failure:  # a peer's failure must not end the run
+        except Exception as failure:  # a peer's failure does not end the run
             if name == peers.OURS:
                 raise
             missing[name] = f"failed: {_first_line(failure)}"
@@ -56,7 +56,7 @@ def measure(shape: Shape, platform: str, roof_gbps: float) -> Iterator[Row]:
 
 
 def in_one_program(attend: peers.Attend) -> Any:
-    """Runs `attend` on each of the stacked queries and tables, one after the other."""
+    """Calls `attend` once per stacked query and table, one after the other."""
 
     def program(queries, key, value, lens, tables):
         if queries.shape[0] == 1:

@@ -17,7 +17,7 @@ _SAME, _GROWN = "#1b6ca8", "#7fb3d5"
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
-    """Writes a PNG for each kind of bench in the rows: `path`, or with the kind in its name.
+    """Writes one PNG per kind of bench in the rows: `path`, or several with the kind in the name.
 
     Raises:
       RuntimeError: without matplotlib.
@@ -26,7 +26,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
+        raise RuntimeError("pictures need matplotlib: pip install 'shardpage[plot]'") from error
 
     benches = [b for b in dict.fromkeys(r.bench for r in rows) if _timed(rows, b)]
     written = []
@@ -52,7 +52,7 @@ def _timed(rows: Sequence[Row], bench: str) -> list[Row]:
 
 
 def _draw_speed(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
-    """Bars of GB/s, and the copy roof where anything comes near it."""
+    """Bars of GB/s; for decode also the copy roof (writes are far below it)."""
     names = [name for name in _COLORS if any(row.name == name for row in rows)]
     height = 0.8 / len(names)
     for number, name in enumerate(names):
@@ -72,10 +72,10 @@ def _draw_speed(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
 
 
 def _draw_efficiency(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
-    """Bars of efficiency: the same work, and as much a device."""
+    """Bars of efficiency: the same work in all, and the same work per device."""
     for offset, color, on_it, label, grown in (
         (-0.2, _SAME, "white", "same work in all", False),
-        (0.2, _GROWN, "black", "same work a device", True),
+        (0.2, _GROWN, "black", "same work per device", True),
     ):
         here = [r for r in rows if r.efficiency is not None and ("work x" in r.name) == grown]
         places = [shapes.index(row.shape) + offset for row in here]
@@ -83,4 +83,4 @@ def _draw_efficiency(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
         bars = panel.barh(places, values, 0.4, color=color, label=label)
         panel.bar_label(bars, fmt="%.2f", label_type="center", color=on_it, fontsize=7)
     panel.axvline(1, color="black", linewidth=1)
-    panel.set_xlabel("efficiency: 1 is as many times faster as there are devices")
+    panel.set_xlabel("efficiency: 1 if N devices are N times as fast as one")

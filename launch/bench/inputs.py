@@ -1,4 +1,4 @@
-"""Random arrays for the shapes, made where they are needed."""
+"""Random arrays of the shapes, made on the devices that use them."""
 
 import dataclasses
 import itertools
@@ -20,13 +20,13 @@ _AXES = {"blocks_first": (0, 1, 2, 3), "heads_first": (1, 0, 2, 3)}
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arrays of `repeats` calls on one pair of caches.
+    """The arrays of `repeats` calls on one pair of caches.
 
     Attributes:
       queries: [repeats, num_seqs, num_heads, head_dim].
       key, value: [num_pages, num_kv_heads, page_size, head_dim].
       lens: [num_seqs].
-      tables: [repeats, num_seqs, max_blocks], other pages in each.
+      tables: [repeats, num_seqs, max_blocks], other pages in each repeat.
     """
 
     shape: Shape
@@ -40,8 +40,13 @@ class Inputs:
     def repeats(self) -> int:
         return self.queries.shape[0]
 
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """All arrays, the caches blocks first."""
+        return self.queries, self.key, self.value, self.lens, self.tables
+
     def caches(self, kv_layout: str) -> tuple[jax.Array, jax.Array]:
-        """Both caches in a layout."""
+        """Both caches in the named layout."""
         key, value = (jnp.transpose(x, _AXES[kv_layout]) for x in (self.key, self.value))
         return key, value
 
@@ -49,8 +54,8 @@ class Inputs:
 def make(shape: Shape, repeats: int, mesh: Mesh | None = None) -> Inputs:
     """Draws the arrays of a shape; on a mesh, split as `ShardLayout.of(mesh)` says.
 
-    A sequence's pages lie anywhere in the pool of their shard, and go round the context shards.
-    Table entries that no one needs name the first page.
+    Consecutive pages of a sequence are on successive context shards, anywhere in the shard's pool.
+    Table entries past the context name the first page.
     """
     if mesh is None:
         num_seq_shards = num_context_shards = 1
@@ -77,7 +82,7 @@ def make(shape: Shape, repeats: int, mesh: Mesh | None = None) -> Inputs:
 
 
 def _draw(seed: int, size: tuple[int, ...], dtype: str, sharding: Sharding) -> jax.Array:
-    """Normal numbers, made in place on each device."""
+    """Normally distributed elements, each device's part made on that device."""
     normal = lambda: jax.random.normal(jax.random.key(seed), size, dtype)
     return jax.jit(normal, out_shardings=sharding)()
 
@@ -85,7 +90,7 @@ def _draw(seed: int, size: tuple[int, ...], dtype: str, sharding: Sharding) -> j
 def _tables(
     shape: Shape, repeats: int, num_seq_shards: int, num_context_shards: int
 ) -> tuple[np.ndarray, int]:
-    """[repeats, num_seqs, max_blocks] page ids, and how many pages there are."""
+    """Page ids [repeats, num_seqs, max_blocks], and the number of pages."""
     rng = np.random.default_rng(0)
     seq = np.arange(shape.num_seqs)[:, None]
     block = np.arange(shape.max_blocks)[None]
@@ -102,9 +107,9 @@ def _tables(
 
 
 def error_of(inputs: Inputs, out: jax.Array, repeat: int = -1) -> tuple[float, float]:
-    """How far one call's output is from the oracle, and how far rounding may take it.
+    """The error of one call's output against the oracle, and the error that rounding excuses.
 
-    Compared are the longest and the shortest sequence, the first and the last.
+    Compares the longest, the shortest, the first and the last sequence.
 
     Args:
       out: [num_seqs, num_heads, head_dim] of the call `repeat`.
@@ -124,6 +129,6 @@ def error_of(inputs: Inputs, out: jax.Array, repeat: int = -1) -> tuple[float, f
 
 
 def _tokens(cache: jax.Array, pages: np.ndarray) -> np.ndarray:
-    """[num_tokens, num_kv_heads, head_dim] of some pages."""
+    """The tokens of some pages [num_tokens, num_kv_heads, head_dim]."""
     found = np.asarray(jnp.take(cache, pages, axis=0))
     return found.swapaxes(1, 2).reshape(-1, found.shape[1], found.shape[3])

@@ -1,7 +1,7 @@
-"""What is measured side by side: this library, and what a user would pick instead.
+"""The implementations that are measured: this library, and what a user would pick instead.
 
-Each implementation is a function `(query, key, value, lens, tables) -> out` on caches of the
-layout that it asks for. One that cannot run raises `Unavailable` with the reason.
+Each entry makes a function `(query, key, value, lens, tables) -> out` and names the layout of the
+caches that it takes. One that cannot run here raises `Unavailable` with the reason.
 """
 
 import functools
@@ -21,16 +21,16 @@ OURS = "shardpage"
 
 
 class Unavailable(Exception):
-    """This implementation does not run here; the message says why."""
+    """The implementation does not run here; the message says why."""
 
 
 def shardpage(shape: Shape, platform: str) -> tuple[Attend, str]:
-    """This library, as its defaults have it."""
+    """This library, with its defaults."""
     return functools.partial(page_attention, kv_layout="blocks_first"), "blocks_first"
 
 
 def gather(shape: Shape, platform: str) -> tuple[Attend, str]:
-    """Plain XLA: gather every page of the tables, then one softmax over all of it."""
+    """Plain XLA: gathers every page of the tables, then one softmax over all tokens."""
     limit = {"cpu": 8 << 30}.get(platform, 40 << 30)
     gathered = shape.num_seqs * shape.context * shape.token_bytes
     if gathered > limit:
@@ -43,7 +43,7 @@ def gather(shape: Shape, platform: str) -> tuple[Attend, str]:
             for cache in (key, value)
         )
         grouped = query.reshape(num_seqs, keys.shape[1], -1, head_dim)
-        # On GPUs a float32 matmul has TF32's 10 bits otherwise, and would be wrong.
+        # Without it a GPU multiplies float32 as TF32, with 10 bits, and misses the oracle.
         precision = "highest" if query.dtype == jnp.float32 else None
         einsum = functools.partial(
             jnp.einsum, precision=precision, preferred_element_type=jnp.float32

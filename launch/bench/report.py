@@ -1,4 +1,4 @@
-"""What a bench found: rows, the file that keeps them, and the table that shows them."""
+"""What a bench found: its rows, as JSON and as a table."""
 
 import dataclasses
 import platform
@@ -17,19 +17,19 @@ VERSIONS = ("jax", "jaxlib", "numpy", "ejkernel", "jax-cuda13-plugin", "libtpu")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measurement, or why there is none.
+    """One measurement, or the reason why there is none.
 
     Attributes:
       bench: "decode", "write" or "sharded".
-      shape: name of what was measured.
-      name: of the implementation, or of the split.
-      timing: of one call.
-      useful_bytes: keys and values that a call must read (or, for writes, new ones).
-      temp_bytes: scratch of the compiled program, a device.
-      roof_gbps: GB/s read and written by a copy on the same device.
-      efficiency: of a sharded row: time on one device over devices x time on all, or over the time
-        on all if the work grew with them.
-      why: reason why there is no timing.
+      shape: the name of the work.
+      name: the name of the implementation or of the split.
+      timing: the time of one call.
+      useful_bytes: bytes of keys and values that a call must read; for writes, of the new ones.
+      temp_bytes: scratch of the compiled program, per device.
+      roof_gbps: GB/s that a copy reads and writes on the same device.
+      efficiency: only of splits: time on one device over (number of devices) x (time on all); for
+        work that grew with the devices, time on one device over time on all.
+      why: why there is no timing.
     """
 
     bench: str
@@ -44,16 +44,16 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What it is found by in another report."""
+        """What identifies this measurement in every report."""
         return self.bench, self.shape, self.name
 
     @property
     def gbps(self) -> float | None:
-        """Useful bytes a nanosecond."""
+        """Useful bytes per nanosecond."""
         return None if self.timing is None else self.useful_bytes / self.timing.median_us / 1e3
 
     def to_json(self) -> dict[str, Any]:
-        """With what follows from it, for other programs."""
+        """The fields, and what other programs would compute from them."""
         row = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}
         if self.gbps is not None:
             row |= {"gbps": round(self.gbps, 2)}
@@ -70,7 +70,7 @@ class Row:
 
 
 def environment(command: str, roof_gbps: float, roof: str) -> dict[str, Any]:
-    """Where a report comes from: hardware, versions, commit, command."""
+    """The origin of a report: command, hardware, versions, commit."""
     devices = jax.devices()
     return {
         "command": command,
@@ -85,7 +85,7 @@ def environment(command: str, roof_gbps: float, roof: str) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells for people, a row each; the first is the header."""
+    """A row of cells per measurement, after a header."""
     cells = [["", "", "us", "spread", "GB/s", "of copy", "temp MB", "against ours", "note"]]
     ours = {(row.bench, row.shape): row.timing for row in rows if row.name == "shardpage"}
     before = None
@@ -96,7 +96,6 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             cells.append([shown, row.name, *[""] * 6, row.why])
             continue
         timing, reference = row.timing, ours.get((row.bench, row.shape))
-        spread = (timing.high_us - timing.low_us) / timing.median_us
         ratio = "" if reference is None else f"{timing.median_us / reference.median_us:.2f} x"
         note = "" if row.efficiency is None else f"efficiency {row.efficiency:.2f}"
         cells.append(
@@ -104,7 +103,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
                 shown,
                 row.name,
                 f"{timing.median_us:.0f}",
-                f"{spread:.0%}",
+                f"{timing.spread:.0%}",
                 speed(row.gbps),
                 f"{row.gbps / row.roof_gbps:.0%}" if row.roof_gbps else "",
                 f"{row.temp_bytes / 1e6:.0f}",

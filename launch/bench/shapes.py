@@ -1,4 +1,4 @@
-"""The named shapes that are measured; the tests know them by the same names."""
+"""The shapes that are measured, by name."""
 
 import dataclasses
 import zlib
@@ -12,15 +12,15 @@ SUITES: tuple[Suite, ...] = ("quick", "full")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A decode step: one query token for each sequence.
+    """A decode step: one query token per sequence.
 
     Attributes:
-      name: unique.
-      num_seqs: sequences.
-      context: tokens that a row of the block tables has room for.
-      lens: context lengths: "full", "skewed" (512 tokens each, but one with all), or the bounds
-        between which they are drawn evenly.
-      dtype: of queries and caches.
+      name: unique; the tests and reports use it.
+      num_seqs: number of sequences.
+      context: tokens that one row of the block tables has room for.
+      lens: context lengths: "full", "skewed" (512 tokens each, but one full), or the bounds
+        between which they are drawn uniformly.
+      dtype: dtype of queries and caches.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def context_lens(self) -> np.ndarray:
-        """[num_seqs] int32; always the same ones."""
+        """[num_seqs] int32, the same in every process."""
         if self.lens == "full":
             lens = np.full(self.num_seqs, self.context)
         elif self.lens == "skewed":
@@ -48,26 +48,26 @@ class Shape:
 
     @property
     def max_blocks(self) -> int:
-        """Pages in a row of the block tables."""
+        """Pages per row of the block tables."""
         return -(-self.context // self.page_size)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number."""
+        """Bytes per element."""
         return {"bfloat16": 2, "float32": 4}[self.dtype]
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token."""
+        """Bytes of keys and values per token."""
         return 2 * self.num_kv_heads * self.head_dim * self.itemsize
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values that one call must read."""
+        """Bytes of keys and values that one call must read."""
         return int(self.context_lens.sum(dtype=np.int64)) * self.token_bytes
 
 
-# Larger than the caches of a CPU, and small enough to be patient with.
+# Larger than a CPU's caches, and small enough to wait for.
 CPU_QUICK = (
     Shape("8 x 2048, f32", 8, 2048, dtype="float32"),
     Shape("8 x 10..900 of 2048, f32", 8, 2048, (10, 900), dtype="float32"),
@@ -86,7 +86,7 @@ CPU_FULL = (
     Shape("8 x 2048, f32, dim 64", 8, 2048, head_dim=64, dtype="float32"),
 )  # fmt: skip
 
-# Those of an accelerator are larger than its caches, too.
+# Larger than an accelerator's caches.
 QUICK = (
     Shape("64 x 4096", 64, 4096),
     Shape("1 x 131072", 1, 131072),
@@ -109,7 +109,7 @@ SHAPES = (*CPU_FULL, *FULL)
 
 
 def decode_shapes(platform: str, suite: Suite) -> tuple[Shape, ...]:
-    """What a decode bench measures on a platform ("cpu", "gpu", "tpu")."""
+    """The shapes of a decode bench on a platform ("cpu", "gpu", "tpu")."""
     if platform == "cpu":
         return CPU_QUICK if suite == "quick" else CPU_FULL
     return QUICK if suite == "quick" else FULL
@@ -117,7 +117,7 @@ def decode_shapes(platform: str, suite: Suite) -> tuple[Shape, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """New tokens to write: `num_seqs` sequences bring `each` of them."""
+    """New tokens to write: `each` per sequence of `num_seqs`."""
 
     name: str
     num_seqs: int
@@ -130,7 +130,7 @@ class Tokens:
 
     @property
     def written_bytes(self) -> int:
-        """Keys and values of the new tokens."""
+        """Bytes of keys and values of the new tokens."""
         shape = Shape("", self.num_seqs, self.context, num_kv_heads=self.num_kv_heads,
                       head_dim=self.head_dim, dtype=self.dtype)  # fmt: skip
         return self.num_seqs * self.each * shape.token_bytes
@@ -147,14 +147,14 @@ WRITES_FULL = (
 
 
 def write_shapes(suite: Suite) -> tuple[Tokens, ...]:
-    """What a write bench measures."""
+    """The shapes of a write bench."""
     return WRITES_QUICK if suite == "quick" else WRITES_FULL
 
 
 def sharded_shapes(platform: str, suite: Suite, num_devices: int) -> dict[str, tuple[Shape, ...]]:
-    """The one-device work of a sharded bench: many sequences, and one that is long.
+    """The one-device work of a sharded bench: many sequences, and a long one.
 
-    In full there is also less of it: what does not shrink with the work shows there.
+    The full suite has small work as well, where fixed costs show.
     """
     if platform == "cpu":
         return {

@@ -1,4 +1,4 @@
-"""Splits over the devices of a host: how much faster than one device, and how exact."""
+"""Splits over the devices of a host: how exact, and how much faster than one device."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ ALONE = "1 device"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Devices along sequences, KV heads and context; and which work it is tried on."""
+    """The number of devices along sequences, KV heads and context."""
 
     data: int = 1
     kv: int = 1
@@ -30,7 +30,7 @@ class Split:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Mesh axes longer than 1."""
+        """Sizes of the mesh axes longer than 1."""
         return {name: size for name, size in dataclasses.asdict(self).items() if size > 1}
 
     @property
@@ -43,7 +43,7 @@ class Split:
 
     @property
     def work(self) -> str:
-        """Splits of sequences need many of them."""
+        """Its work: "many" sequences, or a "long" one for context without data."""
         return "many" if self.data > 1 or self.context == 1 else "long"
 
     def mesh(self) -> Mesh:
@@ -54,13 +54,13 @@ class Split:
         )
 
     def grown(self, shape: Shape) -> Shape:
-        """As much work for each device as one device had: each split dimension longer."""
+        """The shape with each dimension multiplied by its split: the same work per device."""
         lens = shape.lens
         if isinstance(lens, tuple):
             lens = (lens[0] * self.context, lens[1] * self.context)
         return dataclasses.replace(
             shape,
-            name=f"{shape.name} a device",
+            name=f"{shape.name} per device",
             num_seqs=shape.num_seqs * self.data,
             num_heads=shape.num_heads * self.kv,
             num_kv_heads=shape.num_kv_heads * self.kv,
@@ -70,7 +70,7 @@ class Split:
 
 
 def splits(num_devices: int, suite: Suite) -> list[Split]:
-    """Each split alone over all devices; in full, their products too."""
+    """Each split alone over all devices; in the full suite their products too."""
     half = num_devices // 2
     alone = [Split(data=num_devices), Split(kv=num_devices), Split(context=num_devices)]
     products = [Split(data=half, kv=2), Split(data=2, context=half), Split(kv=2, context=half)]
@@ -82,7 +82,7 @@ def splits(num_devices: int, suite: Suite) -> list[Split]:
 def rows(
     work: Mapping[str, Sequence[Shape]], suite: Suite, platform: str, roof_gbps: float
 ) -> Iterator[Row]:
-    """Measures every split of all devices, the same work and as much a device."""
+    """Measures every split over all devices, with the same work in all and per device."""
     if jax.device_count() < 2:
         name = f"{jax.device_count()} device"
         yield Row(
@@ -96,10 +96,10 @@ def rows(
 
 
 def measure(split: Split, shape: Shape, repeats: int, roof_gbps: float) -> Iterator[Row]:
-    """One split, and one device with the same work, in turn."""
+    """Measures one split, and in turn with it one device with the same work."""
     mesh = split.mesh()
     same = inputs.make(shape, repeats, mesh)
-    alone = dataclasses.replace(same, **_on_one_device(same))
+    alone = inputs.Inputs(shape, *jax.device_put(same.arrays, jax.devices()[0]))
     grown = inputs.make(split.grown(shape), repeats, mesh)
     programs = {
         ALONE: (alone, _compile(alone, None)),
@@ -108,7 +108,7 @@ def measure(split: Split, shape: Shape, repeats: int, roof_gbps: float) -> Itera
     }
     calls, outs = {}, {}
     for name, (given, compiled) in programs.items():
-        calls[name] = functools.partial(compiled, *_arrays(given))
+        calls[name] = functools.partial(compiled, *given.arrays)
         outs[name] = calls[name]()[-1]
     wrong = _wrong(programs, outs, split)
     timed = timing.in_turn(calls, repeats)
@@ -130,7 +130,7 @@ def measure(split: Split, shape: Shape, repeats: int, roof_gbps: float) -> Itera
 
 
 def _wrong(programs: Mapping, outs: Mapping[str, jax.Array], split: Split) -> dict[str, str]:
-    """What misses the oracle, or one device's answer, by more than rounding."""
+    """The programs that miss the oracle, or one device's answer, by more than rounding excuses."""
     found = {}
     for name, (given, _) in programs.items():
         error, limit = inputs.error_of(given, outs[name])
@@ -144,14 +144,4 @@ def _wrong(programs: Mapping, outs: Mapping[str, jax.Array], split: Split) -> di
 
 def _compile(given: inputs.Inputs, mesh: Mesh | None):
     attend = functools.partial(page_attention, kv_layout="blocks_first", mesh=mesh)
-    return jax.jit(in_one_program(attend)).lower(*_arrays(given)).compile()
-
-
-def _arrays(given: inputs.Inputs) -> tuple[jax.Array, ...]:
-    return given.queries, given.key, given.value, given.lens, given.tables
-
-
-def _on_one_device(given: inputs.Inputs) -> dict[str, jax.Array]:
-    device = jax.devices()[0]
-    names = ("queries", "key", "value", "lens", "tables")
-    return {name: jax.device_put(getattr(given, name), device) for name in names}
+    return jax.jit(in_one_program(attend)).lower(*given.arrays).compile()

@@ -1,4 +1,4 @@
-"""Writes of new tokens: `write_kv` against a plain scatter, both into a donated cache."""
+"""Writes of new tokens: `write_kv` beside a plain scatter, both into a donated cache."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ REPEATS = 8
 
 
 def _scatter(cache, key, value, seq_ids, positions, tables):
-    """One XLA scatter for keys and one for values; trusts every id."""
+    """One XLA scatter each for keys and values, without checks of any id."""
     page_size = cache.key.shape[2]
     at = (tables[seq_ids, positions // page_size], slice(None), positions % page_size)
     return dataclasses.replace(
@@ -39,7 +39,7 @@ def rows(shapes: Sequence[Tokens], roof_gbps: float) -> Iterator[Row]:
 
 
 def measure(shape: Tokens, roof_gbps: float) -> Iterator[Row]:
-    """One shape. A cache that does not hold the tokens afterwards is reported, and not timed."""
+    """Measures one shape. A cache that then lacks the tokens is reported and not timed."""
     tables, written = _draw(shape)
     calls, temp_bytes = {}, {}
     for name, write in IMPLEMENTATIONS.items():
@@ -59,7 +59,7 @@ def measure(shape: Tokens, roof_gbps: float) -> Iterator[Row]:
 
 
 class _Chained:
-    """A program that takes a donated cache and gives the next one."""
+    """A compiled program whose calls each donate the cache that the last one returned."""
 
     def __init__(self, compiled: Any, cache: PagedKVCache, arrays: tuple[jax.Array, ...]):
         self._compiled, self._cache, self._arrays = compiled, cache, arrays
@@ -70,7 +70,7 @@ class _Chained:
 
 
 def _in_one_program(write: Callable[..., PagedKVCache]) -> Callable[..., PagedKVCache]:
-    """Writes the stacked tokens, one set after the other."""
+    """Writes one set of the stacked tokens after the other."""
 
     def program(cache, keys, values, seq_ids, positions, tables):
         step = lambda cache, new: (write(cache, *new, tables), None)
@@ -91,7 +91,7 @@ def _empty(shape: Tokens, num_pages: int) -> PagedKVCache:
 
 
 def _draw(shape: Tokens) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Tables over permuted pages, and `REPEATS` sets of tokens, each at other positions."""
+    """Tables of permuted pages, and `REPEATS` sets of tokens at different positions."""
     rng = np.random.default_rng(0)
     max_blocks = shape.context // shape.page_size
     tables = rng.permutation(shape.num_seqs * max_blocks).reshape(shape.num_seqs, max_blocks)
@@ -108,7 +108,7 @@ def _draw(shape: Tokens) -> tuple[jax.Array, tuple[jax.Array, ...]]:
 def _holds(
     cache: PagedKVCache, written: tuple[jax.Array, ...], tables: jax.Array, page_size: int
 ) -> bool:
-    """Whether the tokens of the last set are in their slots, to the bit."""
+    """Whether the slots of the last set hold its tokens, bit for bit."""
     keys, values, seq_ids, positions = (x[-1] for x in written)
     pages, slots = tables[seq_ids, positions // page_size], positions % page_size
     assert cache.value is not None

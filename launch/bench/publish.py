@@ -1,4 +1,4 @@
-"""`python -m launch.bench.readme`: draws the kept results, and puts their figures in the README.
+"""`python -m launch.bench.publish`: draws the kept reports and puts their figures in RESULTS.md.
 
 Each table stands between its markers:
 
@@ -11,66 +11,58 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..schedule.measure import Measured
-from ..schedule.report import draw as draw_schedules
 from .draw import draw
 from .peers import OURS
 from .report import Row, speed
 
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent
 MEASURED = ("cpu_decode", "gpu_decode", "gpu_sharded")
-COMPILED = "tpu_schedule"
 
 
 def load(name: str) -> dict[str, Any]:
     """A kept report."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((FOLDER / f"results/{name}.json").read_text(encoding="utf-8"))
+
+
+def speed_up(ours: Row, peer: Row | None) -> float | None:
+    """How many times as fast as a peer; None if either has no time."""
+    if peer is None or peer.timing is None or ours.timing is None:
+        return None
+    return peer.timing.median_us / ours.timing.median_us
 
 
 def _decode(report: dict[str, Any]) -> str:
-    """GB/s of each implementation, and how often ours is faster."""
+    """Time and GB/s of this library, and its speed-up over each peer."""
     rows = {(row.shape, row.name): row for row in map(Row.from_json, report["rows"])}
-    shapes = list(dict.fromkeys(shape for shape, _ in rows))
-    timed = {name for (_, name), row in rows.items() if row.timing}
-    peers = [name for _, name in rows if name in timed and name != OURS]
-    peers = sorted(set(peers), key=peers.index)
+    peers = dict.fromkeys(n for (_, n), row in rows.items() if row.timing and n != OURS)
     cells = [["shape", f"{OURS}, us", "GB/s", "of copy", "temp MB", *(f"x {p}" for p in peers)]]
-    for shape in shapes:
+    for shape in dict.fromkeys(shape for shape, _ in rows):
         ours = rows[shape, OURS]
         assert ours.timing is not None
         assert ours.gbps is not None
-        cells.append(
-            [
-                shape,
-                f"{ours.timing.median_us:.0f}",
-                speed(ours.gbps),
-                f"{ours.gbps / ours.roof_gbps:.0%}",
-                f"{ours.temp_bytes / 1e6:.0f}",
-                *(_times_faster(ours, rows.get((shape, peer))) for peer in peers),
-            ]
-        )
+        times = f"{ours.timing.median_us:.0f}", speed(ours.gbps)
+        share, temp_mb = f"{ours.gbps / ours.roof_gbps:.0%}", f"{ours.temp_bytes / 1e6:.0f}"
+        versus = [_versus(ours, rows.get((shape, peer))) for peer in peers]
+        cells.append([shape, *times, share, temp_mb, *versus])
     return _table(cells)
 
 
-def _times_faster(ours: Row, peer: Row | None) -> str:
-    if peer is None or peer.timing is None or ours.timing is None:
+def _versus(ours: Row, peer: Row | None) -> str:
+    ratio = speed_up(ours, peer)
+    if ratio is None:
         return peer.why.partition(":")[0] if peer else ""
-    return f"{peer.timing.median_us / ours.timing.median_us:.2f}"
+    return f"{ratio:.2f}"
 
 
 def _sharded(report: dict[str, Any]) -> str:
-    """Efficiency of each split."""
+    """Time and efficiency of each split."""
     cells = [["split: work", "devices", "us", "spread", "efficiency"]]
     for row in map(Row.from_json, report["rows"]):
-        if row.timing is None:
-            cells.append([row.shape, row.name, row.why, "", ""])
-            continue
-        spread = (row.timing.high_us - row.timing.low_us) / row.timing.median_us
-        efficiency = "" if row.efficiency is None else f"{row.efficiency:.2f}"
-        cells.append(
-            [row.shape, row.name, f"{row.timing.median_us:.0f}", f"{spread:.0%}", efficiency]
-        )
+        figures = [row.why, "", ""]
+        if row.timing is not None:
+            efficiency = "" if row.efficiency is None else f"{row.efficiency:.2f}"
+            figures = [f"{row.timing.median_us:.0f}", f"{row.timing.spread:.0%}", efficiency]
+        cells.append([row.shape, row.name, *figures])
     return _table(cells)
 
 
@@ -95,7 +87,7 @@ def _table(cells: list[list[str]]) -> str:
 
 
 def _with_source(table: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-    """A table, and under it where it comes from."""
+    """A table, and below it the origin of its figures."""
 
     def both(report: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -110,12 +102,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu_decode": _with_source(_decode),
     "gpu_decode": _with_source(_decode),
     "gpu_sharded": _with_source(_sharded),
-    COMPILED: _schedule,
+    "tpu_schedule": _schedule,
 }
 
 
 def generated(text: str) -> str:
-    """The README with every table made anew from its JSON file."""
+    """The text of RESULTS.md with every table made anew from its report."""
 
     def table(match: re.Match[str]) -> str:
         name = match.group(1)
@@ -125,18 +117,15 @@ def generated(text: str) -> str:
 
 
 def draw_all() -> None:
-    """A picture beside each kept report."""
+    """A picture beside each measured report."""
     for name in MEASURED:
         report = load(name)
         title = f"{report['num_devices']} x {report['device']}, jax {report['versions']['jax']}"
-        draw([Row.from_json(row) for row in report["rows"]], title, RESULTS / f"{name}.png")
-    rows = load(COMPILED)["schedules"]
-    fields = Measured.__dataclass_fields__
-    measured = [Measured(**{k: v for k, v in row.items() if k in fields}) for row in rows]
-    draw_schedules(measured, RESULTS / f"{COMPILED}.png")
+        path = FOLDER / f"results/{name}.png"
+        draw([Row.from_json(row) for row in report["rows"]], title, path)
 
 
 if __name__ == "__main__":
     draw_all()
-    path = ROOT / "README.md"
+    path = FOLDER / "RESULTS.md"
     path.write_text(generated(path.read_text(encoding="utf-8")), encoding="utf-8")
