@@ -197,11 +197,11 @@ def answer(
         **options,
     )
     out, lse = attend(
-        place(problem.query, layout.query_spec),
+        place(problem.query, layout.spec("seqs", "heads", None)),
         cache.key,
         cache.value,
-        place(problem.context_lens, layout.lens_spec),
-        place(problem.tables, layout.tables_spec),
+        place(problem.context_lens, layout.spec("seqs")),
+        place(problem.tables, layout.spec("seqs", None)),
     )
     return fetch(out).astype(np.float64), fetch(lse).astype(np.float64)
 

@@ -12,7 +12,8 @@ FlashAttention's split-KV and of Milakov and Gimelshein, "Online normalizer calc
 softmax", 2018.)
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,70 @@ def finite(lse: jax.Array) -> jax.Array:
     return jnp.where(lse == -jnp.inf, 0.0, lse)
 
 
+def _merge(
+    parts: Partial,
+    largest: Callable[[Any], jax.Array],
+    total: Callable[[Partial], Partial],
+    of_part: Callable[[jax.Array], jax.Array] = lambda peak: peak,
+) -> Partial:
+    """The formula above. `parts` holds many partials: pytrees of arrays, or more axes.
+
+    Args:
+      parts: what to merge, in float32.
+      largest: reduces their lse to the largest of each result.
+      total: reduces weighted outputs and weights to their sums.
+      of_part: from a result's value back to the parts that it comes from.
+    """
+    peak = finite(largest(lax.stop_gradient(parts.lse)))
+    weight = jax.tree.map(lambda lse: jnp.exp(lse - of_part(peak)), parts.lse)
+    weighted = jax.tree.map(lambda out, w: out * w[..., None], parts.out, weight)
+    return normalize(*total(Partial(weighted, weight)), peak)
+
+
 def merge(a: Partial, b: Partial) -> Partial:
-    """Merges two partials over disjoint keys, in float32."""
-    peak = lax.stop_gradient(finite(jnp.maximum(a.lse, b.lse)))
-    weight_a, weight_b = jnp.exp(a.lse - peak), jnp.exp(b.lse - peak)
-    total = weight_a + weight_b
-    out = a.out * weight_a[..., None] + b.out * weight_b[..., None]
-    return normalize(out, total, peak)
+    """Merges two partials over disjoint keys."""
+    both = jax.tree.map(lambda x, y: (x, y), a, b)
+    return _merge(both, lambda lse: jnp.maximum(*lse), lambda x: Partial(*(p + q for p, q in x)))
+
+
+def merge_stacked(parts: Partial) -> Partial:
+    """Merges partials that are stacked along a first axis."""
+    total = lambda parts: Partial(*(jnp.sum(x, axis=0) for x in parts))
+    return _merge(parts, lambda lse: jnp.max(lse, axis=0), total)
+
+
+def merge_segments(parts: Partial, segment: jax.Array, num_segments: int) -> Partial:
+    """Merges partials along the first axis by the segment that each belongs to."""
+    ids = {"segment_ids": segment, "num_segments": num_segments}
+    return _merge(
+        parts,
+        lambda lse: jax.ops.segment_max(lse, **ids),
+        lambda parts: unpack(jax.ops.segment_sum(pack(parts), **ids)),
+        of_part=lambda peak: peak[segment],
+    )
+
+
+def merge_over_axis(
+    partial: Partial, axis_name: str | tuple[str, ...], *, gather_up_to_bytes: int = 0
+) -> Partial:
+    """Merges the partials of all devices along mesh axes: one pmax of lse, one psum of the rest.
+
+    Args:
+      gather_up_to_bytes: if the partials of all devices take at most this many bytes, send all of
+        them to every device in one psum and merge there: more bytes, one collective instead of two.
+    """
+    num_devices = lax.axis_size(axis_name)
+    if num_devices * (partial.out.nbytes + partial.lse.nbytes) <= gather_up_to_bytes:
+        # This is an all_gather, written as a psum because `shard_map` then knows that the result
+        # is replicated.
+        mine = jnp.arange(num_devices) == lax.axis_index(axis_name)
+        mine = mine.reshape(-1, *(1,) * partial.out.ndim)
+        return merge_stacked(unpack(lax.psum(jnp.where(mine, pack(partial), 0.0), axis_name)))
+    return _merge(
+        partial,
+        lambda lse: lax.pmax(lse, axis_name),
+        lambda parts: unpack(lax.psum(pack(parts), axis_name)),
+    )
 
 
 def normalize(out: jax.Array, total: jax.Array, peak: jax.Array) -> Partial:
@@ -53,36 +111,6 @@ def normalize(out: jax.Array, total: jax.Array, peak: jax.Array) -> Partial:
         jnp.where(some[..., None], out / safe[..., None], 0.0),
         jnp.where(some, peak + jnp.log(safe), -jnp.inf),
     )
-
-
-def merge_over_axis(
-    partial: Partial, axis_name: str | tuple[str, ...], *, at_once_bytes: int = 0
-) -> Partial:
-    """Merges the partials of all devices along mesh axes: one pmax of lse, one psum of the rest.
-
-    Args:
-      at_once_bytes: up to which size, in bytes, the partials of all devices go to each of them
-        in one psum instead: more bytes for one collective less.
-    """
-    out, lse = partial
-    num_devices = lax.axis_size(axis_name)
-    if num_devices * (out.nbytes + lse.nbytes) <= at_once_bytes:
-        # An all_gather, whose result `shard_map` would not know to be the same everywhere.
-        mine = jnp.arange(num_devices) == lax.axis_index(axis_name)
-        mine = mine.reshape(-1, *(1,) * out.ndim)
-        return _merge_stacked(unpack(lax.psum(jnp.where(mine, pack(partial), 0.0), axis_name)))
-    peak = finite(lax.pmax(lax.stop_gradient(lse), axis_name))
-    weight = jnp.exp(lse - peak)
-    total = unpack(lax.psum(pack(Partial(out * weight[..., None], weight)), axis_name))
-    return normalize(*total, peak)
-
-
-def _merge_stacked(partials: Partial) -> Partial:
-    """Merges partials that are stacked along a new first axis."""
-    out, lse = partials
-    peak = finite(lax.stop_gradient(jnp.max(lse, axis=0)))
-    weight = jnp.exp(lse - peak)
-    return normalize(jnp.sum(out * weight[..., None], axis=0), jnp.sum(weight, axis=0), peak)
 
 
 def pack(partial: Partial) -> Float[Array, "*batch heads dim_and_one"]:

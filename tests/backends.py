@@ -1,16 +1,29 @@
 """The backends under test, and one way to call them all."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 import shardpage
+from shardpage.attention import attend as attend_cache
+from shardpage.options import Attention, Tuning
+from shardpage.shard_layout import Split
 
 from .cases import KV_LAYOUTS, Case, Inputs
 
 # Every suite runs on each of these. What runs in an interpreter is slow: see `slow.py`.
 BACKENDS = ("xla", "pallas_tpu")
 INTERPRETED = ("pallas_tpu",)
+
+# Copies are simulated with their semaphores: data arrives when it is waited for, unwritten memory
+# is NaN, races are looked for. Each copy counts as one of as many threads as a vector clock has
+# entries; by default that is one per device, and hardly a race is seen.
+LOOK_FOR_RACES = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", vector_clock_size=24
+)
 
 # Cases that run in every layout, not in one only.
 IN_ALL_LAYOUTS = ("plain", "bf16", "page1", "window", "one_long_sequence", "everything")
@@ -41,6 +54,34 @@ def oracle_matrix(cases: tuple[Case, ...]) -> list:
     ]
 
 
+def interpret(backend: str):
+    """What a call of a backend takes as `interpret`."""
+    return LOOK_FOR_RACES if backend in INTERPRETED else None
+
+
+def attend_as(inputs: Inputs, tuning: Tuning, mesh=None):
+    """As `attend`, with what `page_attention` has no argument for: a platform, a chip."""
+    case = inputs.case
+    cache = shardpage.PagedKVCache.of(
+        jnp.asarray(inputs.key_cache),
+        None if inputs.value_cache is None else jnp.asarray(inputs.value_cache),
+        kv_layout=inputs.kv_layout,
+        head_dim=case.head_dim,
+    )
+    attention = Attention(
+        case.attn_scale, case.sliding_window, case.attn_logits_soft_cap, case.max_context_len
+    )
+    tuning = dataclasses.replace(
+        tuning,
+        num_splits=case.num_splits,
+        pages_per_block=case.pages_per_compute_block,
+        interpret=tuning.interpret or interpret(tuning.backend or "xla"),
+    )
+    arrays = inputs.query, cache, inputs.context_lens, inputs.block_tables, inputs.sinks
+    out, lse = attend_cache(*arrays, attention, tuning, Split.of(mesh, None))
+    return np.array(out), np.array(lse)
+
+
 def attend(inputs: Inputs, backend: str = "xla", **changes):
     """`page_attention` on the arrays and options of a case; returns NumPy (out, lse).
 
@@ -56,6 +97,7 @@ def attend(inputs: Inputs, backend: str = "xla", **changes):
         "sinks": inputs.sinks,
         "kv_layout": inputs.kv_layout,
         "backend": backend,
+        "interpret": interpret(backend),
         **inputs.case.options,
         **changes,
     }

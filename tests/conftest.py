@@ -23,25 +23,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Shapes and dtypes named in annotations are checked at every call of what is behind the public
 # functions; those check their arguments themselves, and it is their messages that are tested.
-_CHECKED = ("kv_layout", "pages", "blocks", "backends", "kernels")
+_CHECKED = ("page_format", "plan", "backends")
 _hook = jaxtyping.install_import_hook(
     [f"shardpage.{name}" for name in _CHECKED], "beartype.beartype"
 )
 
-from jax.experimental.pallas import tpu as pltpu  # noqa: E402
-
-from shardpage.backends import pallas_tpu  # noqa: E402
-
 from .backends import INTERPRETED  # noqa: E402
 from .cases import build_mesh  # noqa: E402
 from .slow import pytest_collection_modifyitems as pytest_collection_modifyitems  # noqa: E402
-
-# Copies are simulated with their semaphores: data arrives when it is waited for, unwritten memory
-# is NaN, races are looked for. Each copy counts as one of as many threads as a vector clock has
-# entries; by default that is one per device, and hardly a race is seen.
-pallas_tpu.INTERPRET = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", vector_clock_size=24
-)
 
 # Eight devices each; every kind of split, alone and with the others.
 MESHES = (

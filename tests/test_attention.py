@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import shardpage
+from shardpage.options import Tuning
 
 from . import reference, tolerance
-from .backends import attend, backends, oracle_matrix, refusal
+from .backends import attend, attend_as, backends, oracle_matrix, refusal
 from .cases import CASES, KV_LAYOUTS, Case, cache_shape, make, named
 
 kv_layouts = pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
@@ -32,15 +33,14 @@ def test_matches_the_oracle(backend, case, kv_layout):
         (9, "bfloat16"),
     ],
 )
-def test_as_formulated_for_gpus(monkeypatch, queries, dtype):
+def test_as_formulated_for_gpus(queries, dtype):
     """Keys, and values, summed as they are read, where few queries share them; and a page of 1."""
-    monkeypatch.setattr("shardpage.attention.platform_of", lambda mesh, array: "gpu")
     for page_size, pages in ((1, 1), (8, None)):
         name = f"gpu_{queries}_{page_size}"
         case = Case(name, num_heads=2 * queries, num_kv_heads=2, page_size=page_size, dtype=dtype,
                     head_dim=32, pages_per_compute_block=pages)  # fmt: skip
         inputs = make(case)
-        tolerance.assert_within_rounding(inputs, *attend(inputs))
+        tolerance.assert_within_rounding(inputs, *attend_as(inputs, Tuning(platform="gpu")))
 
 
 @backends

@@ -51,7 +51,7 @@ def zeros(*shape: int, dtype=jnp.float32):
         ({"context_lens": zeros(8)}, "context_lens must hold integers, int32 best; got float32"),
         (
             {"context_lens": zeros(6, dtype=jnp.int32)},
-            "context_lens has 6 rows, query 8 sequences; pass one row a sequence",
+            "context_lens has 6 rows, query 8 sequences; pass one row per sequence",
         ),
         (
             {"block_tables": zeros(8, dtype=jnp.int32)},
@@ -60,10 +60,10 @@ def zeros(*shape: int, dtype=jnp.float32):
         ({"block_tables": zeros(8, 4)}, "block_tables must hold integers, int32 best; got float32"),
         ({"block_tables": zeros(9, 4, dtype=jnp.int32)}, "block_tables has 9 rows, query 8"),
         ({"block_tables": zeros(8, 0, dtype=jnp.int32)}, "block_tables has 0 columns; it needs at"),
-        ({"sinks": zeros(4)}, r"sinks has shape \(4,\); pass one logit a query head: \(8,\)"),
+        ({"sinks": zeros(4)}, r"sinks has shape \(4,\); pass one logit per query head: \(8,\)"),
         (
             {"key_cache": zeros(32, 4, 16, 64, dtype=jnp.int8)},
-            "key_cache has dtype int8; supported are float32, bfloat16, float16",
+            r"key_cache.dtype=int8 is no cache's; choose one of \('float32', 'bfloat16', 'flo",
         ),
         (
             {"value_cache": zeros(31, 4, 16, 64)},
@@ -75,7 +75,7 @@ def zeros(*shape: int, dtype=jnp.float32):
         ),
         (
             {"query": zeros(8, 8, 80)},
-            "rows of 64 numbers for head_dim=80; they must be equal, or",
+            "rows of 64 elements for head_dim=80; they must be equal, or",
         ),
         (
             {"query": zeros(8, 6, 64)},
@@ -181,7 +181,7 @@ def test_kv_layout(kv_layout, changes, message):
         ("attn_scale", 1e300, r"attn_scale=1e\+300 must be 0 or between"),
         ("attn_scale", 1e-40, "attn_scale=1e-40 must be 0 or between"),
         ("attn_logits_soft_cap", 3e38, r"soft_cap=3e\+38 must be 0 or between"),
-        ("megacore_mode", "heads", r"megacore_mode='heads' must be one of \(None, 'kv_head', 'bat"),
+        ("megacore_mode", "heads", r"megacore_mode='heads' must be one of \(None, 'auto', 'off', "),
         ("inline_seq_dim", 2, "inline_seq_dim=2 must be True or False"),
         ("backend", "triton", r"backend='triton' is none of \('xla', 'pallas_tpu'\); None follows"),
         ("interpret", "yes", "interpret='yes' must be True, False or None"),
@@ -201,7 +201,7 @@ def test_a_traced_option():
     ("option", "value", "message"),
     [
         ("megacore_mode", "kv_head", "megacore_mode='kv_head' splits .* use backend='pallas_tpu'"),
-        ("megacore_mode", "batch", "megacore_mode='batch' splits .* or megacore_mode=None"),
+        ("megacore_mode", "batch", "megacore_mode='batch' splits .* or None"),
         ("interpret", True, "interpret=True .* use backend='pallas_tpu', or interpret=None"),
     ],
 )

@@ -14,37 +14,48 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from shardpage import blocks
-from shardpage.backends import pallas_tpu, pallas_tpu_write, xla_write
-from shardpage.kernels import softmax, walk
-from shardpage.kernels.geometry import Geometry
-from shardpage.kv_layout import CacheSizes, KVLayout
+from shardpage import PagedKVCache
+from shardpage.backends import pallas_tpu, xla
+from shardpage.backends.pallas_tpu import softmax, walk
+from shardpage.backends.pallas_tpu.chip import UNKNOWN_CHIP
+from shardpage.backends.pallas_tpu.config import check_format, configure
+from shardpage.backends.pallas_tpu.geometry import Geometry
+from shardpage.options import Attention, Tuning
+from shardpage.page_format import KVLayout, PageFormat
+from shardpage.plan import Reads, Writes
 
-from . import tolerance
-from .backends import attend
+from . import reference, tolerance
+from .backends import LOOK_FOR_RACES, attend, attend_as
 from .cases import KV_LAYOUTS, Case, make
 
-TWO_CORES = dataclasses.replace(blocks.UNKNOWN_CHIP, name="two cores", cores=2)
+# A chip with two TensorCores, which run at the same time.
+TWO_CORES = Tuning(
+    backend="pallas_tpu",
+    chip=dataclasses.replace(UNKNOWN_CHIP, name="two cores", cores=2),
+    interpret=dataclasses.replace(LOOK_FOR_RACES, num_cores_or_threads=2),
+)
+LITTLE_SCALAR_MEMORY = Tuning(
+    backend="pallas_tpu", chip=dataclasses.replace(UNKNOWN_CHIP, smem_bytes=(64 << 10) + 9000)
+)
+FLOAT32 = np.dtype(np.float32)
 
 
 @pytest.fixture(autouse=True)
 def no_races(capfd):
-    """The detector, which conftest.py turns on, prints what it finds."""
+    """The detector prints what it finds."""
     yield
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
-
-
-@pytest.fixture
-def two_cores(monkeypatch):
-    """A chip with two TensorCores, which run at the same time."""
-    monkeypatch.setattr(blocks, "current_chip", lambda: TWO_CORES)
-    params = dataclasses.replace(pallas_tpu.INTERPRET, num_cores_or_threads=2)
-    monkeypatch.setattr(pallas_tpu, "INTERPRET", params)
 
 
 def check(case: Case, kv_layout: str = "fused", *, packed: bool = False, **changes) -> None:
     inputs = make(case, kv_layout, packed=packed)
     tolerance.assert_within_rounding(inputs, *attend(inputs, "pallas_tpu", **changes))
+
+
+def check_on(case: Case, tuning: Tuning, **how) -> None:
+    inputs = make(case, "fused")
+    out, lse = attend_as(inputs, dataclasses.replace(tuning, **how))
+    tolerance.assert_within_rounding(inputs, out, lse)
 
 
 def test_a_race_would_be_seen(capfd):
@@ -123,7 +134,8 @@ def test_masks_of_any_number_of_queries():
     """Each row of a head sees its own token of a cache row, for all packings and query counts."""
     for head_dim, queries in itertools.product((8, 16, 32, 64), range(1, 129)):
         pack = 128 // head_dim
-        geometry = Geometry(KVLayout.FUSED, 3, queries, head_dim, pack, 8, np.dtype(np.float32))
+        page_format = PageFormat(KVLayout.FUSED, 3, 8 * pack, head_dim, head_dim, FLOAT32, pack)
+        geometry = Geometry(page_format, queries)
         first, stop = 5, 5 + 8 * pack - 3
         span = softmax.Span(jnp.int32(first + 2), jnp.int32(stop), jnp.int32(first))
         seen = np.asarray(softmax._seen_logits(geometry, 8, span))
@@ -137,7 +149,9 @@ def test_masks_of_any_number_of_queries():
 
 def test_rows_are_taken_from_their_own_head():
     for pack, queries in itertools.product((1, 2, 4, 8, 16), range(1, 129)):
-        geometry = Geometry(KVLayout.FUSED, 5, queries, 128 // pack, pack, 8, np.dtype(np.float32))
+        dim = 128 // pack
+        page_format = PageFormat(KVLayout.FUSED, 5, 8 * pack, dim, dim, FLOAT32, pack)
+        geometry = Geometry(page_format, queries)
         heads = geometry.heads_of(0)
         results = [jnp.full((geometry.rows_per_group, 2), head) for head in heads]
         taken = np.asarray(softmax._own_rows(geometry, results))[:, 0]
@@ -168,49 +182,54 @@ def test_many_blocks_take_the_plain_path(pages):
 class TestPagedTables:
     """Page ids that do not fit scalar memory come in windows."""
 
-    @pytest.fixture(autouse=True)
-    def little_scalar_memory(self, monkeypatch):
-        chip = dataclasses.replace(blocks.UNKNOWN_CHIP, smem_bytes=(64 << 10) + 9000)
-        monkeypatch.setattr(blocks, "current_chip", lambda: chip)
-
     CASE = Case("paged", num_seqs=8, max_blocks=300, page_size=8, lens=(2400, 0, 9, 1030, *[8] * 4))
 
     @pytest.mark.parametrize("pages", [4, None])
     def test_matches_the_oracle(self, pages):
-        check(self.CASE.replace(pages_per_compute_block=pages))
+        check_on(self.CASE.replace(pages_per_compute_block=pages), LITTLE_SCALAR_MEMORY)
 
     def test_windows_refuse_odd_blocks(self):
         with pytest.raises(NotImplementedError, match="use a power of two of at most 128"):
-            check(self.CASE.replace(pages_per_compute_block=3))
+            check_on(self.CASE.replace(pages_per_compute_block=3), LITTLE_SCALAR_MEMORY)
 
 
 class TestMegacore:
     LENS = (500, 3, 0, 17, 40, 1, 0, 9)
 
-    @pytest.mark.parametrize("mode", ["batch", "kv_head", "auto"])
-    def test_two_cores(self, two_cores, mode):
+    @pytest.mark.parametrize("mode", ["batch", "kv_head", None])
+    def test_two_cores(self, mode):
         case = Case("megacore", lens=self.LENS, max_blocks=32, pages_per_compute_block=2)
-        check(case, megacore_mode=mode)
+        check_on(case, TWO_CORES, cores=mode)
 
-    def test_one_sequence_is_split_by_context(self, two_cores):
+    @pytest.mark.parametrize(("mode", "count"), [(None, 2), ("auto", 2), ("off", 1)])
+    def test_both_cores_work_unless_told_otherwise(self, mode, count):
+        page_format = PageFormat(KVLayout.FUSED, 4, 16, 128, 128, FLOAT32)
+        tuning = dataclasses.replace(TWO_CORES, cores=mode)
+        assert configure(page_format, 8, 8, 32, tuning).cores.count == count
+
+    def test_one_sequence_is_split_by_context(self):
         case = Case("alone", num_seqs=1, lens=(512,), max_blocks=32, pages_per_compute_block=2)
-        check(case.replace(num_heads=3, num_kv_heads=1), megacore_mode="batch")
+        check_on(case.replace(num_heads=3, num_kv_heads=1), TWO_CORES, cores="batch")
 
-    def test_splits_and_cores_together(self, two_cores):
+    def test_splits_and_cores_together(self):
         case = Case("both", lens=self.LENS, max_blocks=32, pages_per_compute_block=1, num_splits=3)
-        check(case, megacore_mode="batch")
+        check_on(case, TWO_CORES, cores="batch")
 
-    def test_odd_heads_are_refused(self, two_cores):
-        with pytest.raises(ValueError, match="use 'batch', which cuts the work at any page block"):
-            check(Case("odd", num_heads=3, num_kv_heads=3), megacore_mode="kv_head")
+    def test_odd_heads_are_refused(self):
+        case = Case("odd", num_heads=3, num_kv_heads=3)
+        with pytest.raises(ValueError, match="use 'batch', which cuts the work at any block of pa"):
+            check_on(case, TWO_CORES, cores="kv_head")
 
     @pytest.mark.parametrize("mode", ["kv_head", "batch"])
     def test_one_core_is_refused(self, mode):
-        with pytest.raises(NotImplementedError, match="is one core: use megacore_mode=None"):
+        with pytest.raises(
+            NotImplementedError, match=r"mode=.* is one core: use None or 'auto'"
+        ):
             check(Case("one_core"), megacore_mode=mode)
 
-    def test_auto_is_none_on_one_core(self):
-        check(Case("auto", num_seqs=2), megacore_mode="auto")
+    @pytest.mark.parametrize("mode", ["auto", "off"])
+    def test_nothing_to_choose_on_one_core(self, mode):
+        check(Case("one_core", num_seqs=2), megacore_mode=mode)
 
 
 class TestRefusals:
@@ -218,11 +237,11 @@ class TestRefusals:
 
     def test_page_sizes(self):
         with pytest.raises(NotImplementedError, match="use page_size=16"):
-            pallas_tpu.check_cache(np.dtype(np.float32), 128, 1, 12)
+            check_format(PageFormat(KVLayout.FUSED, 1, 12, 128, 128, FLOAT32))
 
     def test_packed_pages(self):
         with pytest.raises(NotImplementedError, match="use page_size=16"):
-            pallas_tpu.check_cache(np.dtype(np.float32), 64, 2, 4)
+            check_format(PageFormat(KVLayout.FUSED, 1, 8, 64, 64, FLOAT32, 2))
 
     def test_inline_seq_dim(self):
         with pytest.raises(NotImplementedError, match="use inline_seq_dim=True"):
@@ -239,8 +258,8 @@ class TestWalk:
 
     @staticmethod
     def follow(start, stop, block_tokens, num_splits, num_cores):
-        """[(core, segment, block)] in order, by the links of the plan."""
-        plan, held = walk.plan(
+        """[(core, segment, block)] in order, by the links of the schedule."""
+        schedule, held = walk.schedule(
             jnp.asarray(start, jnp.int32),
             jnp.asarray(stop, jnp.int32),
             block_tokens=block_tokens,
@@ -250,17 +269,17 @@ class TestWalk:
         segments = len(start) * num_splits
         steps = []
         for core in range(num_cores):
-            segment = int(plan.head[core])
+            segment = int(schedule.entry[core])
             while segment != segments:
                 entry = core * (segments + 1) + segment
                 assert held[core].reshape(-1)[segment]
                 steps += [
                     (core, segment, block)
-                    for block in range(int(plan.first[entry]), int(plan.end[entry]))
+                    for block in range(int(schedule.first[entry]), int(schedule.end[entry]))
                 ]
-                assert plan.link[entry] > segment
-                segment = int(plan.link[entry])
-        return plan, steps
+                assert schedule.link[entry] > segment
+                segment = int(schedule.link[entry])
+        return schedule, steps
 
     @pytest.mark.parametrize("num_cores", [1, 2])
     @pytest.mark.parametrize("num_splits", [1, 3])
@@ -282,9 +301,9 @@ class TestWalk:
         assert {segment for core, segment, _ in steps if core == 1} == {0, 1, 2}
 
     def test_no_work_at_all(self):
-        plan, steps = self.follow([0, 0], [0, 0], 32, 2, 2)
+        schedule, steps = self.follow([0, 0], [0, 0], 32, 2, 2)
         assert steps == []
-        assert list(plan.head) == [4, 4]
+        assert list(schedule.entry) == [4, 4]
 
 
 WRITES = [
@@ -296,39 +315,61 @@ WRITES = [
 ]
 
 
-@pytest.mark.parametrize("kv", KVLayout, ids=lambda kv: kv.name.lower())
+@pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "pack", "page_size", "num_kv_heads"),
     WRITES,
 )
-def test_write_puts_what_xla_puts(kv, dtype, head_dim, pack, page_size, num_kv_heads):
+def test_write_puts_what_xla_puts(kv_layout, dtype, head_dim, pack, page_size, num_kv_heads):
     """Single tokens, whole tiles and dropped tokens at once, in random order."""
     rng = np.random.default_rng(0)
     num_pages, num_tokens = 6, 40
-    sizes = CacheSizes(num_pages, num_kv_heads, page_size, head_dim)
     draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
-    key_cache = draw(kv.shape(sizes, pack))
-    value_cache = None if kv.fused else draw(kv.shape(sizes, pack))
+    cache = jax.tree.map(
+        lambda array: draw(array.shape),
+        PagedKVCache.abstract(
+            num_pages, num_kv_heads, page_size, head_dim,
+            dtype=dtype, kv_layout=kv_layout, packed=pack > 1,
+        ),
+    )  # fmt: skip
     key, value = (draw((num_tokens, num_kv_heads, head_dim)) for _ in range(2))
     place = rng.choice(num_pages * page_size, num_tokens, replace=False).astype(np.int32)
     pages = np.where(rng.random(num_tokens) < 0.2, num_pages, place // page_size).astype(np.int32)
-    args = (
-        kv,
-        key_cache,
-        value_cache,
-        key,
-        value,
-        jnp.asarray(pages),
-        jnp.asarray(place % page_size),
-    )
-    wanted, actual = xla_write.write(*args), pallas_tpu_write.write(*args)
+    writes = Writes(jnp.asarray(pages), jnp.asarray(place % page_size))
+    wanted = xla.write(cache, key, value, writes, Tuning())
+    actual = pallas_tpu.write(cache, key, value, writes, Tuning(interpret=LOOK_FOR_RACES))
     chex.assert_trees_all_equal(actual, wanted)
 
 
 def test_write_of_nothing():
-    kv = KVLayout.BLOCKS_FIRST
-    cache = jnp.ones(kv.shape(CacheSizes(2, 1, 8, 128)), jnp.float32)
+    cache = PagedKVCache.of(
+        *[jnp.ones((2, 1, 8, 128), jnp.float32)] * 2, kv_layout="blocks_first", head_dim=128
+    )
     token = jnp.zeros((3, 1, 128), jnp.float32)
-    dropped, slots = jnp.array([2, -1, 2], jnp.int32), jnp.zeros(3, jnp.int32)
-    written = pallas_tpu_write.write(kv, cache, cache, token, token, dropped, slots)
-    chex.assert_trees_all_equal(written, (cache, cache))
+    dropped = Writes(jnp.array([2, -1, 2], jnp.int32), jnp.zeros(3, jnp.int32))
+    written = pallas_tpu.write(cache, token, token, dropped, Tuning(interpret=LOOK_FOR_RACES))
+    chex.assert_trees_all_equal(written, cache)
+
+
+@pytest.mark.parametrize("backend", [xla, pallas_tpu])
+def test_queries_may_share_a_row_of_pages(backend):
+    """The contract of the backends: any interval of any row's pages, once per query."""
+    inputs = make(Case("shared_row", num_seqs=2, lens=(40, 64)), "fused")
+    cache = PagedKVCache.of(
+        jnp.asarray(inputs.key_cache), kv_layout="fused", head_dim=inputs.case.head_dim
+    )
+    queries = np.stack([inputs.query[0], inputs.query[1], inputs.query[1], inputs.query[0]])
+    row, start, stop = [0, 1, 1, 0], [0, 0, 3, 0], [40, 64, 50, 0]
+    ids = jnp.asarray(inputs.block_tables)
+    reads = Reads(ids, *(jnp.array(x, jnp.int32) for x in (row, start, stop)))
+    interpret = LOOK_FOR_RACES if backend is pallas_tpu else False
+    tuning = Tuning(platform="cpu", interpret=interpret)
+    work = backend.prepare(reads, queries.shape[1], cache.format, tuning)
+    out, lse = backend.attend(jnp.asarray(queries), cache, reads, work, Attention(), tuning)
+    for query, (r, first, last) in enumerate(zip(row, start, stop, strict=True)):
+        exact = reference.page_attention(
+            queries[None, query], inputs.key_cache, None, [last], inputs.block_tables[None, r],
+            kv_layout="fused", sliding_window=max(last - first, 1),
+        )  # fmt: skip
+        for actual, expected in zip((out[query], lse[query]), exact, strict=True):
+            np.testing.assert_allclose(actual, expected[0], atol=2e-5)

@@ -13,9 +13,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import shardpage
 from shardpage import PagedKVCache, ShardLayout, merge_across, page_attention
+from shardpage.attention import attend as attend_cache
+from shardpage.options import Attention, Tuning
+from shardpage.shard_layout import Split
 
 from . import cases
-from .backends import BACKENDS, INTERPRETED, attend
+from .backends import BACKENDS, INTERPRETED, attend, attend_as
 from .cases import PLACEMENTS, build_mesh, make
 from .tolerance import assert_within_rounding
 
@@ -200,29 +203,28 @@ def test_gradients_do_not_depend_on_the_mesh():
 # Compiled programs
 
 
-def compiled(spec, *, context_len=512, page_size=16, num_seqs=8):
+def compiled(spec, *, context_len=512, page_size=16, num_seqs=8, platform=None):
     mesh = build_mesh(spec)
     counts, layout = shards(mesh), ShardLayout.of(mesh)
     max_blocks = context_len // page_size
     num_pages = num_seqs * max_blocks
-    cache = jax.eval_shape(
-        lambda: PagedKVCache.zeros(num_pages, 8, page_size, 64, dtype=jnp.float32)
-    )
+    cache = PagedKVCache.abstract(num_pages, 8, page_size, 64, dtype=jnp.float32, mesh=mesh)
 
     def array(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    cache_spec = PartitionSpec(layout.pages, layout.heads)
-    caches = [array(cache.key.shape, jnp.float32, cache_spec)] * 2
-    call = functools.partial(page_attention, mesh=mesh, kv_layout="blocks_first")
+    def call(query, cache, lens, tables):
+        split, tuning = Split.of(mesh, None), Tuning(platform=platform)
+        return attend_cache(query, cache, lens, tables, None, Attention(), tuning, split)[0]
+
     assert counts.seqs * counts.heads * counts.context == 8
     return (
         jax.jit(call)
         .lower(
-            array((num_seqs, 16, 64), jnp.float32, layout.query_spec),
-            *caches,
-            array((num_seqs,), jnp.int32, layout.lens_spec),
-            array((num_seqs, max_blocks), jnp.int32, layout.tables_spec),
+            array((num_seqs, 16, 64), jnp.float32, layout.spec("seqs", "heads", None)),
+            cache,
+            array((num_seqs,), jnp.int32, layout.spec("seqs")),
+            array((num_seqs, max_blocks), jnp.int32, layout.spec("seqs", None)),
         )
         .compile()
     )
@@ -251,19 +253,18 @@ def test_context_split_sends_the_merge_and_its_size_does_not_grow_with_context(s
 
 
 @pytest.mark.parametrize("spec", ["context=8", "data=2,kv=2,context=2"])
-def test_small_partials_merge_in_one_collective_on_gpus(spec, monkeypatch):
+def test_small_partials_merge_in_one_collective_on_gpus(spec):
     """As formulated for GPUs, and run on simulated devices."""
-    monkeypatch.setattr("shardpage.attention.platform_of", lambda mesh, array: "gpu")
-    assert len(COLLECTIVE.findall(compiled(spec).as_text())) == 1
+    assert len(COLLECTIVE.findall(compiled(spec, platform="gpu").as_text())) == 1
     mesh = build_mesh(spec)
     inputs = on(mesh, "everything")
-    assert_within_rounding(inputs, *attend(inputs, mesh=mesh))
+    assert_within_rounding(inputs, *attend_as(inputs, Tuning(platform="gpu"), mesh))
 
 
-def test_large_partials_merge_in_two_on_gpus(monkeypatch):
+def test_large_partials_merge_in_two_on_gpus():
     """1 MiB and more, of all devices together."""
-    monkeypatch.setattr("shardpage.attention.platform_of", lambda mesh, array: "gpu")
-    assert len(COLLECTIVE.findall(compiled("context=8", num_seqs=2048).as_text())) == 2
+    program = compiled("context=8", num_seqs=2048, platform="gpu")
+    assert len(COLLECTIVE.findall(program.as_text())) == 2
 
 
 def test_temporaries_on_a_mesh_do_not_grow_with_context():
@@ -293,7 +294,7 @@ def test_a_cache_spread_otherwise_is_refused(axis_type):
     inputs = on(mesh)
     query, keys, values, *rest = map(jnp.asarray, inputs.arrays)
     values = jax.device_put(values, NamedSharding(mesh, PartitionSpec("kv")))
-    with pytest.raises(ValueError, match=r"value_cache is spread .* needs .*PagedKVCache.zeros"):
+    with pytest.raises(ValueError, match=r"the cache is spread .* needs .*PagedKVCache.zeros"):
         page_attention(query, keys, values, *rest, mesh=mesh, kv_layout="blocks_first")
 
 
@@ -303,7 +304,7 @@ def test_a_traced_cache_spread_otherwise_is_refused_on_explicit_axes():
     query, keys, values, *rest = map(jnp.asarray, inputs.arrays)
     keys = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("kv")))
     call = jax.jit(functools.partial(page_attention, mesh=mesh, kv_layout="blocks_first"))
-    with pytest.raises(ValueError, match=r"key_cache is spread"):
+    with pytest.raises(ValueError, match=r"the cache is spread"):
         call(query, keys, values, *rest)
 
 
@@ -311,8 +312,8 @@ def test_an_abstract_mesh_serves_under_jit():
     mesh = build_mesh("data=2,context=4")
     inputs = on(mesh)
     layout = ShardLayout.of(mesh)
-    specs = (layout.query_spec, *[PartitionSpec(layout.pages)] * 2, layout.lens_spec,
-             layout.tables_spec)  # fmt: skip
+    dims = ("seqs", "heads", None), ("pages",), ("pages",), ("seqs",), ("seqs", None)
+    specs = [layout.spec(*each) for each in dims]
     arrays = [
         jax.device_put(array, NamedSharding(mesh, spec))
         for array, spec in zip(inputs.arrays, specs, strict=True)

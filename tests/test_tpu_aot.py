@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import meshes
 import shardpage
 from shardpage import PagedKVCache
-from shardpage.kv_layout import CacheSizes, KVLayout
+from shardpage.page_format import KVLayout, PageFormat
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: shardpage[tpu]")
 
@@ -43,16 +43,15 @@ def one_device(topology: str) -> Mesh:
     return Mesh(np.array([device]), ("data",))
 
 
-def caches_of(mesh: Mesh, kv: KVLayout, sizes: CacheSizes, dtype) -> tuple:
+def caches_of(mesh, kv: KVLayout, num_pages, num_kv_heads, page_size, head_dim, dtype) -> tuple:
     """Abstract caches as `PagedKVCache.zeros` makes them: packed where that fills the lanes, and
     otherwise row after row, which is not what XLA would choose for rows that it has to pad."""
-    packing, rest = divmod(128, sizes.head_dim)
-    packing = packing if not rest else 1
-    shape = kv.shape(sizes, max(packing, 1))
+    page_format = PageFormat(kv, num_kv_heads, page_size, head_dim, head_dim, np.dtype(dtype))
+    shape = page_format.packed(None, on_tpu=True).array_shape(num_pages)
     rows = Layout(major_to_minor=tuple(range(len(shape))))
     sharding = NamedSharding(mesh, PartitionSpec())
     array = jax.ShapeDtypeStruct(shape, dtype, sharding=Format(rows, sharding))
-    return (array,) * (1 if kv.fused else 2)
+    return (array,) * page_format.num_arrays
 
 
 def lower_attention(topology, kv, shape, *, num_seqs=16, context=1024, num_pages=4096, **options):
@@ -61,8 +60,7 @@ def lower_attention(topology, kv, shape, *, num_seqs=16, context=1024, num_pages
     mesh = one_device(topology)
     sharding = NamedSharding(mesh, PartitionSpec())
     array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    sizes = CacheSizes(num_pages, num_kv_heads, page_size, head_dim)
-    caches = caches_of(mesh, kv, sizes, dtype)
+    caches = caches_of(mesh, kv, num_pages, num_kv_heads, page_size, head_dim, dtype)
 
     def attend(query, caches, lens, tables):
         return shardpage.page_attention(
@@ -70,7 +68,7 @@ def lower_attention(topology, kv, shape, *, num_seqs=16, context=1024, num_pages
             *(*caches, None)[:2],
             lens,
             tables,
-            kv_layout=kv.name.lower(),
+            kv_layout=kv.label,
             mesh=mesh,
             **options,
         )
@@ -133,9 +131,8 @@ def test_write_updates_the_cache_in_place(name, topology, kv):
     mesh = one_device(topology)
     sharding = NamedSharding(mesh, PartitionSpec())
     array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    sizes = CacheSizes(2048, num_kv_heads, page_size, head_dim)
-    caches = caches_of(mesh, kv, sizes, dtype)
-    cache = PagedKVCache(*(*caches, None)[:2], kv.name.lower(), head_dim)
+    caches = caches_of(mesh, kv, 2048, num_kv_heads, page_size, head_dim, dtype)
+    cache = PagedKVCache.of(*caches, kv_layout=kv.label, head_dim=head_dim)
     tokens = array((64, num_kv_heads, head_dim), dtype)
     ids = array((64,), jnp.int32)
 

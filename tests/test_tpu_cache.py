@@ -43,7 +43,7 @@ def test_neither_attention_nor_writes_copy_a_cache(mesh, head_dim):
     assert memory.temp_size_in_bytes < bytes_per_device / 20
 
     write = jax.jit(
-        functools.partial(write_kv, mesh=mesh), donate_argnums=0, out_shardings=cache.format
+        functools.partial(write_kv, mesh=mesh), donate_argnums=0, out_shardings=cache.array_formats
     )
     compiled = write.lower(cache, a["token"], a["token"], a["ids"], a["ids"], a["tables"])
     memory = compiled.compile().memory_analysis()

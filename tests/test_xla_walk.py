@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardpage.backends.xla_walk import make_walk, walk_blocks
-from shardpage.pages import LocalPages
+from shardpage.backends.xla.walk import make_walk, walk_blocks
+from shardpage.plan import Reads
 
 PAGE_SIZE = 16
 
 
 def walk_over(lens, block_pages, num_lanes, num_splits=0):
     stop = jnp.asarray(lens, jnp.int32)
-    pages = LocalPages(jnp.zeros((len(lens), 4096), jnp.int32), jnp.zeros_like(stop), stop)
-    return make_walk(pages, block_pages * PAGE_SIZE, num_lanes, num_splits)
+    reads = Reads(jnp.zeros((len(lens), 4096), jnp.int32), None, jnp.zeros_like(stop), stop)
+    return make_walk(reads, block_pages, block_pages * PAGE_SIZE, num_lanes, num_splits), reads
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,9 @@ def walk_over(lens, block_pages, num_lanes, num_splits=0):
 @pytest.mark.parametrize("peel_last", [False, True])
 def test_work_follows_the_contexts_not_the_table_nor_the_longest(lens, num_lanes, steps, peel_last):
     """Counted, not timed: the steps that the loop makes, as many as the longest lane has blocks."""
-    walk = walk_over(lens, 16, num_lanes)
+    walk, reads = walk_over(lens, 16, num_lanes)
     count = walk_blocks(
-        walk, 16, PAGE_SIZE, lambda items, steps: steps + 1, jnp.int32(0), peel_last=peel_last
+        walk, reads, PAGE_SIZE, lambda items, steps: steps + 1, jnp.int32(0), peel_last=peel_last
     )
     assert count == max(steps, int(peel_last))
 
@@ -47,21 +47,21 @@ def test_work_follows_the_contexts_not_the_table_nor_the_longest(lens, num_lanes
     st.sampled_from([1, 2, 7]),
     st.sampled_from([0, 1, 3]),
 )
-def test_each_block_is_worked_on_once_and_its_slot_knows_its_sequence(
+def test_each_block_is_worked_on_once_and_its_part_knows_its_query(
     num_blocks, num_lanes, num_splits
 ):
-    walk, slot_seq, steps = jax.tree.map(
-        np.asarray, walked(jnp.array(num_blocks, jnp.int32), num_lanes, num_splits)
-    )
+    walk, part_query, steps = walked(jnp.array(num_blocks, jnp.int32), num_lanes, num_splits)
+    steps = jax.tree.map(np.asarray, steps)
     done, lanes_of = np.zeros((4, 20), int), {}
-    for step, lane in zip(*np.nonzero(steps.live), strict=True):
-        seq = int(steps.seq[step, lane])
-        assert slot_seq[steps.slot[step, lane]] == seq
-        done[seq, walk.cuts[lane] + step - walk.first[seq]] += 1
-        lanes_of.setdefault(seq, set()).add(lane)
+    live = steps.part < walk.num_parts
+    for step, lane in zip(*np.nonzero(live), strict=True):
+        query = int(steps.query[step, lane])
+        assert part_query[steps.part[step, lane]] == query
+        done[query, walk.cuts[lane] + step - walk.first[query]] += 1
+        lanes_of.setdefault(query, set()).add(lane)
     assert (done == (np.arange(20) < np.array(num_blocks)[:, None])).all()
-    for live, slots in zip(steps.live, steps.slot, strict=True):
-        assert len(set(slots[live])) == live.sum()
+    for alive, parts in zip(live, steps.part, strict=True):
+        assert len(set(parts[alive])) == alive.sum()
     if num_splits:
         assert all(len(lanes) <= num_splits for lanes in lanes_of.values())
 
@@ -69,6 +69,8 @@ def test_each_block_is_worked_on_once_and_its_slot_knows_its_sequence(
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def walked(num_blocks, num_lanes, num_splits):
     """A walk over blocks of one page, and the items of its steps and of some past the last."""
-    walk = walk_over(num_blocks * PAGE_SIZE, 1, num_lanes, num_splits)
-    steps = jax.vmap(lambda step: walk.items(step, 1, PAGE_SIZE))(jnp.arange(80, dtype=jnp.int32))
-    return walk, walk.slot_seq, steps
+    walk, reads = walk_over(num_blocks * PAGE_SIZE, 1, num_lanes, num_splits)
+    steps = jax.vmap(lambda step: walk.items(step, reads, PAGE_SIZE))(
+        jnp.arange(80, dtype=jnp.int32)
+    )
+    return walk, walk.part_query, steps

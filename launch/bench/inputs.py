@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from shardpage import ShardLayout
-from shardpage.kv_layout import KVLayout
 
 from .. import oracle
 from ..checks import FLOOR, MULTIPLE
@@ -68,16 +67,16 @@ def make(shape: Shape, repeats: int, mesh: Mesh | None = None) -> Inputs:
 
     tables, num_pages = _tables(shape, repeats, num_seq_shards, num_context_shards)
     stacked = lambda spec: place(PartitionSpec(None, *spec))
-    caches = place(layout.cache_spec(KVLayout.BLOCKS_FIRST))
+    caches = place(layout.spec("pages", "heads", None, None))
     cache = (num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
     query = (repeats, shape.num_seqs, shape.num_heads, shape.head_dim)
     return Inputs(
         shape,
-        _draw(0, query, shape.dtype, stacked(layout.query_spec)),
+        _draw(0, query, shape.dtype, stacked(layout.spec("seqs", "heads", None))),
         _draw(1, cache, shape.dtype, caches),
         _draw(2, cache, shape.dtype, caches),
-        jax.device_put(shape.context_lens, place(layout.lens_spec)),
-        jax.device_put(tables, stacked(layout.tables_spec)),
+        jax.device_put(shape.context_lens, place(layout.spec("seqs"))),
+        jax.device_put(tables, stacked(layout.spec("seqs", None))),
     )
 
 

@@ -120,7 +120,7 @@ def layer_program(
 ) -> tuple[Any, tuple[Any, ...], int]:
     """A layer as a jitted function, its arguments, and the pages of the cache over all devices."""
     arguments, num_pages = _arguments(workload, split)
-    out_shardings = (arguments[0].format, None)
+    out_shardings = (arguments[0].array_formats, None)
     layer = _layer(workload, split, kind)
     return jax.jit(layer, donate_argnums=0, out_shardings=out_shardings), arguments, num_pages
 
@@ -143,7 +143,6 @@ def _layer(workload: Workload, split: Split, kind: LayerKind) -> Any:
             sliding_window=kind.window,
             sinks=sinks,
             kv_layout=cache.kv_layout,
-            megacore_mode="auto",
             **where,
         )
         return cache, out
@@ -176,12 +175,12 @@ def _arguments(workload: Workload, split: Split) -> tuple[tuple[Any, ...], int]:
     ints = jnp.int32
     return (
         cache,
-        array(query, workload.query_dtype, layout.query_spec),
-        array(new, workload.dtype, layout.query_spec),
-        array(new, workload.dtype, layout.query_spec),
-        array((model.num_heads,), jnp.float32, layout.sinks_spec) if model.sinks else None,
-        array((workload.batch,), ints, layout.lens_spec),
-        array((workload.batch, workload.max_blocks), ints, layout.tables_spec),
+        array(query, workload.query_dtype, layout.spec("seqs", "heads", None)),
+        array(new, workload.dtype, layout.spec("seqs", "heads", None)),
+        array(new, workload.dtype, layout.spec("seqs", "heads", None)),
+        array((model.num_heads,), jnp.float32, layout.spec("heads")) if model.sinks else None,
+        array((workload.batch,), ints, layout.spec("seqs")),
+        array((workload.batch, workload.max_blocks), ints, layout.spec("seqs", None)),
     ), num_pages
 
 

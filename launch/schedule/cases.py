@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shardpage import blocks, page_attention
-from shardpage.kernels.decode import Cores, Sizes
-from shardpage.kernels.geometry import LANES, Geometry
-from shardpage.kv_layout import CacheSizes, KVLayout
+from shardpage import page_attention
+from shardpage.backends.pallas_tpu.config import configure
+from shardpage.backends.pallas_tpu.sizes import Sizes
+from shardpage.options import Tuning
+from shardpage.page_format import PACKED_ROW, KVLayout, PageFormat
 
 Kernel = Literal["fused", "separate", "stock"]
 KERNELS: tuple[Kernel, ...] = ("fused", "separate", "stock")
@@ -47,21 +48,22 @@ class Case:
     @property
     def pack(self) -> int:
         """Tokens in a cache row."""
-        return max(1, LANES // self.head_dim)
+        return max(1, PACKED_ROW // self.head_dim)
 
     @property
     def max_pages(self) -> int:
         return self.context // self.page_size
 
-    def geometry(self, kernel: Kernel) -> Geometry:
-        return Geometry(
-            kv=KVLayout.FUSED if kernel == "fused" else KVLayout.BLOCKS_FIRST,
+    def page_format(self, kernel: Kernel) -> PageFormat:
+        layouts = {"fused": KVLayout.FUSED, "stock": KVLayout.HEADS_FIRST}
+        return PageFormat(
+            layout=layouts.get(kernel, KVLayout.BLOCKS_FIRST),
             num_kv_heads=self.num_kv_heads,
-            queries_per_kv_head=self.queries,
-            head_dim=self.head_dim,
-            pack=self.pack,
-            page_rows=self.page_size // self.pack,
+            page_size=self.page_size,
+            key_dim=self.head_dim,
+            value_dim=self.head_dim,
             dtype=np.dtype(jnp.bfloat16),
+            pack=1 if kernel == "stock" else self.pack,
         )
 
 
@@ -129,14 +131,9 @@ def program(case: Case, kernel: Kernel) -> Program:
 
 
 def _sizes(case: Case, kernel: Kernel) -> Sizes:
-    return blocks.decode_sizes(
-        case.geometry(kernel),
-        blocks.current_chip(),
-        Cores(),
-        num_seqs=case.num_seqs,
-        num_splits=1,
-        max_pages=case.max_pages,
-    )
+    page_format, num_heads = case.page_format(kernel), case.queries * case.num_kv_heads
+    tuning = Tuning(cores="off")
+    return configure(page_format, num_heads, case.num_seqs, case.max_pages, tuning).sizes
 
 
 def lower(case: Case, kernel: Kernel, mesh: Mesh) -> Any:
@@ -151,29 +148,25 @@ def lower(case: Case, kernel: Kernel, mesh: Mesh) -> Any:
     query = array((case.num_seqs, num_heads, case.head_dim), jnp.bfloat16)
     lens = array((case.num_seqs,), jnp.int32)
     tables = array((case.num_seqs, case.max_pages), jnp.int32)
-    sizes = CacheSizes(
-        case.num_seqs * case.max_pages, case.num_kv_heads, case.page_size, case.head_dim
-    )
+    page_format = case.page_format(kernel)
+    cache = array(page_format.array_shape(case.num_seqs * case.max_pages), jnp.bfloat16)
     if kernel == "stock":
-        cache = array(KVLayout.HEADS_FIRST.shape(sizes), jnp.bfloat16)
         return jax.jit(_stock_attention(case)).lower(query, cache, cache, lens, tables)
-    geometry = case.geometry(kernel)
-    cache = array(geometry.kv.shape(sizes, case.pack), jnp.bfloat16)
 
     def attend(query, caches, lens, tables):
         key_cache, value_cache = (*caches, None)[:2]
-        layout: Any = geometry.kv.name.lower()
         return page_attention(
-            query, key_cache, value_cache, lens, tables, kv_layout=layout, mesh=mesh
-        )
+            query, key_cache, value_cache, lens, tables, kv_layout=page_format.layout.label,
+            megacore_mode="off", mesh=mesh,
+        )  # fmt: skip
 
-    return jax.jit(attend).lower(query, (cache,) * geometry.num_arrays, lens, tables)
+    return jax.jit(attend).lower(query, (cache,) * page_format.num_arrays, lens, tables)
 
 
 def _stock_attention(case: Case):
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-    if case.head_dim % LANES:
+    if case.head_dim % PACKED_ROW:
         raise ValueError(f"JAX's kernel has no head_dim {case.head_dim}")
     pages = min(_STOCK_BLOCK_PAGES, case.max_pages)
     return lambda query, keys, values, lens, tables: paged_attention(

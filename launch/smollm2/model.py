@@ -205,7 +205,7 @@ class Model:
         Page `p` of the allocator is local page `p % n` of page shard `p // n`; in layer `l`
         it is local page `l * n + p % n` of the same shard. Empty entries stay negative.
         """
-        pages_per_shard = cache.sizes.num_pages // self.layout.shards(self.mesh).pages
+        pages_per_shard = cache.num_pages // self.layout.shards(self.mesh).pages
         layer_pages = pages_per_shard // self.config.num_layers
         shard, local = tables // layer_pages, tables % layer_pages
         return shard * pages_per_shard + layer * layer_pages + local
@@ -237,7 +237,7 @@ class Model:
         """
         num_shards, max_blocks = tables.shape
         chunk_len = chunks.tokens.shape[1]
-        page_size = cache.sizes.page_size
+        page_size = cache.format.page_size
 
         def to_shards(x: jax.Array) -> jax.Array:
             """`[chunks, ...]` to `[data_shards, ...]`, zeros where there is no chunk."""

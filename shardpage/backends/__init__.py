@@ -1,36 +1,65 @@
-"""The per-device backends: one file each, one function each.
+"""The per-device backends: a folder each, which nothing else of the library looks into.
 
-`attend(query, key_cache, value_cache, pages, spec) -> Partial` attends over the pages that
-this device holds. A backend knows nothing of meshes, sinks, windows or invalid tables.
-
-`write(kv, key_cache, value_cache, key, value, page_ids, slots) -> (key_cache, value_cache)` puts
-tokens `[num_tokens, num_kv_heads, head_dim]` into slots of local pages, in place; a page id
-outside the cache drops its token.
+A backend works on whole caches and on intervals of local pages. It knows nothing of meshes, sinks,
+windows or invalid tables, and takes what it is handed whatever that was made from.
 """
 
 import importlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
+import jax
+
+from ..cache import PagedKVCache
+from ..options import Attention, BackendName, Tuning
+from ..page_format import PageFormat
 from ..partial import Partial
+from ..plan import Reads, Writes
 
-_ATTEND = {"xla": ".xla", "pallas_tpu": ".pallas_tpu"}
-_WRITE = {"xla": ".xla_write", "pallas_tpu": ".pallas_tpu_write"}
-_PLATFORM_DEFAULTS = {"tpu": "pallas_tpu"}
+# Imported when first used: Pallas takes a second.
+_MODULES = {"xla": ".xla", "pallas_tpu": ".pallas_tpu"}
+_PLATFORM_DEFAULTS: dict[str, BackendName] = {"tpu": "pallas_tpu"}
 
-NAMES = tuple(_ATTEND)
+# Backends whose kernels can run in an interpreter, which they do where there is no TPU.
+INTERPRETABLE = ("pallas_tpu",)
 
 
-def default_for(platform: str) -> str:
+@runtime_checkable
+class Backend(Protocol):
+    """What the module of a backend has."""
+
+    def prepare(self, reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Any:
+        """Index arithmetic that depends on the reads alone, once per step; goes to `attend`."""
+        ...
+
+    def attend(
+        self,
+        query: jax.Array,
+        cache: PagedKVCache,
+        reads: Reads,
+        work: Any,
+        attention: Attention,
+        tuning: Tuning,
+    ) -> Partial:
+        """Attends with each query `[queries, num_heads, key_dim]` over what it reads.
+
+        Raises:
+          NotImplementedError: for shapes and options that the backend does not have.
+        """
+        ...
+
+    def write(
+        self, cache: PagedKVCache, key: jax.Array, value: jax.Array, writes: Writes, tuning: Tuning
+    ) -> PagedKVCache:
+        """Puts tokens `[tokens, num_kv_heads, key_dim]` of the cache's dtype into their slots."""
+        ...
+
+
+def default_for(platform: str) -> BackendName:
     """The backend that a platform ("cpu", "gpu", "tpu") gets when none is named."""
     return _PLATFORM_DEFAULTS.get(platform, "xla")
 
 
-def load(name: str) -> Callable[..., Partial]:
-    """The `attend` of a backend, imported on first use."""
-    return importlib.import_module(_ATTEND[name], __name__).attend
-
-
-def load_write(name: str) -> Callable[..., tuple[Any, Any]]:
-    """The `write` of a backend, imported on first use."""
-    return importlib.import_module(_WRITE[name], __name__).write
+def load(tuning: Tuning) -> Backend:
+    """The backend that a call was resolved to."""
+    assert tuning.backend is not None
+    return cast(Backend, importlib.import_module(_MODULES[tuning.backend], __name__))

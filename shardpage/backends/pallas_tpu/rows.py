@@ -1,35 +1,33 @@
 """Query heads as rows of the kernel, and its rows as partial results; see `geometry`."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..partial import Partial, merge
-from .decode import Config
+from ...partial import Partial, merge_stacked
+from .config import Config
 from .geometry import Geometry
 
 
 def query_rows(
-    config: Config, query: Float[Array, "num_seqs num_heads head_dim"]
-) -> Float[Array, "shards num_seqs rows row_dim"]:
+    config: Config, query: Float[Array, "queries num_heads head_dim"]
+) -> Float[Array, "shards queries rows row_dim"]:
     """Lays queries out as rows, padded with zeros; by core, where cores split the heads."""
-    geometry = config.geometry
-    num_seqs, _, head_dim = query.shape
+    geometry, page_format = config.geometry, config.geometry.format
+    num_queries, _, head_dim = query.shape
     shards = config.cores.count if config.cores.by_heads else 1
-    heads = query.astype(geometry.dtype).reshape(
-        num_seqs, shards, geometry.num_kv_heads, geometry.queries_per_kv_head, head_dim
+    heads = query.astype(page_format.compute_dtype).reshape(
+        num_queries, shards, page_format.num_kv_heads, geometry.queries_per_kv_head, head_dim
     )
     # For each token of a cache row, a copy of the queries in that token's lanes.
-    spare = geometry.row_dim - head_dim
+    spare = page_format.row_dim - head_dim
     copies = [
         _pad(heads, axis=4, before=lane, after=spare - lane)
-        for lane in range(0, geometry.row_dim, head_dim)
+        for lane in range(0, page_format.row_dim, head_dim)
     ]
     rows = jnp.concatenate(copies, axis=3)
-    rows = _pad(rows, axis=3, after=geometry.rows_per_head - geometry.queries_per_head)
-    rows = rows.reshape(num_seqs, shards, -1, geometry.row_dim)
+    rows = _pad(rows, axis=3, after=geometry.rows_per_head - geometry.rows_in_use)
+    rows = rows.reshape(num_queries, shards, -1, page_format.row_dim)
     rows = _pad(rows, axis=2, after=geometry.rows - rows.shape[2])
     return jnp.moveaxis(rows, 1, 0)
 
@@ -43,7 +41,7 @@ def _pad(array: jax.Array, *, axis: int, before: int = 0, after: int = 0) -> jax
 def merged_partial(
     config: Config,
     result: Float[Array, "num_cores num_segments rows out_lanes"],
-    held: Bool[Array, "num_plans num_seqs num_splits"],
+    held: Bool[Array, "num_plans queries num_splits"],
 ) -> Partial:
     """Takes the kernel's output apart, and merges what splits, packing and cores kept apart.
 
@@ -54,33 +52,36 @@ def merged_partial(
     """
     geometry, cores = config.geometry, config.cores
     result = result.reshape(
-        cores.count, config.num_seqs, config.num_splits, geometry.rows, geometry.out_lanes
+        cores.count, config.num_queries, config.num_splits, geometry.rows, geometry.out_lanes
     )
     out, lse = _by_head(geometry, result)
     if cores.by_heads:  # the cores' heads side by side
         out, lse = (jnp.concatenate(list(x), axis=2)[None] for x in (out, lse))
     written = held[..., None, None, None]
     out, lse = jnp.where(written[..., None], out, 0.0), jnp.where(written, lse, -jnp.inf)
-    dim = geometry.head_dim
+    dim = geometry.format.value_dim
     parts = [
         Partial(out[core, :, split, :, j, :, j * dim : (j + 1) * dim], lse[core, :, split, :, j])
         for core in range(out.shape[0])
         for split in range(config.num_splits)
-        for j in range(geometry.pack)
+        for j in range(geometry.format.pack)
     ]
-    merged = functools.reduce(merge, parts)
+    merged = parts[0]
+    if len(parts) > 1:
+        merged = merge_stacked(Partial(*map(jnp.stack, zip(*parts, strict=True))))
     return Partial(
-        merged.out.reshape(config.num_seqs, -1, dim), merged.lse.reshape(config.num_seqs, -1)
+        merged.out.reshape(config.num_queries, -1, dim), merged.lse.reshape(config.num_queries, -1)
     )
 
 
 def _by_head(geometry: Geometry, result: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[cores, seqs, splits, kv_heads, pack, queries, row_dim] values, and lse without the last."""
-    used = geometry.num_kv_heads * geometry.rows_per_head
+    """Values [cores, queries, splits, kv_heads, pack, queries_per_kv_head, row_dim], and lse."""
+    page_format = geometry.format
+    used = page_format.num_kv_heads * geometry.rows_per_head
     rows = result[:, :, :, :used].reshape(
-        *result.shape[:3], geometry.num_kv_heads, geometry.rows_per_head, -1
+        *result.shape[:3], page_format.num_kv_heads, geometry.rows_per_head, -1
     )
-    rows = rows[:, :, :, :, : geometry.queries_per_head].reshape(
-        *rows.shape[:4], geometry.pack, geometry.queries_per_kv_head, -1
+    rows = rows[:, :, :, :, : geometry.rows_in_use].reshape(
+        *rows.shape[:4], page_format.pack, geometry.queries_per_kv_head, -1
     )
-    return rows[..., : geometry.row_dim], rows[..., -1]
+    return rows[..., : page_format.row_dim], rows[..., -1]

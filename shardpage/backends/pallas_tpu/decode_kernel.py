@@ -1,17 +1,16 @@
-"""Decode attention over pages: one persistent kernel a core.
+"""Decode attention over pages: one persistent kernel per core.
 
     ids    |w0|w1|w2|...            (tables too large for scalar memory: ids run ahead of pages)
     pages     |b0|b1|b2|b3|...      a ring of slots, refilled as soon as a block was used
-    math            |b0|b1|b2|...   the next blocks' pages arrive meanwhile, of whichever sequence
-    out                    |s0| ... a finished sequence leaves while the next one is worked on
+    math            |b0|b1|b2|...   the next blocks' pages arrive meanwhile, of whichever query
+    out                    |q0| ... a finished query leaves while the next one is worked on
 
 The walk over blocks is flat (see `walk`). Most blocks are *plain*: all their tokens are seen, and
 the block that is fetched in their place is full. They run in an inner loop without a branch, in
 which the compiler overlaps issuing the copies of one block with the arithmetic of another. The
-rest, a few a sequence, takes the general path: counted copies and masks.
+rest, a few per query, takes the general path: counted copies and masks.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,54 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from . import softmax
+from .config import Config
 from .fetch import PagedTable, PageRing, ResidentTable
-from .geometry import LANES, Geometry
+from .geometry import LANES
 from .walk import Cursor, Walk
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Block sizes.
-
-    Attributes:
-      block_pages: pages a block; a power of two of at most 128 if the table is not resident.
-      chunk_pages: pages that the general path works on at a time; divides `block_pages`.
-      slots: blocks in the ring.
-      table_entries: windows in the ring of page ids; 0 if all ids stay in scalar memory.
-    """
-
-    block_pages: int
-    chunk_pages: int
-    slots: int
-    table_entries: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Cores:
-    """TensorCores that share a call: by KV heads, or by blocks of the walk."""
-
-    count: int = 1
-    by_heads: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything static about a kernel."""
-
-    geometry: Geometry
-    sizes: Sizes
-    logits: softmax.Logits
-    cores: Cores
-    num_seqs: int
-    num_splits: int
-
-    @property
-    def num_segments(self) -> int:
-        return self.num_seqs * self.num_splits
-
-    @property
-    def block_tokens(self) -> int:
-        return self.sizes.block_pages * self.geometry.page_size
 
 
 class Scratch(NamedTuple):
@@ -101,14 +56,15 @@ class Position(NamedTuple):
 class Kernel:
     """One core's run. Its methods are the phases of the pipeline."""
 
-    def __init__(self, config: Config, plan, table, query, caches, out, scratch: Scratch):
+    def __init__(self, config: Config, logits, schedule, table, query, caches, out, scratch):
         core = pl.program_id(0)
         by_heads = config.cores.by_heads
-        self.config, self.geometry, self.sizes = config, config.geometry, config.sizes
-        self.scratch = scratch
+        self.config, self.format, self.sizes = config, config.geometry.format, config.sizes
+        self.scratch, self.logits = scratch, logits
         self.query = query.at[core if by_heads else 0]
         self.out = out.at[core]
-        self.walk = Walk(plan, 0 if by_heads else core, config.num_segments, config.num_splits)
+        walk_core = 0 if by_heads else core
+        self.walk = Walk(schedule, walk_core, config.num_segments, config.num_splits)
         block_pages = self.sizes.block_pages
         if self.sizes.table_entries:
             self.table = PagedTable(
@@ -116,15 +72,15 @@ class Kernel:
             )
         else:
             self.table = ResidentTable(
-                table, table.shape[0] // config.num_seqs, block_pages, self.walk
+                table, table.shape[0] // config.num_queries, block_pages, self.walk
             )
         self.pages = PageRing(
-            self.geometry,
+            self.format,
             block_pages,
             caches,
             scratch.buffers,
             scratch.page_semaphores,
-            core * self.geometry.num_kv_heads if by_heads else 0,
+            core * self.format.num_kv_heads if by_heads else 0,
         )
 
     def run(self) -> None:
@@ -135,8 +91,8 @@ class Kernel:
     def fill(self) -> Position:
         """Starts the first copies: one block a slot."""
         zero = jnp.int32(0)
-        head = self.walk.head()
-        position = Position(head, head, head, zero, zero, zero)
+        begin = self.walk.begin()
+        position = Position(begin, begin, begin, zero, zero, zero)
 
         def start_ids(_, position: Position) -> Position:
             return self.start_ids(position)
@@ -147,7 +103,7 @@ class Kernel:
         if self.sizes.table_entries:
             position = lax.fori_loop(0, self.sizes.table_entries, start_ids, position)
         position = lax.fori_loop(0, self.sizes.slots, start_block, position)
-        return position._replace(at=head, slot=zero)
+        return position._replace(at=begin, slot=zero)
 
     def step(self, position: Position) -> Position:
         """All plain blocks from here on, then one block that is not."""
@@ -205,15 +161,17 @@ class Kernel:
         @pl.loop(0, _cdiv(num_pages, chunk_pages))
         def _(chunk):
             page = chunk * chunk_pages
-            token = first_token + page * self.geometry.page_size
+            token = first_token + page * self.format.page_size
             self.attend(position.slot, page, chunk_pages, softmax.Span(start, stop, token))
 
         at = position.at._replace(block=position.at.block + 1)
         return self.start_block(position)._replace(at=at)
 
     def attend(self, slot, first_page, num_pages: int, span: softmax.Span | None) -> None:
-        chunk = softmax.Chunk(self.geometry, self.scratch.buffers, slot, first_page, num_pages)
-        softmax.attend(chunk, self.scratch.query, self.scratch.state, self.config.logits, span)
+        chunk = softmax.Chunk(
+            self.config.geometry, self.scratch.buffers, slot, first_page, num_pages
+        )
+        softmax.attend(chunk, self.scratch.query, self.scratch.state, self.logits, span)
 
     def start_block(self, position: Position) -> Position:
         """Fetches the next block, if there is one, into the current slot."""
@@ -260,16 +218,15 @@ class Kernel:
     def num_pages(self, cursor: Cursor) -> jax.Array:
         """How many pages of a block hold tokens."""
         _, stop = self.walk.bounds(cursor)
-        left = _cdiv(stop, self.geometry.page_size) - cursor.block * self.sizes.block_pages
+        left = _cdiv(stop, self.format.page_size) - cursor.block * self.sizes.block_pages
         return jnp.minimum(left, self.sizes.block_pages)
 
     def next_slot(self, slot: jax.Array) -> jax.Array:
         return _next(slot, self.sizes.slots)
 
     def copy_query(self, cursor: Cursor, slot: jax.Array):
-        sequence = self.walk.sequence(cursor.segment)
         return pltpu.make_async_copy(
-            self.query.at[sequence],
+            self.query.at[self.walk.query(cursor.segment)],
             self.scratch.queries.at[slot],
             self.scratch.query_semaphores.at[slot],
         )
@@ -290,20 +247,20 @@ def _cdiv(value: jax.Array, divisor: int) -> jax.Array:
     return lax.div(value + (divisor - 1), divisor)
 
 
-def kernel(plan, table, query, caches, out, *scratch, config: Config) -> None:
+def kernel(schedule, table, query, caches, out, *scratch, config: Config, logits) -> None:
     """The body of the `pallas_call`."""
-    Kernel(config, plan, table, query, caches, out, Scratch(*scratch)).run()
+    Kernel(config, logits, schedule, table, query, caches, out, Scratch(*scratch)).run()
 
 
 def scratch_shapes(config: Config) -> Scratch:
-    geometry, sizes = config.geometry, config.sizes
-    rows, row_dim = geometry.rows, geometry.row_dim
-    buffer = pltpu.VMEM((sizes.slots, sizes.block_pages, *geometry.page_shape), geometry.dtype)
+    geometry, page_format, sizes = config.geometry, config.geometry.format, config.sizes
+    rows, row_dim, dtype = geometry.rows, page_format.row_dim, page_format.dtype
+    buffer = pltpu.VMEM((sizes.slots, sizes.block_pages, *page_format.page_shape), dtype)
     entries = max(sizes.table_entries, 1)
     return Scratch(
-        buffers=(buffer,) * geometry.num_arrays,
-        queries=pltpu.VMEM((sizes.slots, rows, row_dim), geometry.dtype),
-        query=pltpu.VMEM((rows, row_dim), geometry.dtype),
+        buffers=(buffer,) * page_format.num_arrays,
+        queries=pltpu.VMEM((sizes.slots, rows, row_dim), dtype),
+        query=pltpu.VMEM((rows, row_dim), dtype),
         state=softmax.State(
             maximum=pltpu.VMEM((rows, LANES), jnp.float32),
             total=pltpu.VMEM((rows, LANES), jnp.float32),

@@ -1,7 +1,7 @@
 """What comes from HBM: pages into a ring of buffers, and the page ids that say which.
 
 Every copy is asynchronous. A ring's entry is refilled as soon as it was used, so that all its
-other entries are in flight meanwhile; one semaphore an entry counts the bytes of a whole block.
+other entries are in flight meanwhile; one semaphore per entry counts the bytes of a whole block.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..kv_layout import KVLayout
-from .geometry import LANES, Geometry
+from ...page_format import PageFormat
+from .geometry import LANES
 from .walk import Cursor, Walk
 
 _UNROLL = 8  # page copies issued between two branches, where their number is not known
@@ -23,7 +23,7 @@ _UNROLL = 8  # page copies issued between two branches, where their number is no
 
 @dataclasses.dataclass(frozen=True)
 class ResidentTable:
-    """All page ids in scalar memory: `ids` is flat, `width` entries a sequence."""
+    """All page ids in scalar memory: `ids` is flat, `width` entries per query."""
 
     ids: Any
     width: int
@@ -39,16 +39,15 @@ class ResidentTable:
     def page_ids(self, cursor: Cursor, entry: jax.Array):
         """A function from a page of the block to its id."""
         del entry
-        sequence = self.walk.sequence(cursor.segment)
-        base = sequence * self.width + cursor.block * self.block_pages
+        base = self.walk.query(cursor.segment) * self.width + cursor.block * self.block_pages
         return lambda page: self.ids[base + page]
 
 
 @dataclasses.dataclass(frozen=True)
 class PagedTable:
-    """Page ids in HBM, `[num_seqs, windows, 1, 128]`: a flat ring of windows in scalar memory.
+    """Page ids in HBM, `[queries, windows, 1, 128]`: a flat ring of windows in scalar memory.
 
-    Each block fetches the window with its ids, although several share one: half a KiB a block
+    Each block fetches the window with its ids, although several share one: half a KiB per block
     buys a pipeline without branches. A cursor that is done fetches some window all the same.
     """
 
@@ -59,10 +58,9 @@ class PagedTable:
     walk: Walk
 
     def start(self, cursor: Cursor, entry: jax.Array) -> None:
-        last_sequence = self.windows.shape[0] - 1
-        sequence = jnp.minimum(self.walk.sequence(cursor.segment), last_sequence)
+        query = jnp.minimum(self.walk.query(cursor.segment), self.windows.shape[0] - 1)
         window = lax.div(cursor.block * self.block_pages, LANES)
-        self._copy(self.windows.at[sequence, window, 0], entry).start()
+        self._copy(self.windows.at[query, window, 0], entry).start()
 
     def wait(self, entry: jax.Array) -> None:
         self._copy(self.windows.at[0, 0, 0], entry).wait()
@@ -81,7 +79,7 @@ class PagedTable:
 class PageRing:
     """Blocks of pages on their way into `buffers`, `[slots, block_pages, *page_shape]` each."""
 
-    geometry: Geometry
+    format: PageFormat
     block_pages: int
     caches: Sequence[Any]
     buffers: Sequence[Any]
@@ -109,27 +107,18 @@ class PageRing:
             self._start_page(page_ids, page, slot)
 
     def _start_page(self, page_ids, page: jax.Array | int, slot: jax.Array) -> None:
-        page_id = page_ids(page)
+        heads = pl.ds(self.first_head, self.format.num_kv_heads)
+        source = self.format.page_at(page_ids(page), heads)
         for cache, buffer in zip(self.caches, self.buffers, strict=True):
             pltpu.make_async_copy(
-                self._page(cache, page_id), buffer.at[slot, page], self.semaphores.at[slot]
+                cache.at[source], buffer.at[slot, page], self.semaphores.at[slot]
             ).start()
-
-    def _page(self, cache: Any, page_id: jax.Array):
-        heads = pl.ds(self.first_head, self.geometry.num_kv_heads)
-        match self.geometry.kv:
-            case KVLayout.BLOCKS_FIRST:
-                return cache.at[page_id, heads]
-            case KVLayout.HEADS_FIRST:
-                return cache.at[heads, page_id]
-            case KVLayout.FUSED:
-                return cache.at[page_id, :, heads]
 
     def wait_full(self, slot: jax.Array) -> None:
         self._wait(slot, self.block_pages)
 
     def wait(self, num_pages: jax.Array, slot: jax.Array) -> None:
-        """Waits for the bytes of so many pages: one wait for each binary digit of the number."""
+        """Waits for the bytes of this many pages: one wait for each binary digit of the number."""
         bit = 1 << (self.block_pages.bit_length() - 1)
         while bit:
             pl.when(num_pages & bit != 0)(lambda bit=bit: self._wait(slot, bit))

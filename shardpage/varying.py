@@ -1,4 +1,4 @@
-"""Varying-axes bookkeeping, so that everything works under `shard_map(check_vma=True)`."""
+"""What `shard_map(check_vma=True)` needs of loops: marks of the axes that an array varies over."""
 
 import functools
 from typing import Any

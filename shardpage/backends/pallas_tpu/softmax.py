@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..spec import HUGE_SOFT_CAP, UNCAPPED
+from ...options import HUGE_SOFT_CAP, UNCAPPED
 from .geometry import LANES, Geometry
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -69,8 +69,8 @@ class Chunk:
 
     @property
     def num_rows(self) -> int:
-        """Cache rows a KV head."""
-        return self.num_pages * self.geometry.page_rows
+        """Cache rows per KV head."""
+        return self.num_pages * self.geometry.format.page_rows
 
     def keys(self, head: int) -> jax.Array:
         """[num_rows, row_dim]"""
@@ -82,11 +82,11 @@ class Chunk:
 
     def _load(self, which: int, head: int) -> jax.Array:
         pages = pl.ds(self.first_page, self.num_pages)
-        if self.geometry.kv.fused:
+        if self.geometry.format.fused:
             loaded = self.buffers[0][self.slot, pages, which, head]
         else:
             loaded = self.buffers[which][self.slot, pages, head]
-        return loaded.reshape(self.num_rows, self.geometry.row_dim)
+        return loaded.reshape(self.num_rows, self.geometry.format.row_dim)
 
 
 def reset(state: State) -> None:
@@ -104,8 +104,8 @@ def attend(chunk: Chunk, query: Any, state: State, logits: Logits, span: Span | 
       query: reference to the query rows, [rows, row_dim] in the caches' dtype.
       state: is updated.
       logits: scale and cap.
-      span: None if all tokens of the chunk are to be seen and hold numbers. Otherwise neither
-        the logits nor the numbers of the others reach the result, whatever they are.
+      span: None if all tokens of the chunk are to be seen. Otherwise neither the logits nor the
+        elements of the others reach the result, whatever they are.
     """
     groups = range(chunk.geometry.num_groups)
     # Phase by phase rather than group by group: one group's matmul hides another's softmax.
@@ -124,8 +124,10 @@ def _scores(chunk, group, query, logits, span) -> jax.Array:
     """Logits of a group's rows, -inf where a token is not seen; [rows_per_group, num_rows]."""
     geometry = chunk.geometry
     keys = [chunk.keys(head) for head in geometry.heads_of(group)]
-    if span is not None and geometry.pack > 1:  # a row's other tokens would spoil a dot product
-        seen = _seen_numbers(geometry, chunk.num_rows, span)
+    if (
+        span is not None and geometry.format.pack > 1
+    ):  # a row's other tokens would spoil a dot product
+        seen = _seen_elements(geometry, chunk.num_rows, span)
         keys = [jnp.where(seen, key, 0) for key in keys]
     queries = query[_rows(geometry, group), :]
     scores = logits(_own_rows(geometry, [_dot(queries, key, over=1) for key in keys]))
@@ -143,7 +145,7 @@ def _weights(geometry, group, scores, state) -> tuple[jax.Array, jax.Array]:
     fade = jnp.exp2(old - new)
     state.maximum[rows, :] = new
     state.total[rows, :] = state.total[rows, :] * fade + jnp.sum(weights, axis=1, keepdims=True)
-    return fade, weights.astype(geometry.dtype)
+    return fade, weights.astype(geometry.format.compute_dtype)
 
 
 def _across(column: jax.Array, width: int) -> jax.Array:
@@ -155,11 +157,11 @@ def _add_values(chunk, group, fade, weights, state, span) -> None:
     geometry = chunk.geometry
     values = [chunk.values(head) for head in geometry.heads_of(group)]
     if span is not None:  # a weight of 0 does not silence a NaN
-        seen = _seen_numbers(geometry, chunk.num_rows, span)
+        seen = _seen_elements(geometry, chunk.num_rows, span)
         values = [jnp.where(seen, value, 0) for value in values]
     added = _own_rows(geometry, [_dot(weights, value, over=0) for value in values])
     rows = _rows(geometry, group)
-    state.out[rows, :] = state.out[rows, :] * _across(fade, geometry.row_dim) + added
+    state.out[rows, :] = state.out[rows, :] * _across(fade, geometry.format.row_dim) + added
 
 
 def _dot(rows: jax.Array, matrix: jax.Array, *, over: int) -> jax.Array:
@@ -201,19 +203,19 @@ def _seen_logits(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
     """Which logits count: [rows_per_group, num_rows]."""
     shape = (geometry.rows_per_group, num_rows)
     token = lax.broadcasted_iota(jnp.int32, shape, 1)
-    if geometry.pack > 1:
+    if geometry.format.pack > 1:
         row = _row_of_head(geometry, lax.broadcasted_iota(jnp.int32, shape, 0))
-        token = token * geometry.pack + lax.div(row, geometry.queries_per_kv_head)
+        token = token * geometry.format.pack + lax.div(row, geometry.queries_per_kv_head)
     return _within(token + span.first_token, span)
 
 
-def _seen_numbers(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
-    """Which numbers of keys or values count: [num_rows, row_dim]."""
-    shape = (num_rows, geometry.row_dim)
+def _seen_elements(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
+    """Which elements of keys or values count: [num_rows, row_dim]."""
+    shape = (num_rows, geometry.format.row_dim)
     token = lax.broadcasted_iota(jnp.int32, shape, 0)
-    if geometry.pack > 1:
+    if geometry.format.pack > 1:
         lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-        token = token * geometry.pack + lax.div(lane, geometry.head_dim)
+        token = token * geometry.format.pack + lax.div(lane, geometry.format.key_dim)
     return _within(token + span.first_token, span)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from .validate import rank
+from .array_checks import rank
 
 
 def validate_tables(
@@ -21,15 +21,15 @@ def validate_tables(
     """Checks on the host what compiled code can only answer with NaN.
 
     Args:
-      context_lens: tokens a sequence, `[num_seqs]`, integers.
+      context_lens: tokens per sequence, `[num_seqs]`, integers.
       block_tables: global page ids, `[num_seqs, max_blocks]`, integers. Entries at or past
-        `ceil(context_len / page_size)` are not looked at.
+        `ceil(context_len / page_size)` are not looked up.
       num_pages: pages of the whole cache, over all devices.
-      page_size: tokens a page.
+      page_size: tokens per page.
       num_seq_shards: shards of the mesh axis that splits sequences; sequence and pages must
         belong to the same one.
       max_context_len: as passed to `page_attention`.
-      sliding_window: as passed to `page_attention`; pages wholly before it are not looked at.
+      sliding_window: as passed to `page_attention`; pages wholly before it are not looked up.
 
     Raises:
       ValueError: naming the sequence, the entry, its value and the rule that it breaks.
@@ -40,9 +40,7 @@ def validate_tables(
     num_seqs, max_blocks = tables.shape
     if lens.shape != (num_seqs,):
         raise ValueError(f"context_lens has {lens.shape[0]} entries, block_tables {num_seqs} rows")
-    for name, count in (("num_seqs", num_seqs), ("num_pages", num_pages)):
-        if count % num_seq_shards:
-            raise ValueError(f"{name}={count} must be divisible by {num_seq_shards=}")
+    _divisible(num_seq_shards, num_seqs=num_seqs, num_pages=num_pages)
     limit = min(max_blocks * page_size, max_context_len or max_blocks * page_size)
     bound = "max_context_len" if limit < max_blocks * page_size else "its table's capacity"
     pages_per_shard = num_pages // num_seq_shards
@@ -82,21 +80,21 @@ def validate_writes(
       positions: `[num_tokens]` integers, positions in the sequences.
       block_tables: `[num_seqs, max_blocks]` integers, global page ids.
       num_pages: pages of the whole cache, over all devices.
-      page_size: tokens a page.
+      page_size: tokens per page.
       num_seq_shards: shards of the mesh axis that splits sequences.
 
     Raises:
       ValueError: naming the token, its sequence and position, and the rule that it breaks.
     """
     seq_ids, positions, tables = map(np.asarray, (seq_ids, positions, block_tables))
+    rank("seq_ids", seq_ids, "[num_tokens]", 1)
+    rank("positions", positions, "[num_tokens]", 1)
+    rank("block_tables", tables, "[num_seqs, max_blocks]", 2)
     num_seqs, max_blocks = tables.shape
-    for name, count in (
-        ("num_seqs", num_seqs),
-        ("num_pages", num_pages),
-        ("num_tokens", len(seq_ids)),
-    ):
-        if count % num_seq_shards:
-            raise ValueError(f"{name}={count} must be divisible by {num_seq_shards=}")
+    num_tokens = len(seq_ids)
+    if len(positions) != num_tokens:
+        raise ValueError(f"positions has {len(positions)} entries, seq_ids {num_tokens}")
+    _divisible(num_seq_shards, num_seqs=num_seqs, num_pages=num_pages, num_tokens=num_tokens)
     pages_per_shard = num_pages // num_seq_shards
     for token, (seq, position) in enumerate(zip(seq_ids.tolist(), positions.tolist(), strict=True)):
         if seq == -1:
@@ -110,7 +108,7 @@ def validate_writes(
                 f"{max_blocks} blocks of {page_size} tokens"
             )
         shard = seq // (num_seqs // num_seq_shards)
-        token_shard = token // (len(seq_ids) // num_seq_shards)
+        token_shard = token // (num_tokens // num_seq_shards)
         if shard != token_shard:
             raise ValueError(
                 f"{where}: the token lies in part {token_shard} of {num_seq_shards}, its sequence "
@@ -122,3 +120,12 @@ def validate_writes(
                 f"{where}: page id {page} must be in [{first}, {first + pages_per_shard}), the "
                 f"pages of shard {shard} of {num_seq_shards}; {num_pages=}"
             )
+
+
+def _divisible(num_seq_shards: int, **counts: int) -> None:
+    """Checks that each of these splits evenly over the shards."""
+    if num_seq_shards < 1:
+        raise ValueError(f"{num_seq_shards=} must be at least 1")
+    for name, count in counts.items():
+        if count % num_seq_shards:
+            raise ValueError(f"{name}={count} must be divisible by {num_seq_shards=}")

@@ -1,11 +1,12 @@
 """Putting tokens into pages in place: a ring of tiles on their way in and out again.
 
-What HBM can take is a tile: some rows of one page, for all KV heads. A tile that gets tokens is
+HBM is written in tiles: 8 or 16 rows of one page, for all KV heads. A tile that gets tokens is
 read, changed and written back; nothing else of the cache is touched. Tokens come sorted, so that
 a tile is on its way only once however many tokens go there, and tiles never meet.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from ..kv_layout import KVLayout
+from ...page_format import PageFormat
 from .geometry import SUBLANES
 
 _RING_BYTES = 4 << 20
@@ -26,54 +27,41 @@ _MAX_RING = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Static sizes.
+    """The tiles that pages of this format are written in."""
 
-    Attributes:
-      kv: layout of the caches.
-      num_kv_heads: KV heads of a page.
-      head_dim: numbers a token and head.
-      pack: tokens in a cache row.
-      page_rows: cache rows a page and head.
-      dtype: of the caches.
-    """
-
-    kv: KVLayout
-    num_kv_heads: int
-    head_dim: int
-    pack: int
-    page_rows: int
-    dtype: np.dtype
+    format: PageFormat
 
     @property
     def rows(self) -> int:
-        """Cache rows a tile and head: what the HBM of any generation takes unshifted."""
-        rows = SUBLANES * 4 // self.dtype.itemsize
-        return rows if self.page_rows % rows == 0 else SUBLANES
+        """Rows per tile and head: the smallest block that every generation writes unshifted."""
+        rows = SUBLANES * 4 // self.format.dtype.itemsize
+        return rows if self.format.page_rows % rows == 0 else SUBLANES
 
     @property
-    def row_dim(self) -> int:
-        return self.head_dim * self.pack
+    def shape(self) -> tuple[int, ...]:
+        """One tile of one cache array."""
+        return (*self.format.heads_shape, self.rows, self.format.row_dim)
 
     @property
-    def heads(self) -> tuple[int, ...]:
-        """The leading axes of a tile, and of a token."""
-        return (*((2,) if self.kv.fused else ()), self.num_kv_heads)
+    def token_shape(self) -> tuple[int, ...]:
+        """One token for one cache array, as a row."""
+        return (*self.format.heads_shape, 1, self.format.row_dim)
 
     @property
     def max_tokens(self) -> int:
         """Tokens that one tile may get."""
-        return self.rows * self.pack
+        return self.rows * self.format.pack
 
     @property
     def ring(self) -> int:
         """Tiles on their way; even, half of them in."""
-        token_bytes = 4 * self.row_dim * self.max_tokens
-        bytes_each = np.prod(self.heads) * (self.rows * self.row_dim * self.dtype.itemsize)
-        fits = int(_RING_BYTES // (bytes_each + np.prod(self.heads) * token_bytes))
+        token_bytes = 4 * self.max_tokens * math.prod(self.token_shape)
+        tile_bytes = math.prod(self.shape) * self.format.dtype.itemsize
+        fits = _RING_BYTES // (tile_bytes + token_bytes)
         return max(2, min(_MAX_RING, fits // 2 * 2))
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """Tokens sorted by tile, for scalar memory; int32. Dropped tokens are last."""
 
     first: Int[Array, " num_tokens_plus_1"]  # tile -> its first token; then where the last ends
@@ -82,9 +70,9 @@ class Plan(NamedTuple):
     num_tiles: Int[Array, " 1"]
 
 
-def plan(
+def schedule(
     tiles: Tiles, num_pages: int, page: Int[Array, " num_tokens"], slot: Int[Array, " num_tokens"]
-) -> tuple[Plan, Int[Array, " num_tokens"]]:
+) -> tuple[Schedule, Int[Array, " num_tokens"]]:
     """Sorts tokens by the tile that they go to.
 
     Args:
@@ -94,11 +82,11 @@ def plan(
       slot: its place in the page.
 
     Returns:
-      The plan, and the order of the tokens in it.
+      The schedule, and the order of the tokens in it.
     """
     num_tokens = page.shape[0]
     held = (page >= 0) & (page < num_pages)
-    tiles_per_page = tiles.page_rows // tiles.rows
+    tiles_per_page = tiles.format.page_rows // tiles.rows
     tile = page * tiles_per_page + slot // tiles.max_tokens
     tile = jnp.where(held, tile, num_pages * tiles_per_page)
     order = jnp.argsort(tile)
@@ -109,11 +97,11 @@ def plan(
     index = jnp.arange(num_tokens, dtype=jnp.int32)
     first = jnp.sort(jnp.append(jnp.where(starts, index, num_held), num_held))
     num_tiles = jnp.sum(starts, dtype=jnp.int32).reshape(1)
-    return Plan(first, page[order], slot[order], num_tiles), order
+    return Schedule(first, page[order], slot[order], num_tiles), order
 
 
 class Scratch(NamedTuple):
-    """References, one of each a cache array, but for the semaphores."""
+    """References, one of each per cache array, but for the semaphores."""
 
     tiles: Sequence[Any]  # [ring, *heads, rows, row_dim]
     tokens: Sequence[Any]  # [ring, max_tokens, *heads, 1, row_dim] float32
@@ -122,34 +110,35 @@ class Scratch(NamedTuple):
 
 
 def scratch_shapes(tiles: Tiles, num_arrays: int) -> Scratch:
-    heads, row_dim, ring = tiles.heads, tiles.row_dim, tiles.ring
+    ring = tiles.ring
+    buffer = pltpu.VMEM((ring, *tiles.shape), tiles.format.dtype)
+    tokens = pltpu.VMEM((ring, tiles.max_tokens, *tiles.token_shape), jnp.float32)
     return Scratch(
-        tiles=(pltpu.VMEM((ring, *heads, tiles.rows, row_dim), tiles.dtype),) * num_arrays,
-        tokens=(pltpu.VMEM((ring, tiles.max_tokens, *heads, 1, row_dim), jnp.float32),)
-        * num_arrays,
+        tiles=(buffer,) * num_arrays,
+        tokens=(tokens,) * num_arrays,
         fetched=pltpu.SemaphoreType.DMA((ring,)),
         stored=pltpu.SemaphoreType.DMA((ring,)),
     )
 
 
-def kernel(plan_, tokens, caches_in, *caches_and_scratch, tiles: Tiles) -> None:
+def kernel(schedule, tokens, caches_in, *caches_and_scratch, tiles: Tiles) -> None:
     """The body of the `pallas_call`; the caches after `caches_in` are the same, aliased."""
     caches, scratch = caches_and_scratch[: len(caches_in)], caches_and_scratch[len(caches_in) :]
-    Kernel(tiles, plan_, tokens, caches, Scratch(*scratch)).run()
+    Kernel(tiles, schedule, tokens, caches, Scratch(*scratch)).run()
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The phases of the pipeline; `tile` counts the tiles of the plan."""
+    """The phases of the pipeline; `tile` counts the tiles of the schedule."""
 
     tiles: Tiles
-    plan: Any
+    schedule: Any
     tokens: Sequence[Any]  # [num_tokens, *heads, 1, row_dim] float32 in HBM
     caches: Sequence[Any]
     scratch: Scratch
 
     def run(self) -> None:
-        count = self.plan.num_tiles[0]
+        count = self.schedule.num_tiles[0]
         ahead = self.tiles.ring // 2
         pl.loop(0, jnp.minimum(ahead, count))(self.start_fetch)
 
@@ -170,7 +159,7 @@ class Kernel:
 
     def span(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The tokens of a tile."""
-        return self.plan.first[tile], self.plan.first[tile + 1]
+        return self.schedule.first[tile], self.schedule.first[tile + 1]
 
     def start_fetch(self, tile: jax.Array) -> None:
         slot = self.slot(tile)
@@ -198,25 +187,25 @@ class Kernel:
                 pltpu.make_async_copy(buffer.at[slot, 0], buffer.at[slot, 0], semaphore).wait()
 
     def put(self, tile: jax.Array, token: jax.Array) -> None:
-        """Replaces the token's numbers in the tile."""
-        slot, sizes = self.slot(tile), self.tiles
-        place = lax.rem(self.plan.slot[token], sizes.max_tokens)
-        shape = (sizes.rows, sizes.row_dim)
-        own = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.div(place, sizes.pack)
-        if sizes.pack > 1:
+        """Replaces the token's elements in the tile."""
+        slot, page_format = self.slot(tile), self.tiles.format
+        place = lax.rem(self.schedule.slot[token], self.tiles.max_tokens)
+        shape = self.tiles.shape[-2:]
+        own = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.div(place, page_format.pack)
+        if page_format.pack > 1:
             lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-            own &= lax.div(lane, sizes.head_dim) == lax.rem(place, sizes.pack)
-        index = token - self.plan.first[tile]
+            own &= lax.div(lane, page_format.key_dim) == lax.rem(place, page_format.pack)
+        index = token - self.schedule.first[tile]
         for buffer, tokens in zip(self.scratch.tiles, self.scratch.tokens, strict=True):
-            for head in np.ndindex(*sizes.heads):
+            for head in np.ndindex(*page_format.heads_shape):
                 old = buffer[(slot, *head)].astype(jnp.float32)
                 new = jnp.where(own, tokens[(slot, index, *head)], old)
-                buffer[(slot, *head)] = new.astype(sizes.dtype)
+                buffer[(slot, *head)] = new.astype(page_format.dtype)
 
     def start_store(self, tile: jax.Array) -> None:
         slot = self.slot(tile)
         for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True):
-            target = self.tile_of(cache, self.plan.first[tile])
+            target = self.tile_of(cache, self.schedule.first[tile])
             pltpu.make_async_copy(buffer.at[slot], target, self.scratch.stored.at[slot]).start()
 
     def wait_store(self, tile: jax.Array) -> None:
@@ -226,13 +215,7 @@ class Kernel:
             pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], semaphore).wait()
 
     def tile_of(self, cache: Any, token: jax.Array):
-        page = self.plan.page[token]
-        first_row = lax.div(self.plan.slot[token], self.tiles.max_tokens) * self.tiles.rows
+        page = self.schedule.page[token]
+        first_row = lax.div(self.schedule.slot[token], self.tiles.max_tokens) * self.tiles.rows
         rows = pl.ds(pl.multiple_of(first_row, self.tiles.rows), self.tiles.rows)
-        match self.tiles.kv:
-            case KVLayout.BLOCKS_FIRST:
-                return cache.at[page, :, rows]
-            case KVLayout.HEADS_FIRST:
-                return cache.at[:, page, rows]
-            case KVLayout.FUSED:
-                return cache.at[page, :, :, rows]
+        return cache.at[self.tiles.format.page_at(page, slice(None), rows)]

@@ -1,10 +1,10 @@
-"""The order of work: a flat walk over (segment, block), planned in XLA and read by the kernel.
+"""The order of work: a flat walk over (segment, block), laid out in XLA and read by the kernel.
 
-A *segment* is the part of one sequence that one output row is for: the whole sequence, or one of
-`num_splits` parts of it. A *block* is what one buffer holds: a fixed number of pages. A core walks
+A *segment* is the part of one query's tokens that one output row is for: all of them, or one of
+`num_splits` parts. A *block* is what one buffer holds: a fixed number of pages. A core walks
 all blocks of its segments one after the other, so that what is fetched next never depends on
-where a sequence ends. Empty segments are linked past, and several cores share one walk by cutting
-it into pieces of equally many blocks, wherever in a sequence that falls.
+where a query's tokens end. Empty segments are linked past, and several cores share one walk by
+cutting it into pieces of equally many blocks, wherever in a query's tokens that falls.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 _FEW_SEGMENTS = 1024
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """The walk of every core, as flat int32 arrays for scalar memory.
 
     Entry `core * (num_segments + 1) + segment`; the last segment of a core is a sentinel without
@@ -29,41 +29,41 @@ class Plan(NamedTuple):
       end: one past its last block on this core.
       full_end: blocks before this one hold only tokens below `stop`.
       link: the core's next segment that is not empty, or the sentinel.
-      head: [num_cores] the core's first segment that is not empty, or the sentinel.
-      start: [num_seqs] first token to attend to.
-      stop: [num_seqs] one past the last.
+      entry: [num_cores] the core's first segment that is not empty, or the sentinel.
+      start: [queries] first token to attend to.
+      stop: [queries] one past the last.
     """
 
     first: Int[Array, " entries"]
     end: Int[Array, " entries"]
     full_end: Int[Array, " entries"]
     link: Int[Array, " entries"]
-    head: Int[Array, " num_cores"]
-    start: Int[Array, " num_seqs"]
-    stop: Int[Array, " num_seqs"]
+    entry: Int[Array, " num_cores"]
+    start: Int[Array, " queries"]
+    stop: Int[Array, " queries"]
 
 
-def plan(
-    start: Int[Array, " num_seqs"],
-    stop: Int[Array, " num_seqs"],
+def schedule(
+    start: Int[Array, " queries"],
+    stop: Int[Array, " queries"],
     *,
     block_tokens: int,
     num_splits: int = 1,
     num_cores: int = 1,
-) -> tuple[Plan, Bool[Array, "num_cores num_seqs num_splits"]]:
+) -> tuple[Schedule, Bool[Array, "num_cores queries num_splits"]]:
     """Lays out the walk.
 
     Args:
-      start: first token of each sequence, within its first page; int32.
-      stop: one past its last token; `start >= stop` is an empty sequence; int32.
-      block_tokens: tokens a block.
-      num_splits: segments a sequence; they get equally many blocks, but for the last.
+      start: first token of each query, within its first page; int32.
+      stop: one past its last token; `start >= stop` reads nothing; int32.
+      block_tokens: tokens per block.
+      num_splits: segments per query; they get equally many blocks, but for the last.
       num_cores: cores that share the blocks evenly, each a contiguous piece of the walk.
 
     Returns:
-      The plan, and which segments have blocks on which core: the others' output is not written.
+      The schedule, and which segments have blocks on which core: the others' output is not written.
     """
-    num_seqs = start.shape[0]
+    num_queries = start.shape[0]
     num_blocks = jnp.where(start < stop, -(-stop // block_tokens), 0)
     per_split = -(-num_blocks // num_splits)
     split = jnp.arange(num_splits, dtype=jnp.int32)
@@ -77,19 +77,19 @@ def plan(
     held = first < end
     full_end = jnp.minimum(end, jnp.repeat(stop // block_tokens, num_splits))
     next_held = _next_index(held)
-    sentinel = jnp.full((num_cores, 1), num_seqs * num_splits, jnp.int32)
+    sentinel = jnp.full((num_cores, 1), num_queries * num_splits, jnp.int32)
     flat = lambda values, last: jnp.concatenate([values, last], axis=1).reshape(-1)
     zero = jnp.zeros_like(sentinel)
-    arrays = Plan(
+    arrays = Schedule(
         first=flat(first, zero),
         end=flat(end, zero),
         full_end=flat(full_end, zero),
         link=flat(next_held[:, 1:], jnp.concatenate([sentinel, sentinel], axis=1)),
-        head=next_held[:, 0],
+        entry=next_held[:, 0],
         start=start,
         stop=stop,
     )
-    return arrays, held.reshape(num_cores, num_seqs, num_splits)
+    return arrays, held.reshape(num_cores, num_queries, num_splits)
 
 
 def _cut(first: jax.Array, end: jax.Array, num_cores: int) -> tuple[jax.Array, jax.Array]:
@@ -124,30 +124,30 @@ class Cursor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """One core's walk, read inside a kernel; `plan` holds references to scalar memory."""
+    """One core's walk, read inside a kernel; `schedule` holds references to scalar memory."""
 
-    plan: Any
+    schedule: Any
     core: jax.Array | int
     num_segments: int
     num_splits: int
 
-    def _entry(self, segment: jax.Array) -> jax.Array:
+    def _index(self, segment: jax.Array) -> jax.Array:
         return self.core * (self.num_segments + 1) + segment
 
-    def head(self) -> Cursor:
-        segment = self.plan.head[self.core]
+    def begin(self) -> Cursor:
+        segment = self.schedule.entry[self.core]
         return Cursor(segment, self.first(segment))
 
     def done(self, cursor: Cursor) -> jax.Array:
         return cursor.segment >= self.num_segments
 
     def first(self, segment: jax.Array) -> jax.Array:
-        return self.plan.first[self._entry(segment)]
+        return self.schedule.first[self._index(segment)]
 
     def end(self, segment: jax.Array) -> jax.Array:
-        return self.plan.end[self._entry(segment)]
+        return self.schedule.end[self._index(segment)]
 
-    def sequence(self, segment: jax.Array) -> jax.Array:
+    def query(self, segment: jax.Array) -> jax.Array:
         return segment if self.num_splits == 1 else lax.div(segment, self.num_splits)
 
     def starts_segment(self, cursor: Cursor) -> jax.Array:
@@ -156,19 +156,19 @@ class Walk:
     def settle(self, cursor: Cursor) -> Cursor:
         """Moves a cursor that ran off its segment's end to the next segment."""
         ended = cursor.block >= self.end(cursor.segment)
-        segment = jnp.where(ended, self.plan.link[self._entry(cursor.segment)], cursor.segment)
+        segment = jnp.where(ended, self.schedule.link[self._index(cursor.segment)], cursor.segment)
         return Cursor(segment, jnp.where(ended, self.first(segment), cursor.block))
 
-    def advance(self, cursor: Cursor, blocks: jax.Array | int = 1) -> Cursor:
-        """Moves on by blocks that lie in one segment."""
-        return self.settle(Cursor(cursor.segment, cursor.block + blocks))
+    def advance(self, cursor: Cursor) -> Cursor:
+        """Moves on by one block."""
+        return self.settle(Cursor(cursor.segment, cursor.block + 1))
 
     def full_blocks(self, cursor: Cursor) -> jax.Array:
         """How many blocks from here on, in this segment, are fetched whole."""
-        full_end = self.plan.full_end[self._entry(cursor.segment)]
+        full_end = self.schedule.full_end[self._index(cursor.segment)]
         return jnp.maximum(full_end - cursor.block, 0)
 
     def bounds(self, cursor: Cursor) -> tuple[jax.Array, jax.Array]:
-        """`[start, stop)` of the sequence; only at a place that is not done."""
-        sequence = self.sequence(cursor.segment)
-        return self.plan.start[sequence], self.plan.stop[sequence]
+        """`[start, stop)` of the query; only at a place that is not done."""
+        query = self.query(cursor.segment)
+        return self.schedule.start[query], self.schedule.stop[query]

@@ -1,0 +1,115 @@
+"""Errors that concern arrays: ranks, dtypes, and shapes that must agree. Values are checked in
+`table_checks`, options by themselves."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from .cache import PagedKVCache, check_dtype
+from .options import INT32_MAX
+
+
+def rank(name: str, array: Any, dims: str, rank: int) -> None:
+    """Checks that an array has these axes."""
+    if getattr(array, "ndim", None) != rank:
+        raise ValueError(f"{name} must be {dims}; got {getattr(array, 'shape', type(array))}")
+
+
+def cache_arrays(key_cache: Any, value_cache: Any) -> None:
+    """Checks that the arrays of a cache have a supported dtype and belong together."""
+    check_dtype("key_cache.dtype", key_cache.dtype)
+    if value_cache is None:
+        return
+    if (value_cache.shape, value_cache.dtype) != (key_cache.shape, key_cache.dtype):
+        raise ValueError(
+            f"key_cache is {key_cache.dtype}{list(key_cache.shape)} but value_cache "
+            f"{value_cache.dtype}{list(value_cache.shape)}; they must be equal in shape and dtype"
+        )
+
+
+def attention(
+    query: Any, cache: PagedKVCache, context_lens: Any, block_tables: Any, sinks: Any
+) -> None:
+    """Checks the arrays of `attend` against each other."""
+    rank("query", query, "[num_seqs, num_heads, head_dim]", 3)
+    rank("context_lens", context_lens, "[num_seqs]", 1)
+    rank("block_tables", block_tables, "[num_seqs, max_blocks]", 2)
+    _floating("query", query)
+    for name, array in (("context_lens", context_lens), ("block_tables", block_tables)):
+        _integer(name, array)
+        if array.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{name} has {array.shape[0]} rows, query {query.shape[0]} sequences; "
+                "pass one row per sequence"
+            )
+    _table_width(block_tables, cache)
+    if sinks is not None:
+        if sinks.shape != query.shape[1:2]:
+            raise ValueError(
+                f"sinks has shape {sinks.shape}; pass one logit per query head: ({query.shape[1]},)"
+            )
+        _floating("sinks", sinks)
+    num_heads, num_kv_heads = query.shape[1], cache.format.num_kv_heads
+    if min(*query.shape, *cache.key.shape) < 1:
+        raise ValueError(
+            f"no axis may be empty; got query {query.shape} and a cache of {cache.key.shape}"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads=} must be a multiple of {num_kv_heads=}: each KV head serves the same "
+            "number of query heads"
+        )
+
+
+def write(
+    cache: PagedKVCache, key: Any, value: Any, seq_ids: Any, positions: Any, block_tables: Any
+) -> None:
+    """Checks the arrays of `write_kv` against each other."""
+    cache_arrays(cache.key, cache.value)
+    page_format = cache.format
+    if page_format.num_arrays != len(cache.arrays):
+        raise ValueError("a fused cache has value=None, any other both key and value")
+    rank("key", key, "[num_tokens, num_kv_heads, head_dim]", 3)
+    wanted = (key.shape[0], page_format.num_kv_heads, page_format.key_dim)
+    for name, array in (("key", key), ("value", value)):
+        if array.shape != wanted:
+            raise ValueError(
+                f"{name} has shape {array.shape}; a cache of {page_format.num_kv_heads} KV heads "
+                f"takes {wanted}: [num_tokens, num_kv_heads, head_dim]"
+            )
+        _floating(name, array)
+    for name, array in (("seq_ids", seq_ids), ("positions", positions)):
+        rank(name, array, "[num_tokens]", 1)
+        _integer(name, array)
+        if array.shape != key.shape[:1]:
+            raise ValueError(f"{name} has {array.shape[0]} entries for {key.shape[0]} tokens")
+    rank("block_tables", block_tables, "[num_seqs, max_blocks]", 2)
+    _integer("block_tables", block_tables)
+    _table_width(block_tables, cache)
+
+
+def _table_width(block_tables: Any, cache: PagedKVCache) -> None:
+    """Checks that every position of a table is an int32."""
+    columns, page_size = block_tables.shape[1], cache.format.page_size
+    if columns == 0:
+        raise ValueError("block_tables has 0 columns; it needs at least one, -1 if nothing is used")
+    if columns * page_size > INT32_MAX:
+        raise ValueError(
+            f"block_tables of {columns} columns hold {columns * page_size} tokens of {page_size=}; "
+            f"positions are int32: at most {INT32_MAX} tokens"
+        )
+
+
+def _floating(name: str, array: Any) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point; got {array.dtype}")
+    if array.dtype.itemsize < 2:
+        raise ValueError(
+            f"{name} has dtype {array.dtype}, which keeps too few digits for an exact result; "
+            "cast it to bfloat16 or float32 first"
+        )
+
+
+def _integer(name: str, array: Any) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must hold integers, int32 best; got {array.dtype}")

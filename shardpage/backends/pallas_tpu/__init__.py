@@ -1,0 +1,5 @@
+"""The TPU backend: Pallas kernels, one persistent program per TensorCore. See README.md."""
+
+from .attend import attend as attend
+from .attend import prepare as prepare
+from .write import write as write

@@ -1,0 +1,75 @@
+"""The chip that kernels are compiled for, and what stands in for one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+from ...options import Tuning
+
+MIB = 1 << 20
+
+_COPY_LATENCY_US = 2.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TensorCore, as far as block sizes depend on it.
+
+    Attributes:
+      name: JAX's name for the generation.
+      cores: TensorCores per device.
+      vmem_bytes: vector memory that a kernel may ask for.
+      smem_bytes: scalar memory.
+      hbm_bytes_per_us: HBM bandwidth.
+    """
+
+    name: str
+    cores: int
+    vmem_bytes: int
+    smem_bytes: int
+    hbm_bytes_per_us: float
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """What must be on its way at any time for the memory never to wait."""
+        return int(self.hbm_bytes_per_us * _COPY_LATENCY_US)
+
+
+# Where the chip is unknown: what runs on all of them, v4's VMEM.
+UNKNOWN_CHIP = Chip("unknown", 1, 16 * MIB, MIB, 1.0e6)
+
+
+def chip_of(tuning: Tuning) -> Chip:
+    """The chip that is named, or being compiled for, if JAX knows it, else `UNKNOWN_CHIP`."""
+    if tuning.chip is not None:
+        return tuning.chip
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError:
+        return UNKNOWN_CHIP
+    return Chip(
+        name=str(info.chip_version),
+        cores=info.num_cores,
+        # Half: XLA keeps arrays of its own there, and more would not be faster.
+        vmem_bytes=max(16 * MIB, info.vmem_capacity_bytes // 2),
+        smem_bytes=info.smem_capacity_bytes,
+        hbm_bytes_per_us=info.mem_bw_bytes_per_second / 1e6,
+    )
+
+
+def interpreter(tuning: Tuning) -> Any:
+    """What `pallas_call` takes as `interpret`.
+
+    Raises:
+      NotImplementedError: in several processes, where an interpreted kernel would never end.
+    """
+    if not tuning.interpret:
+        return False
+    if jax.process_count() > 1:
+        raise NotImplementedError(
+            "Pallas kernels are interpreted where there is no TPU, and JAX's interpreter knows one "
+            f"process, not {jax.process_count()}: it would wait for ever; use backend='xla'"
+        )
+    return pltpu.InterpretParams() if tuning.interpret is True else tuning.interpret

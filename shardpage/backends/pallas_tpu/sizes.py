@@ -1,0 +1,173 @@
+"""Block sizes of the decode kernel, from a model of what the chip holds and how far its memory is.
+
+A block should be long enough that the fixed cost of working on one (the latency of two matmuls
+and a softmax, some 120 cycles) is small against the time its bytes take, and the ring deep enough
+that bytes keep flowing for the time a copy takes to arrive. What is left is what fits.
+"""
+
+import dataclasses
+import math
+
+from ...page_format import PageFormat
+from .chip import MIB, Chip
+from .geometry import LANES, SUBLANES, Geometry, round_up
+
+_BLOCK_BYTES = 2 * MIB
+_MIN_BLOCK_TOKENS = 128
+_MAX_BLOCK_TOKENS = 2048
+_MAX_BLOCK_PAGES = 128
+_CHUNK_TOKENS = 512
+_MIN_SLOTS = 2
+_MAX_SLOTS = 16
+# What the compiler takes besides our buffers: spilled registers, its own stack.
+_VMEM_RESERVE_BYTES = 2 * MIB
+_SMEM_RESERVE_BYTES = 64 << 10
+_TABLE_ENTRIES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Block sizes.
+
+    Attributes:
+      block_pages: pages per block; a power of two of at most 128 if the table is not resident.
+      chunk_pages: pages that the general path works on at a time; divides `block_pages`.
+      slots: blocks in the ring.
+      table_entries: windows in the ring of page ids; 0 if all ids stay in scalar memory.
+    """
+
+    block_pages: int
+    chunk_pages: int
+    slots: int
+    table_entries: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What is asked of one core's kernel.
+
+    Attributes:
+      geometry: rows and pages.
+      num_cores: cores that share a device's work.
+      num_queries: query tokens.
+      num_splits: segments per query.
+      max_pages: width of the table.
+    """
+
+    geometry: Geometry
+    num_cores: int
+    num_queries: int
+    num_splits: int
+    max_pages: int
+
+    def vmem_bytes(self, sizes: Sizes) -> int:
+        """Vector memory that a kernel of these sizes takes."""
+        geometry, page_format = self.geometry, self.geometry.format
+        row = round_up(page_format.row_dim, LANES)
+        buffers = sizes.slots * sizes.block_pages * vmem_page_bytes(page_format)
+        queries = (sizes.slots + 1) * geometry.rows * row * page_format.dtype.itemsize
+        state = 4 * geometry.rows * (2 * LANES + row + 2 * geometry.out_lanes)
+        return buffers + queries + state
+
+    @property
+    def plan_bytes(self) -> int:
+        """Scalar memory of the walk's plan."""
+        entries = self.num_cores * (self.num_queries * self.num_splits + 1)
+        return 4 * (4 * entries + 2 * self.num_queries + self.num_cores)
+
+    def smem_bytes(self, resident: bool) -> int:
+        """Scalar memory of plan and page ids."""
+        ids = self.num_queries * self.max_pages if resident else _TABLE_ENTRIES * LANES
+        return 4 * ids + self.plan_bytes
+
+
+def vmem_page_bytes(page_format: PageFormat) -> int:
+    """Bytes of one page of all cache arrays in VMEM, padded to tiles."""
+    rows = round_up(page_format.page_rows, SUBLANES)
+    row = round_up(page_format.row_dim, LANES) * page_format.dtype.itemsize
+    return 2 * page_format.num_kv_heads * rows * row
+
+
+def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> Sizes:
+    """Chooses block sizes, or refuses with the sizes that do not fit.
+
+    Args:
+      demand: what is asked of one core.
+      chip: where.
+      block_pages: pages per block, if the caller wants a certain number.
+
+    Raises:
+      NotImplementedError: if it cannot fit; naming what would.
+    """
+    resident = _table_resident(demand, chip)
+    room = chip.vmem_bytes - _VMEM_RESERVE_BYTES
+    pages = _block_pages(demand, chip, resident, block_pages)
+    if block_pages is None:
+        while pages > 1 and demand.vmem_bytes(_sizes(demand, pages, 2, resident)) > room:
+            pages //= 2
+    slots = _wanted_slots(demand, chip, pages)
+    while slots > _MIN_SLOTS and demand.vmem_bytes(_sizes(demand, pages, slots, resident)) > room:
+        slots -= 1
+    sizes = _sizes(demand, pages, slots, resident)
+    if (vmem := demand.vmem_bytes(sizes)) > room:
+        raise NotImplementedError(_does_not_fit(demand.geometry.format, sizes, vmem, room))
+    return sizes
+
+
+def _sizes(demand: Demand, pages: int, slots: int, resident: bool) -> Sizes:
+    chunk = max(1, min(pages, _CHUNK_TOKENS // demand.geometry.format.page_size))
+    while pages % chunk:
+        chunk -= 1
+    return Sizes(pages, chunk, slots, 0 if resident else _TABLE_ENTRIES)
+
+
+def _table_resident(demand: Demand, chip: Chip) -> bool:
+    """Whether all page ids fit scalar memory beside the plan, which must."""
+    room = chip.smem_bytes - _SMEM_RESERVE_BYTES
+    if demand.smem_bytes(resident=True) <= room:
+        return True
+    if (smem := demand.smem_bytes(resident=False)) > room:
+        raise NotImplementedError(
+            f"the plan of {demand.num_queries} sequences x {demand.num_splits} splits takes "
+            f"{smem:,} B of scalar memory, a core has {chip.smem_bytes:,} B, "
+            f"{_SMEM_RESERVE_BYTES:,} B of it reserved; split the batch over the mesh's `seqs` "
+            "axis or over calls, or use backend='xla'"
+        )
+    return False
+
+
+def _block_pages(demand: Demand, chip: Chip, resident: bool, wanted: int | None) -> int:
+    """Pages per block, of which a window of the table must hold a whole number of blocks."""
+    if wanted is None:
+        pages = _model_block_pages(demand)
+        return pages if resident else min(pages, LANES)
+    if not resident and (wanted > LANES or wanted & (wanted - 1)):
+        raise NotImplementedError(
+            f"pages_per_block={wanted}: a table of {demand.num_queries} x {demand.max_pages} page "
+            f"ids does not fit the {chip.smem_bytes:,} B of scalar memory and is read in windows "
+            f"of {LANES}; use a power of two of at most {LANES}, or None"
+        )
+    return wanted
+
+
+def _model_block_pages(demand: Demand) -> int:
+    page_format = demand.geometry.format
+    token_bytes = vmem_page_bytes(page_format) / page_format.page_size
+    tokens = max(_MIN_BLOCK_TOKENS, min(_MAX_BLOCK_TOKENS, _BLOCK_BYTES / token_bytes))
+    pages = 1 << (max(1, int(tokens) // page_format.page_size).bit_length() - 1)
+    return min(pages, _MAX_BLOCK_PAGES, 1 << (demand.max_pages - 1).bit_length())
+
+
+def _wanted_slots(demand: Demand, chip: Chip, block_pages: int) -> int:
+    """One block is worked on, the others are in flight."""
+    block_bytes = block_pages * vmem_page_bytes(demand.geometry.format)
+    return max(3, min(_MAX_SLOTS, 1 + math.ceil(chip.bytes_in_flight / block_bytes)))
+
+
+def _does_not_fit(page_format: PageFormat, sizes: Sizes, vmem: int, limit: int) -> str:
+    return (
+        f"{sizes.slots} blocks of {sizes.block_pages} pages take {vmem:,} B of VMEM, a kernel has "
+        f"{limit:,} B: a page of {page_format.page_size} tokens x {page_format.num_kv_heads} KV "
+        f"heads is {vmem_page_bytes(page_format):,} B. Use fewer pages per block, a smaller "
+        "page_size, or split the KV heads over more devices"
+    )

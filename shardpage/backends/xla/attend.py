@@ -1,0 +1,98 @@
+"""`attend` of the XLA backend: a walk over blocks of pages, never over a whole context at once.
+
+Temporaries do not grow with the context. All queries' blocks form one flat list of work items; the
+list is cut into equal shares, *lanes*, that advance side by side. A long sequence among short ones
+is thereby spread over the lanes, and no lane waits for another. (The idea of Stream-K, Osama et al.
+2023, applied to the keys of decode attention.)
+
+    lane 0:  [query 0: blocks 0 1 2] [query 1: block 0]           part 0, part 1
+    lane 1:  [query 1: blocks 1 2 3] [query 2: block 0]           part 2, part 3
+    lane 2:  [query 2: block 1] [query 3: block 0] [query 4: 0]   part 4, part 5, part 6
+
+Each lane keeps one partial softmax per query, as part `query + lane`; the parts of one query merge
+at the end.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ...cache import PagedKVCache
+from ...options import Attention, Tuning
+from ...partial import Partial, merge, merge_segments, pack, unpack
+from ...plan import Reads
+from ...varying import vary_over, vary_together, varying_axes
+from .backward import gradients
+from .block import block_attention, fetch
+from .walk import Items, Walk, walk_blocks
+
+
+def attend(
+    query: Float[Array, "queries num_heads key_dim"],
+    cache: PagedKVCache,
+    reads: Reads,
+    work: Walk,
+    attention: Attention,
+    tuning: Tuning,
+) -> Partial:
+    """Attends over local pages; see `shardpage.backends` for the contract.
+
+    Differentiable in reverse mode with respect to query and cache.
+
+    Raises:
+      NotImplementedError: for options that only `pallas_tpu` has.
+    """
+    if tuning.cores not in (None, "auto", "off"):
+        raise NotImplementedError(
+            f"cores={tuning.cores!r} splits a kernel over two TPU cores; the xla backend has no "
+            "kernel to split: use backend='pallas_tpu', or None"
+        )
+    if tuning.interpret:
+        raise NotImplementedError(
+            "interpret=True runs a Pallas kernel in the interpreter; the xla backend has none: "
+            "use backend='pallas_tpu', or interpret=None"
+        )
+    query = query.astype(cache.format.compute_dtype)
+    arrays = vary_together(query, cache.unpacked(), reads, work)
+    return _attend(attention, tuning.platform, *arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    attention: Attention,
+    platform: str | None,
+    query: jax.Array,
+    cache: PagedKVCache,
+    reads: Reads,
+    work: Walk,
+) -> Partial:
+    def attend_block(items: Items, parts: jax.Array) -> jax.Array:
+        key, value = fetch(cache, items)
+        block = block_attention(query[items.query], key, value, items.valid, attention, platform)
+        merged = merge(unpack(parts.at[items.part].get(mode="clip")), block)
+        return parts.at[items.part].set(pack(merged), mode="drop", unique_indices=True)
+
+    num_queries, num_heads, _ = query.shape
+    nothing = Partial(
+        jnp.zeros((work.num_parts, num_heads, cache.format.value_dim), jnp.float32),
+        jnp.full((work.num_parts, num_heads), -jnp.inf, jnp.float32),
+    )
+    parts = vary_over(pack(nothing), varying_axes(query, cache, reads))
+    page_size, on_gpu = cache.format.page_size, platform == "gpu"
+    parts = unpack(walk_blocks(work, reads, page_size, attend_block, parts, peel_last=on_gpu))
+    return parts if work.num_lanes == 1 else merge_segments(parts, work.part_query, num_queries)
+
+
+def _forward(attention, platform, query, cache, reads, work):
+    partial = _attend(attention, platform, query, cache, reads, work)
+    return partial, (query, cache, reads, work, partial)
+
+
+def _backward(attention, platform, residuals, cotangent):
+    d_query, d_cache = gradients(attention, platform, *residuals, cotangent=cotangent)
+    return d_query, d_cache, None, None
+
+
+_attend.defvjp(_forward, _backward)

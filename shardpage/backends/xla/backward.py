@@ -1,0 +1,68 @@
+"""Gradients of the XLA backend: the same walk again, with the softmax recomputed from lse."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ...cache import PagedKVCache
+from ...options import Attention
+from ...partial import Partial
+from ...plan import Reads
+from ...varying import vary_over, varying_axes
+from .block import fetch, masked_logits, split_heads
+from .pages import scatter_add
+from .walk import Items, Walk, walk_blocks
+
+
+def gradients(
+    attention: Attention,
+    platform: str | None,
+    query: jax.Array,
+    cache: PagedKVCache,
+    reads: Reads,
+    work: Walk,
+    partial: Partial,
+    cotangent: Partial,
+) -> tuple[jax.Array, PagedKVCache]:
+    """Cotangents of query and cache, from those of `(out, lse)`.
+
+    With weights w = exp(logits - lse), out = sum(w v): d out / d logits = w (v - out) and
+    d lse / d logits = w (FlashAttention-2, Dao 2023, section 3.1, with the lse term added).
+    """
+    d_out, d_lse = cotangent
+    # The part of d logits / w that is one element per query head.
+    offset = d_lse - jnp.sum(d_out * partial.out, axis=-1)
+    lse = jnp.where(partial.lse == -jnp.inf, 0.0, partial.lse)
+    matmul = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+    def add_block(items: Items, state: tuple[jax.Array, PagedKVCache]):
+        d_query, d_cache = state
+        key, value = (
+            jnp.where(items.valid[:, None, :, None], x, jnp.zeros((), x.dtype))
+            for x in fetch(cache, items)
+        )
+        queries = split_heads(query[items.query], key)
+        by_head = lambda x: x[items.query].reshape(queries.shape[:3])
+        capped = masked_logits(queries, key, items.valid, attention, platform)
+        valid = items.valid[:, None, None]
+        weights = jnp.where(valid, jnp.exp(capped - by_head(lse)[..., None]), 0.0)
+        key, value, queries = (x.astype(jnp.float32) for x in (key, value, queries))
+        d_out_block = split_heads(d_out[items.query], key)
+        d_weights = matmul("wkgd,wktd->wkgt", d_out_block, value) + by_head(offset)[..., None]
+        d_logits = weights * d_weights * attention.scale_of(query.shape[-1])
+        if attention.soft_cap is not None:
+            d_logits *= jnp.where(valid, 1 - (capped / attention.soft_cap) ** 2, 0.0)
+        d_key = matmul("wkgt,wkgd->wktd", d_logits, queries)
+        d_value = matmul("wkgt,wkgd->wktd", weights, d_out_block)
+        d_block = matmul("wkgt,wktd->wkgd", d_logits, key).reshape(-1, *query.shape[1:])
+        d_query = d_query.at[items.query].add(d_block)
+        return d_query, scatter_add(d_cache, items.ids, d_key, d_value)
+
+    zeros = jax.tree.map(
+        lambda x: vary_over(jnp.zeros(x.shape, jnp.float32), varying_axes(query, cache, reads)),
+        (query, cache),
+    )
+    grads = walk_blocks(work, reads, cache.format.page_size, add_block, zeros)
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (query, cache))

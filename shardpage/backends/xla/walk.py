@@ -1,0 +1,177 @@
+"""The flat walk of the XLA backend: which blocks of which queries each step works on."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from ...options import Tuning
+from ...page_format import PageFormat
+from ...plan import Reads
+from ...varying import vary_over, varying_axes
+
+State = TypeVar("State")
+
+# Bytes of keys and values that one step fetches. A CPU wants them to stay in its caches between
+# the fetch and the matmuls; a GPU wants a step to outlast by far the launch of its kernels.
+_STEP_BYTES = {"cpu": 2 << 20, "gpu": 256 << 20}
+_STEP_BYTES_ELSEWHERE = 64 << 20
+# Tokens of one lane's block, where a step holds several lanes.
+_LANE_TOKENS = 512
+
+
+class Items(NamedTuple):
+    """The work items of one step: one block of pages for each lane."""
+
+    query: Int[Array, " lanes"]
+    part: Int[Array, " lanes"]  # where the lane's partial of this query is kept
+    ids: Int[Array, "lanes pages"]
+    valid: Bool[Array, "lanes tokens"]  # tokens of the block that are attended to
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("first", "last", "cuts"),
+    meta_fields=("block_pages",),
+)
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """A flat list of all queries' blocks, cut into one share per lane.
+
+    Item `i` is block `i - first[q]` of the query `q` with `first[q] <= i < last[q]`; lane `w`
+    works on items `[cuts[w], cuts[w + 1])`.
+    """
+
+    first: Any  # [queries] int32
+    last: Any  # [queries] int32
+    cuts: Any  # [lanes + 1] int32
+    block_pages: int
+
+    @property
+    def num_lanes(self) -> int:
+        return self.cuts.shape[0] - 1
+
+    @property
+    def num_parts(self) -> int:
+        """Partials that are kept: `query + lane` tells any two of a walk apart.
+
+        Along the list neither query nor lane ever falls, so their sum rises with every new pair.
+        """
+        return self.first.shape[0] + self.num_lanes - 1
+
+    @property
+    def part_query(self) -> Int[Array, " parts"]:
+        """The query that each part is of; any, where no partial is kept."""
+        last_lane = jnp.sum(self.cuts[1:-1] < self.last[:, None], axis=1, dtype=jnp.int32)
+        last_part = jnp.arange(self.last.shape[0], dtype=jnp.int32) + last_lane
+        part = jnp.arange(self.num_parts, dtype=jnp.int32)
+        query = jnp.sum(last_part < part[:, None], axis=1, dtype=jnp.int32)
+        return jnp.minimum(query, self.last.shape[0] - 1)
+
+    def query_of(self, item: Int[Array, "..."]) -> Int[Array, "..."]:
+        """The query of an item; the last one past the end of the list."""
+        query = jnp.sum(item[..., None] >= self.last, axis=-1, dtype=jnp.int32)
+        return jnp.minimum(query, self.last.shape[0] - 1)
+
+    def items(self, step: Int[Array, ""], reads: Reads, page_size: int) -> Items:
+        """What the lanes work on in a step."""
+        item = self.cuts[:-1] + step
+        live = item < self.cuts[1:]
+        query = self.query_of(item)
+        first_page = (item - self.first[query]) * self.block_pages
+        page = first_page[:, None] + jnp.arange(self.block_pages, dtype=jnp.int32)
+        row = query if reads.row is None else reads.row[query]
+        ids = reads.ids.at[row[:, None], page].get(mode="clip")
+        token = first_page[:, None] * page_size + jnp.arange(
+            self.block_pages * page_size, dtype=jnp.int32
+        )
+        start, stop = reads.start[query, None], reads.stop[query, None]
+        valid = (token >= start) & (token < stop) & live[:, None]
+        part = query + jnp.arange(self.num_lanes, dtype=jnp.int32)
+        return Items(query, jnp.where(live, part, self.num_parts), ids, valid)
+
+
+def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Walk:
+    """Sizes the steps of the walk, and lists its work."""
+    num_queries, max_pages = reads.start.shape[0], reads.ids.shape[1]
+    block_pages, num_lanes = choose_blocks(page_format, tuning, num_queries, max_pages)
+    block_tokens = block_pages * page_format.page_size
+    return make_walk(reads, block_pages, block_tokens, num_lanes, tuning.num_splits)
+
+
+def choose_blocks(
+    page_format: PageFormat, tuning: Tuning, num_queries: int, max_pages: int
+) -> tuple[int, int]:
+    """Pages per block, and lanes: about `_STEP_BYTES` of keys and values per step."""
+    step_bytes = _STEP_BYTES.get(tuning.platform or "", _STEP_BYTES_ELSEWHERE)
+    step_pages = max(step_bytes // page_format.page_bytes, 1)
+    pages = tuning.pages_per_block
+    if pages is None and tuning.platform == "cpu":  # one lane
+        pages = step_pages
+    elif pages is None:
+        pages = min(step_pages, max(_LANE_TOKENS // page_format.page_size, 1))
+    pages = max(min(pages, max_pages), 1)
+    num_items = num_queries * -(-max_pages // pages)
+    lanes = min(max(step_pages // pages, 1), num_items)
+    if tuning.num_splits > 1:
+        lanes = min(max(lanes, tuning.num_splits), num_items)
+    return pages, max(lanes, 1)
+
+
+def make_walk(
+    reads: Reads, block_pages: int, block_tokens: int, num_lanes: int, num_splits: int
+) -> Walk:
+    """Lists the blocks of all queries and cuts the list into shares.
+
+    Shares are equal, up to a block. With `num_splits > 0` a cut moves back to the nearest bound
+    of the `num_splits` parts of its query, so that no query is split into more.
+    """
+    num_blocks = -(-reads.stop // block_tokens)
+    last = jnp.cumsum(num_blocks, dtype=jnp.int32)
+    first = last - num_blocks
+    share = -(-last[-1] // num_lanes)
+    cuts = jnp.minimum(jnp.arange(num_lanes + 1, dtype=jnp.int32) * share, last[-1])
+    walk = Walk(first, last, cuts, block_pages)
+    if num_splits:
+        query = walk.query_of(cuts)
+        part = jnp.maximum(-(-num_blocks[query] // num_splits), 1)
+        behind = jnp.where(cuts < last[-1], (cuts - first[query]) % part, 0)
+        walk = dataclasses.replace(walk, cuts=cuts - behind)
+    return walk
+
+
+def walk_blocks(
+    walk: Walk,
+    reads: Reads,
+    page_size: int,
+    work: Callable[[Items, State], State],
+    state: State,
+    *,
+    peel_last: bool = False,
+) -> State:
+    """Runs `work` on every step of the walk: as many as the longest share has items.
+
+    Args:
+      peel_last: run the last step after the loop (even if empty). On a GPU the host blocks at each
+        loop test and launches nothing meanwhile; with one step left it launches the following
+        kernels while that step runs.
+    """
+
+    def body(step: jax.Array, state: State) -> State:
+        return work(walk.items(step, reads, page_size), state)
+
+    num_steps = jnp.max(walk.cuts[1:] - walk.cuts[:-1])
+    if not peel_last:
+        return lax.fori_loop(0, num_steps, body, state)
+    # The counter comes out of the loop, or XLA would take most of the last step before it.
+    step, state = lax.while_loop(
+        lambda carry: carry[0] < num_steps - 1,
+        lambda carry: (carry[0] + 1, body(*carry)),
+        (vary_over(jnp.int32(0), varying_axes(num_steps)), state),
+    )
+    return body(step, state)

@@ -1,0 +1,77 @@
+"""`write` of the XLA backend: a scatter into the pages of a donated cache, in place."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ...cache import PagedKVCache
+from ...options import Tuning
+from ...page_format import KVLayout
+from ...plan import Writes
+
+
+def write(
+    cache: PagedKVCache,
+    key: Float[Array, "tokens num_kv_heads key_dim"],
+    value: Float[Array, "tokens num_kv_heads value_dim"],
+    writes: Writes,
+    tuning: Tuning,
+) -> PagedKVCache:
+    """Writes tokens into local pages; see `shardpage.backends` for the contract.
+
+    Raises:
+      NotImplementedError: for options that only `pallas_tpu` has.
+    """
+    if tuning.interpret:
+        raise NotImplementedError(
+            "interpret=True runs a Pallas kernel in the interpreter; the xla backend has none: "
+            "use backend='pallas_tpu', or interpret=None"
+        )
+    rows = cache.unpacked()
+    tokens = cache.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
+    written = (
+        _put(cache.layout, array, new, writes)
+        for array, new in zip(rows.arrays, tokens, strict=True)
+    )
+    return cache.replace(x.reshape(old.shape) for x, old in zip(written, cache.arrays, strict=True))
+
+
+def _put(layout: KVLayout, array: jax.Array, tokens: jax.Array, writes: Writes) -> jax.Array:
+    if array.dtype != jnp.bfloat16 or jax.__version_info__ >= (0, 11):
+        return _scatter(layout, array, tokens, writes)
+    return lax.platform_dependent(
+        array,
+        tokens,
+        writes,
+        cpu=lambda *args: _select(layout, *args),
+        default=lambda *args: _scatter(layout, *args),
+    )
+
+
+def _scatter(layout: KVLayout, array: jax.Array, tokens: jax.Array, writes: Writes) -> jax.Array:
+    if layout is KVLayout.HEADS_FIRST:
+        return array.at[:, writes.page, writes.slot].set(tokens.swapaxes(0, 1), mode="drop")
+    before_slot = (slice(None),) * (array.ndim - 3)
+    return array.at[(writes.page, *before_slot, writes.slot)].set(tokens, mode="drop")
+
+
+def _select(layout: KVLayout, array: jax.Array, tokens: jax.Array, writes: Writes) -> jax.Array:
+    """One pass over the cache that takes a token where there is one.
+
+    jaxlib 0.10's CPU compiler widens a whole bfloat16 cache to float32 around a scatter or a
+    dynamic_update_slice; a select it does in place. Measured on 33 MB: 3 ms and 66 KB of
+    temporaries, where the scatter takes 100 ms and 67 MB.
+    """
+    pages_axis = layout.value.pages
+    slot_token = jnp.full((array.shape[pages_axis], array.shape[-2]), -1, jnp.int32)
+    indices = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    slot_token = slot_token.at[writes.page, writes.slot].set(indices, mode="drop")
+
+    shape = [1] * (array.ndim - 1)
+    shape[pages_axis], shape[-1] = slot_token.shape
+    slot_token = slot_token.reshape(shape)
+    others = [axis for axis in range(array.ndim - 2) if axis != pages_axis]
+    index = [lax.broadcasted_iota(jnp.int32, array.shape[:-1], axis) for axis in others]
+    arriving = tokens.at[(slot_token, *index)].get(mode="clip")
+    return jnp.where(slot_token[..., None] >= 0, arriving, array)

@@ -1,1 +1,0 @@
-"""Pallas TPU kernels: `decode` attends over pages, `write` puts tokens into them."""

@@ -1,0 +1,216 @@
+"""The plan of a step: what each query token reads and each new token's place, on this device.
+
+Windows, bad tables and the placement of pages over devices end here: a backend knows intervals
+of pages, and nothing of where they come from.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from .options import Attention
+from .page_format import Axis
+from .shard_layout import Split, axis_names
+from .varying import vary_together
+
+
+class Reads(NamedTuple):
+    """The tokens that each query reads: an interval of one row's pages that this device holds.
+
+    Tokens are numbered through a row's pages: token 0 is the first slot of `ids[row, 0]`. A query
+    reads the tokens `[start, stop)`; `start` lies in the row's first page, and `start == stop == 0`
+    where it reads none. Entries of `ids` at or past `ceil(stop / page_size)` are arbitrary and are
+    never looked up.
+
+    Attributes:
+      ids: local page ids, those that this device holds moved to the left.
+      row: which row each query reads; None where query `i` reads row `i`, as in decoding.
+      start: first token.
+      stop: one past the last.
+    """
+
+    ids: Int[Array, "rows pages"]
+    row: Int[Array, " queries"] | None
+    start: Int[Array, " queries"]
+    stop: Int[Array, " queries"]
+
+    def ids_by_query(self) -> Int[Array, "queries pages"]:
+        """The page ids of each query."""
+        return self.ids if self.row is None else self.ids[self.row]
+
+
+class Writes(NamedTuple):
+    """Where each new token goes; `page == num_pages` drops it."""
+
+    page: Int[Array, " tokens"]
+    slot: Int[Array, " tokens"]
+
+
+class Plan(NamedTuple):
+    """What depends on lengths and tables alone.
+
+    Attributes:
+      reads: of this device.
+      invalid: queries whose sequence has a bad table or length.
+      work: the backend's own, made from `reads`.
+    """
+
+    reads: Reads
+    invalid: Bool[Array, " queries"]
+    work: Any
+
+
+class PageRange(NamedTuple):
+    """Ranges of global page ids: this device's own, and all that its sequences may use."""
+
+    first: jax.Array | int
+    num_pages: int
+    seqs_first: jax.Array | int
+    seqs_num_pages: int
+
+    @classmethod
+    def here(cls, num_local_pages: int, split: Split | None) -> "PageRange":
+        """This device's range; inside the `shard_map` of `split`, or without one (None)."""
+        if split is None:
+            return cls(0, num_local_pages, 0, num_local_pages)
+        context = split.layout.context
+        seqs_num_pages = num_local_pages * lax.axis_size(axis_names(context))
+        seqs_first = _linear_index(split.layout.seqs) * seqs_num_pages
+        first = seqs_first + _linear_index(context) * num_local_pages
+        return cls(first, num_local_pages, seqs_first, seqs_num_pages)
+
+
+def _linear_index(axis: Axis) -> jax.Array | int:
+    names = axis_names(axis)
+    return lax.axis_index(names) if names else 0
+
+
+def make_plan(
+    context_lens: Int[Array, " num_seqs"],
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    page_size: int,
+    pages: PageRange,
+    attention: Attention,
+    prepare: Callable[[Reads], Any],
+) -> Plan:
+    """Plans a decode step: one query per sequence, its last token.
+
+    A page is needed if it holds a position in `[context_len - window, context_len)`. A sequence is
+    invalid if its context is negative, longer than `max_context_len` or than its table, or if a
+    needed entry is not a page that its `seqs` shard holds. All devices that share a sequence come
+    to the same verdict, without communication: they see the same table.
+
+    Args:
+      context_lens: tokens per sequence.
+      block_tables: global page ids.
+      page_size: tokens per page.
+      pages: the ids of this device.
+      attention: its window and longest context end here.
+      prepare: the backend's, which makes its work of the reads.
+
+    Returns:
+      The plan. Invalid sequences read nothing.
+    """
+    limit = block_tables.shape[1] * page_size
+    if attention.max_context_len is not None:
+        limit = min(limit, attention.max_context_len)
+        block_tables = block_tables[:, : -(-limit // page_size)]
+    invalid = (context_lens < 0) | (context_lens > limit)
+    stop = jnp.where(invalid, 0, context_lens)
+    start = jnp.zeros_like(stop)
+    if attention.window is not None:
+        start = jnp.maximum(stop - attention.window, 0)
+
+    first_of_page = page_size * jnp.arange(block_tables.shape[1], dtype=jnp.int32)
+    filled = jnp.clip(stop[:, None] - first_of_page, 0, page_size)  # tokens in each page
+    skipped = jnp.clip(start[:, None] - first_of_page, 0, page_size)  # before the window
+    needed = filled > skipped
+    usable = _within(block_tables, pages.seqs_first, pages.seqs_num_pages)
+    held = needed & _within(block_tables, pages.first, pages.num_pages)
+    invalid |= jnp.any(needed & ~usable, axis=1)
+
+    ids = block_tables - pages.first
+    if attention.window is not None or pages.num_pages != pages.seqs_num_pages:
+        ids = compact(ids, held)
+
+    def total(tokens: jax.Array) -> jax.Array:
+        held_tokens = jnp.sum(jnp.where(held, tokens, 0), axis=1, dtype=jnp.int32)
+        return jnp.where(invalid, 0, held_tokens)
+
+    # Of the needed pages only the first has tokens before the window, and only the last has room.
+    reads = Reads(ids, row=None, start=total(skipped), stop=total(filled))
+    return Plan(reads, invalid, prepare(reads))
+
+
+def plan_writes(
+    seq_ids: Int[Array, " tokens"],
+    positions: Int[Array, " tokens"],
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    page_size: int,
+    pages: PageRange,
+    split: Split | None,
+) -> Writes:
+    """Finds each new token's place among the pages of this device; the others are dropped."""
+    num_rows, max_blocks = block_tables.shape
+    seq_shard = 0 if split is None else _linear_index(split.layout.seqs)
+    row = seq_ids - seq_shard * num_rows
+    block, slot = positions // page_size, positions % page_size
+    inside = (row >= 0) & (row < num_rows) & (block >= 0) & (block < max_blocks)
+    page = block_tables.at[row, block].get(mode="clip") - pages.first
+    held = inside & _within(page, 0, pages.num_pages)
+    return Writes(jnp.where(held, page, pages.num_pages), slot)
+
+
+def _within(ids: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
+    return (ids >= first) & (ids < first + count)
+
+
+def compact(
+    values: Int[Array, "rows columns"], keep: Bool[Array, "rows columns"]
+) -> Int[Array, "rows columns"]:
+    """Moves the kept entries of each row to its left end, in order; the rest is arbitrary."""
+    values, keep = vary_together(values, keep)
+    return lax.platform_dependent(values, keep, tpu=_compact_by_shifts, default=_compact_by_scatter)
+
+
+def _compact_by_scatter(values: jax.Array, keep: jax.Array) -> jax.Array:
+    rows, columns = values.shape
+    place = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
+    at = (jnp.arange(rows)[:, None], jnp.where(keep, place, columns))
+    return jnp.zeros_like(values).at[at].set(values, mode="drop")
+
+
+def _compact_by_shifts(values: jax.Array, keep: jax.Array) -> jax.Array:
+    """For TPUs, where a sort or a scatter would be the slowest part of the plan.
+
+    An entry moves left by the number of dropped entries before it. That distance never falls
+    along a row, so moving by one bit of it at a time, lowest first, never makes two kept entries
+    meet (Hacker's Delight, 2nd ed., 7-4, "compress"): log2(columns) elementwise passes.
+    """
+    columns = values.shape[1]
+    distance = jnp.cumsum(~keep, axis=1, dtype=jnp.int32)
+    distance = jnp.where(keep, distance, 0)
+
+    def move(bit: jax.Array, state: tuple[jax.Array, jax.Array]):
+        values, distance = state
+        step = jnp.int32(1) << bit
+        arriving_values, arriving = (_shift_left(x, step) for x in (values, distance))
+        arrives = (arriving >> bit) & 1 == 1
+        leaves = (distance >> bit) & 1 == 1
+        # An entry that left must not be seen again: what stays behind it has distance 0.
+        values = jnp.where(arrives, arriving_values, values)
+        distance = jnp.where(arrives, arriving, jnp.where(leaves, 0, distance))
+        return values, distance
+
+    num_bits = max(columns - 1, 0).bit_length()
+    return lax.fori_loop(0, num_bits, move, (values, distance))[0]
+
+
+def _shift_left(x: jax.Array, step: jax.Array) -> jax.Array:
+    """`x[:, step:]`, zero-filled on the right."""
+    columns = x.shape[1]
+    return lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (0, columns))), step, columns, axis=1)

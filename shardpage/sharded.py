@@ -1,0 +1,172 @@
+"""The one way onto a mesh: `place` brings arrays to their devices, `run` runs a function there.
+
+A *body* is one device's part of a call: `body(options, split, cache, inputs)`, where `options` are
+static and `inputs` is a NamedTuple of arrays, None among them. Without a mesh it runs as it is, on
+one device or in a `shard_map` of the caller's.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from . import backends
+from .cache import PagedKVCache
+from .options import Tuning
+from .shard_layout import Split
+
+
+def resolve(tuning: Tuning, split: Split | None, cache: PagedKVCache) -> Tuning:
+    """Decides what `tuning` leaves open: the platform, the backend, and whether to interpret."""
+    platform = tuning.platform or platform_of(split, cache.key)
+    backend = tuning.backend or backends.default_for(platform)
+    interpret = tuning.interpret
+    if interpret is None:
+        interpret = backend in backends.INTERPRETABLE and platform != "tpu"
+    return dataclasses.replace(tuning, platform=platform, backend=backend, interpret=interpret)
+
+
+def platform_of(split: Split | None, array: Any) -> str:
+    """The platform of the mesh's devices, or of the array's; JAX's default where neither has any.
+
+    An AbstractMesh has no devices, and a traced array does not know its own.
+    """
+    if split is not None and split.platform is not None:
+        return split.platform
+    if split is None and isinstance(array, jax.Array) and not isinstance(array, Tracer):
+        return next(iter(array.devices())).platform
+    return jax.default_backend()
+
+
+def as_int32(array: Any) -> jax.Array:
+    """Integers as int32; what does not fit becomes -1, an id or length that is refused."""
+    # JAX would silently cut NumPy's int64 to its lower half, which could be a valid id.
+    numpy = jnp if isinstance(array, jax.Array) else np
+    array = numpy.asarray(array)
+    limit = np.iinfo(np.int32).max
+    if np.iinfo(array.dtype).max > limit:
+        fits = (array >= 0) & (array <= limit)
+        array = numpy.where(fits, array.astype(np.int32), np.int32(-1))
+    return jnp.asarray(array.astype(np.int32))
+
+
+def run(
+    body: Callable[..., Any],
+    options: Hashable,
+    split: Split | None,
+    cache: PagedKVCache,
+    inputs: Any,
+    input_dims: Any,
+    output_dims: Any = None,
+    *,
+    donate: bool = False,
+) -> Any:
+    """Places the arrays of a call, and runs its body on every device, compiled.
+
+    Arrays on one device or on the host are placed. Small arrays placed otherwise are resharded. A
+    cache that is spread otherwise is refused: moving it would cost its size in traffic per call.
+    Under `jax.jit` on Auto axes shardings cannot be seen; there the compiler reshards.
+
+    Args:
+      body: one device's part; a function of a module, since programs are kept by it.
+      options: static, for the body.
+      split: of the call; None for one device.
+      cache: goes to the body, whole.
+      inputs: the other arrays.
+      input_dims: for each of them, what its axes are: ("seqs", "heads", None).
+      output_dims: the same for each result; None for a body that returns the cache.
+      donate: reuse the cache's memory for the result.
+
+    Raises:
+      ValueError: if the cache is spread over devices in another way.
+    """
+    in_specs = out_specs = formats = None
+    if split is not None:
+        cache_spec = split.layout.cache_spec(cache.format)
+        specs = type(inputs)(*(split.layout.spec(*dims) for dims in input_dims))
+        cache = jax.tree.map(lambda array: _place(array, cache_spec, split, "the cache"), cache)
+        placed = (
+            None if array is None else _place(array, spec, split)
+            for array, spec in zip(inputs, specs, strict=True)
+        )
+        inputs = type(inputs)(*placed)
+        cache_specs = jax.tree.map(lambda _: cache_spec, cache)
+        in_specs, out_specs = (cache_specs, specs), cache_specs
+        if output_dims is not None:
+            out_specs = tuple(split.layout.spec(*dims) for dims in output_dims)
+    if donate and not isinstance(cache.key, Tracer) and platform_of(split, cache.key) == "tpu":
+        formats = cache.array_formats
+    call = _Call(body, options, split, in_specs, out_specs)
+    return _program(call, donate, formats)(cache, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static part of a call: everything but its arrays."""
+
+    body: Callable[..., Any]
+    options: Hashable
+    split: Split | None
+    in_specs: Any
+    out_specs: Any
+
+    def __call__(self, cache: PagedKVCache, inputs: tuple) -> Any:
+        here = functools.partial(self.body, self.options, self.split)
+        if self.split is not None:
+            here = jax.shard_map(
+                here,
+                mesh=self.split.mesh,
+                in_specs=self.in_specs,
+                out_specs=self.out_specs,
+                check_vma=True,
+            )
+        return here(cache, inputs)
+
+
+@functools.cache
+def _program(call: _Call, donate: bool, formats: PagedKVCache | None) -> Callable[..., Any]:
+    return jax.jit(call, donate_argnums=0 if donate else (), out_shardings=formats)
+
+
+def _place(array: Any, spec: PartitionSpec, split: Split, cache: str | None = None) -> Any:
+    """The array in its sharding; `cache` is what to call it where it must not be moved."""
+    mesh = split.mesh
+    if isinstance(array, Tracer):
+        return _place_traced(array, spec, split, cache)
+    if isinstance(mesh, AbstractMesh):
+        return array
+    target = NamedSharding(mesh, spec)
+    actual: Any = getattr(array, "sharding", None)
+    if actual == target:
+        return array
+    spread = actual is not None and len(actual.device_set) > 1
+    if cache and spread and not actual.is_equivalent_to(target, array.ndim):
+        raise _misplaced(cache, actual, spec)
+    return jax.device_put(array, target)
+
+
+def _place_traced(array: Any, spec: PartitionSpec, split: Split, cache: str | None) -> Any:
+    if AxisType.Explicit not in split.mesh.axis_types:
+        return array
+    actual = jax.typeof(array).sharding
+    wanted = NamedSharding(split.mesh.abstract_mesh, spec)
+    if actual == wanted:
+        return array
+    equivalent = actual.mesh.empty or actual.is_equivalent_to(wanted, array.ndim)
+    if cache and not equivalent and any(axis is not None for axis in actual.spec):
+        raise _misplaced(cache, actual, spec)
+    return jax.sharding.reshard(array, wanted)
+
+
+def _misplaced(name: str, actual: Any, spec: PartitionSpec) -> ValueError:
+    return ValueError(
+        f"{name} is spread over devices as {actual}, this call needs {spec}; moving it would cost "
+        "its size in traffic per call. Make it with PagedKVCache.zeros(..., mesh=, layout=), or "
+        "jax.device_put it once"
+    )
