@@ -9,9 +9,9 @@ from .cache import PagedKVCache, check_dtype
 from .options import INT32_MAX
 
 
-def rank(name: str, array: Any, dims: str, rank: int) -> None:
-    """Checks that an array has these axes."""
-    if getattr(array, "ndim", None) != rank:
+def rank(name: str, array: Any, dims: str) -> None:
+    """Checks that an array has these axes: `"[num_seqs, max_blocks]"`."""
+    if getattr(array, "ndim", None) != len(dims.split(",")):
         raise ValueError(f"{name} must be {dims}; got {getattr(array, 'shape', type(array))}")
 
 
@@ -31,25 +31,22 @@ def attention(
     query: Any, cache: PagedKVCache, context_lens: Any, block_tables: Any, sinks: Any
 ) -> None:
     """Checks the arrays of `attend` against each other."""
-    rank("query", query, "[num_seqs, num_heads, head_dim]", 3)
-    rank("context_lens", context_lens, "[num_seqs]", 1)
-    rank("block_tables", block_tables, "[num_seqs, max_blocks]", 2)
-    _floating("query", query)
+    _floating("query", query, "[num_seqs, num_heads, head_dim]")
+    _integers("context_lens", context_lens, "[num_seqs]")
+    _table(block_tables, cache)
     for name, array in (("context_lens", context_lens), ("block_tables", block_tables)):
-        _integer(name, array)
         if array.shape[0] != query.shape[0]:
             raise ValueError(
                 f"{name} has {array.shape[0]} rows, query {query.shape[0]} sequences; "
                 "pass one row per sequence"
             )
-    _table_width(block_tables, cache)
-    if sinks is not None:
-        if sinks.shape != query.shape[1:2]:
-            raise ValueError(
-                f"sinks has shape {sinks.shape}; pass one logit per query head: ({query.shape[1]},)"
-            )
-        _floating("sinks", sinks)
     num_heads, num_kv_heads = query.shape[1], cache.format.num_kv_heads
+    if sinks is not None:
+        if sinks.shape != (num_heads,):
+            raise ValueError(
+                f"sinks has shape {sinks.shape}; pass one logit per query head: ({num_heads},)"
+            )
+        _floating("sinks", sinks, "[num_heads]")
     if min(*query.shape, *cache.key.shape) < 1:
         raise ValueError(
             f"no axis may be empty; got query {query.shape} and a cache of {cache.key.shape}"
@@ -66,30 +63,28 @@ def write(
 ) -> None:
     """Checks the arrays of `write_kv` against each other."""
     cache_arrays(cache.key, cache.value)
-    page_format = cache.format
+    page_format, dims = cache.format, "[num_tokens, num_kv_heads, head_dim]"
     if page_format.num_arrays != len(cache.arrays):
         raise ValueError("a fused cache has value=None, any other both key and value")
-    rank("key", key, "[num_tokens, num_kv_heads, head_dim]", 3)
+    rank("key", key, dims)
     wanted = (key.shape[0], page_format.num_kv_heads, page_format.key_dim)
     for name, array in (("key", key), ("value", value)):
         if array.shape != wanted:
             raise ValueError(
                 f"{name} has shape {array.shape}; a cache of {page_format.num_kv_heads} KV heads "
-                f"takes {wanted}: [num_tokens, num_kv_heads, head_dim]"
+                f"takes {wanted}: {dims}"
             )
-        _floating(name, array)
+        _floating(name, array, dims)
     for name, array in (("seq_ids", seq_ids), ("positions", positions)):
-        rank(name, array, "[num_tokens]", 1)
-        _integer(name, array)
+        _integers(name, array, "[num_tokens]")
         if array.shape != key.shape[:1]:
             raise ValueError(f"{name} has {array.shape[0]} entries for {key.shape[0]} tokens")
-    rank("block_tables", block_tables, "[num_seqs, max_blocks]", 2)
-    _integer("block_tables", block_tables)
-    _table_width(block_tables, cache)
+    _table(block_tables, cache)
 
 
-def _table_width(block_tables: Any, cache: PagedKVCache) -> None:
-    """Checks that every position of a table is an int32."""
+def _table(block_tables: Any, cache: PagedKVCache) -> None:
+    """Checks a table, every position of which must be an int32."""
+    _integers("block_tables", block_tables, "[num_seqs, max_blocks]")
     columns, page_size = block_tables.shape[1], cache.format.page_size
     if columns == 0:
         raise ValueError("block_tables has 0 columns; it needs at least one, -1 if nothing is used")
@@ -100,7 +95,8 @@ def _table_width(block_tables: Any, cache: PagedKVCache) -> None:
         )
 
 
-def _floating(name: str, array: Any) -> None:
+def _floating(name: str, array: Any, dims: str) -> None:
+    rank(name, array, dims)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point; got {array.dtype}")
     if array.dtype.itemsize < 2:
@@ -110,6 +106,7 @@ def _floating(name: str, array: Any) -> None:
         )
 
 
-def _integer(name: str, array: Any) -> None:
+def _integers(name: str, array: Any, dims: str) -> None:
+    rank(name, array, dims)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must hold integers, int32 best; got {array.dtype}")

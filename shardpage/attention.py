@@ -1,7 +1,5 @@
 """`attend`: paged attention over a cache, from checked arguments to a sharded call."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,16 +15,7 @@ from .shard_layout import Split, axis_names
 _GATHER_UP_TO_BYTES = {"gpu": 1 << 20}
 
 
-class _Inputs(NamedTuple):
-    """The arrays of a call besides the cache, or what their axes are."""
-
-    query: Any
-    context_lens: Any
-    block_tables: Any
-    sinks: Any
-
-
-_INPUT_DIMS = _Inputs(("seqs", "heads", None), ("seqs",), ("seqs", None), ("heads",))
+_INPUT_DIMS = (("seqs", "heads", None), ("seqs",), ("seqs", None), ("heads",))
 _OUTPUT_DIMS = (("seqs", "heads", None), ("seqs", "heads"))
 
 
@@ -40,50 +29,42 @@ def attend(
     tuning: Tuning,
     split: Split | None,
 ) -> tuple[Float[Array, "num_seqs num_heads head_dim"], Float[Array, "num_seqs num_heads"]]:
-    """Attends with one query token per sequence; `page_attention` has the contract.
-
-    Returns:
-      The output in the query's dtype, and lse in float32.
-
-    Raises:
-      ValueError: if arguments contradict each other or the mesh; the message says what would work.
-      NotImplementedError: if the backend does not have an option; the message says which does.
-    """
+    """Attends with one query token per sequence, and returns lse too: see `page_attention`."""
     array_checks.attention(query, cache, context_lens, block_tables, sinks)
     if split is not None:
         split.check_rows("num_seqs", query.shape[0], "sequences of context_len 0")
         split.check_cache(cache.format, cache.num_pages)
     tuning = sharded.resolve(tuning, split, cache)
     lens, tables = map(sharded.as_int32, (context_lens, block_tables))
-    inputs = _Inputs(query, lens, tables, sinks)
-    options = (attention, tuning)
+    inputs, options = (query, lens, tables, sinks), (attention, tuning)
     return sharded.run(_attend_here, options, split, cache, inputs, _INPUT_DIMS, _OUTPUT_DIMS)
 
 
 def _attend_here(
-    options: tuple[Attention, Tuning], split: Split | None, cache: PagedKVCache, inputs: _Inputs
+    options: tuple[Attention, Tuning],
+    split: Split | None,
+    cache: PagedKVCache,
+    query: jax.Array,
+    context_lens: jax.Array,
+    block_tables: jax.Array,
+    sinks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """One device's part: plan, attend, merge."""
     attention, tuning = options
-    query, page_format = inputs.query, cache.format
     backend = backends.load(tuning)
+    prepare = lambda reads: backend.prepare(reads, query.shape[1], cache.format, tuning)
     with jax.named_scope("plan"):
-        plan = make_plan(
-            inputs.context_lens,
-            inputs.block_tables,
-            page_format.page_size,
-            PageRange.here(cache.num_pages, split),
-            attention,
-            lambda reads: backend.prepare(reads, query.shape[1], page_format, tuning),
-        )
+        pages = PageRange.here(cache.num_pages, split)
+        page_size = cache.format.page_size
+        plan = make_plan(context_lens, block_tables, page_size, pages, attention, prepare)
     with jax.named_scope("attend"):
         partial = backend.attend(query, cache, plan.reads, plan.work, attention, tuning)
     with jax.named_scope("merge"):
         if split is not None and (context := axis_names(split.layout.context)):
             limit = _GATHER_UP_TO_BYTES.get(str(tuning.platform), 0)
             partial = merge_over_axis(partial, context, gather_up_to_bytes=limit)
-        if inputs.sinks is not None:
-            partial = add_sinks(partial, inputs.sinks)
+        if sinks is not None:
+            partial = add_sinks(partial, sinks)
         partial = spread_nan(partial)
     out = jnp.where(plan.invalid[:, None, None], jnp.nan, partial.out)
     lse = jnp.where(plan.invalid[:, None], jnp.nan, partial.lse)

@@ -1,13 +1,13 @@
 """The one way onto a mesh: `place` brings arrays to their devices, `run` runs a function there.
 
-A *body* is one device's part of a call: `body(options, split, cache, inputs)`, where `options` are
-static and `inputs` is a NamedTuple of arrays, None among them. Without a mesh it runs as it is, on
-one device or in a `shard_map` of the caller's.
+A *body* is one device's part of a call: `body(options, split, cache, *inputs)`, where `options` are
+static and inputs are arrays or None. Without a mesh it runs as it is, on one device or in a
+`shard_map` of the caller's.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -61,9 +61,9 @@ def run(
     options: Hashable,
     split: Split | None,
     cache: PagedKVCache,
-    inputs: Any,
-    input_dims: Any,
-    output_dims: Any = None,
+    inputs: Sequence[Any],
+    input_dims: Sequence[Any],
+    output_dims: Sequence[Any] | None = None,
     *,
     donate: bool = False,
 ) -> Any:
@@ -74,12 +74,8 @@ def run(
     Under `jax.jit` on Auto axes shardings cannot be seen; there the compiler reshards.
 
     Args:
-      body: one device's part; a function of a module, since programs are kept by it.
-      options: static, for the body.
-      split: of the call; None for one device.
-      cache: goes to the body, whole.
-      inputs: the other arrays.
-      input_dims: for each of them, what its axes are: ("seqs", "heads", None).
+      body: a function of a module, since compiled programs are kept by it.
+      input_dims: for each input, what its axes are: ("seqs", "heads", None).
       output_dims: the same for each result; None for a body that returns the cache.
       donate: reuse the cache's memory for the result.
 
@@ -88,22 +84,22 @@ def run(
     """
     in_specs = out_specs = formats = None
     if split is not None:
+        specs = [split.layout.spec(*dims) for dims in input_dims]
         cache_spec = split.layout.cache_spec(cache.format)
-        specs = type(inputs)(*(split.layout.spec(*dims) for dims in input_dims))
-        cache = jax.tree.map(lambda array: _place(array, cache_spec, split, "the cache"), cache)
-        placed = (
-            None if array is None else _place(array, spec, split)
+        cache = jax.tree.map(lambda array: _place(array, cache_spec, split, movable=False), cache)
+        # None has no leaves, and stays.
+        inputs = [
+            jax.tree.map(lambda array, spec=spec: _place(array, spec, split), array)
             for array, spec in zip(inputs, specs, strict=True)
-        )
-        inputs = type(inputs)(*placed)
+        ]
         cache_specs = jax.tree.map(lambda _: cache_spec, cache)
-        in_specs, out_specs = (cache_specs, specs), cache_specs
+        in_specs, out_specs = (cache_specs, *specs), cache_specs
         if output_dims is not None:
             out_specs = tuple(split.layout.spec(*dims) for dims in output_dims)
     if donate and not isinstance(cache.key, Tracer) and platform_of(split, cache.key) == "tpu":
         formats = cache.array_formats
     call = _Call(body, options, split, in_specs, out_specs)
-    return _program(call, donate, formats)(cache, inputs)
+    return _program(call, donate, formats)(cache, *inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,17 +112,12 @@ class _Call:
     in_specs: Any
     out_specs: Any
 
-    def __call__(self, cache: PagedKVCache, inputs: tuple) -> Any:
+    def __call__(self, cache: PagedKVCache, *inputs: Any) -> Any:
         here = functools.partial(self.body, self.options, self.split)
         if self.split is not None:
-            here = jax.shard_map(
-                here,
-                mesh=self.split.mesh,
-                in_specs=self.in_specs,
-                out_specs=self.out_specs,
-                check_vma=True,
-            )
-        return here(cache, inputs)
+            specs = {"in_specs": self.in_specs, "out_specs": self.out_specs}
+            here = jax.shard_map(here, mesh=self.split.mesh, check_vma=True, **specs)
+        return here(cache, *inputs)
 
 
 @functools.cache
@@ -134,39 +125,27 @@ def _program(call: _Call, donate: bool, formats: PagedKVCache | None) -> Callabl
     return jax.jit(call, donate_argnums=0 if donate else (), out_shardings=formats)
 
 
-def _place(array: Any, spec: PartitionSpec, split: Split, cache: str | None = None) -> Any:
-    """The array in its sharding; `cache` is what to call it where it must not be moved."""
+def _place(array: Any, spec: PartitionSpec, split: Split, *, movable: bool = True) -> Any:
+    """The array in its sharding; one that is not movable must not be spread otherwise."""
     mesh = split.mesh
     if isinstance(array, Tracer):
-        return _place_traced(array, spec, split, cache)
-    if isinstance(mesh, AbstractMesh):
+        if AxisType.Explicit not in mesh.axis_types:
+            return array
+        actual, wanted = jax.typeof(array).sharding, NamedSharding(mesh.abstract_mesh, spec)
+        spread = not actual.mesh.empty and any(axis is not None for axis in actual.spec)
+        move = jax.sharding.reshard
+    elif isinstance(mesh, AbstractMesh):
         return array
-    target = NamedSharding(mesh, spec)
-    actual: Any = getattr(array, "sharding", None)
-    if actual == target:
-        return array
-    spread = actual is not None and len(actual.device_set) > 1
-    if cache and spread and not actual.is_equivalent_to(target, array.ndim):
-        raise _misplaced(cache, actual, spec)
-    return jax.device_put(array, target)
-
-
-def _place_traced(array: Any, spec: PartitionSpec, split: Split, cache: str | None) -> Any:
-    if AxisType.Explicit not in split.mesh.axis_types:
-        return array
-    actual = jax.typeof(array).sharding
-    wanted = NamedSharding(split.mesh.abstract_mesh, spec)
+    else:
+        actual, wanted = getattr(array, "sharding", None), NamedSharding(mesh, spec)
+        spread = actual is not None and len(actual.device_set) > 1
+        move = jax.device_put
     if actual == wanted:
         return array
-    equivalent = actual.mesh.empty or actual.is_equivalent_to(wanted, array.ndim)
-    if cache and not equivalent and any(axis is not None for axis in actual.spec):
-        raise _misplaced(cache, actual, spec)
-    return jax.sharding.reshard(array, wanted)
-
-
-def _misplaced(name: str, actual: Any, spec: PartitionSpec) -> ValueError:
-    return ValueError(
-        f"{name} is spread over devices as {actual}, this call needs {spec}; moving it would cost "
-        "its size in traffic per call. Make it with PagedKVCache.zeros(..., mesh=, layout=), or "
-        "jax.device_put it once"
-    )
+    if not movable and spread and not actual.is_equivalent_to(wanted, array.ndim):
+        raise ValueError(
+            f"the cache is spread over devices as {actual}, this call needs {spec}; moving it "
+            "would cost its size in traffic per call. Make it with PagedKVCache.zeros(..., mesh=, "
+            "layout=), or jax.device_put it once"
+        )
+    return move(array, wanted)

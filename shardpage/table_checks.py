@@ -21,29 +21,26 @@ def validate_tables(
     """Checks on the host what compiled code can only answer with NaN.
 
     Args:
-      context_lens: tokens per sequence, `[num_seqs]`, integers.
-      block_tables: global page ids, `[num_seqs, max_blocks]`, integers. Entries at or past
-        `ceil(context_len / page_size)` are not looked up.
+      context_lens, block_tables, max_context_len, sliding_window: as passed to `page_attention`.
+        Only the entries that it would look up are checked.
       num_pages: pages of the whole cache, over all devices.
       page_size: tokens per page.
       num_seq_shards: shards of the mesh axis that splits sequences; sequence and pages must
         belong to the same one.
-      max_context_len: as passed to `page_attention`.
-      sliding_window: as passed to `page_attention`; pages wholly before it are not looked up.
 
     Raises:
       ValueError: naming the sequence, the entry, its value and the rule that it breaks.
     """
     lens, tables = np.asarray(context_lens), np.asarray(block_tables)
-    rank("context_lens", lens, "[num_seqs]", 1)
-    rank("block_tables", tables, "[num_seqs, max_blocks]", 2)
+    rank("context_lens", lens, "[num_seqs]")
+    rank("block_tables", tables, "[num_seqs, max_blocks]")
     num_seqs, max_blocks = tables.shape
     if lens.shape != (num_seqs,):
         raise ValueError(f"context_lens has {lens.shape[0]} entries, block_tables {num_seqs} rows")
     _divisible(num_seq_shards, num_seqs=num_seqs, num_pages=num_pages)
-    limit = min(max_blocks * page_size, max_context_len or max_blocks * page_size)
-    bound = "max_context_len" if limit < max_blocks * page_size else "its table's capacity"
-    pages_per_shard = num_pages // num_seq_shards
+    capacity, pages_per_shard = max_blocks * page_size, num_pages // num_seq_shards
+    limit = min(capacity, max_context_len or capacity)
+    bound = "max_context_len" if limit < capacity else "its table's capacity"
     for seq, length in enumerate(lens.tolist()):
         if not 0 <= length <= limit:
             raise ValueError(
@@ -76,9 +73,7 @@ def validate_writes(
     """Finds on the host the tokens that `write_kv` would drop, other than those with -1.
 
     Args:
-      seq_ids: `[num_tokens]` integers, rows of block_tables; -1 is skipped.
-      positions: `[num_tokens]` integers, positions in the sequences.
-      block_tables: `[num_seqs, max_blocks]` integers, global page ids.
+      seq_ids, positions, block_tables: as passed to `write_kv`; tokens with -1 are skipped.
       num_pages: pages of the whole cache, over all devices.
       page_size: tokens per page.
       num_seq_shards: shards of the mesh axis that splits sequences.
@@ -87,9 +82,9 @@ def validate_writes(
       ValueError: naming the token, its sequence and position, and the rule that it breaks.
     """
     seq_ids, positions, tables = map(np.asarray, (seq_ids, positions, block_tables))
-    rank("seq_ids", seq_ids, "[num_tokens]", 1)
-    rank("positions", positions, "[num_tokens]", 1)
-    rank("block_tables", tables, "[num_seqs, max_blocks]", 2)
+    rank("seq_ids", seq_ids, "[num_tokens]")
+    rank("positions", positions, "[num_tokens]")
+    rank("block_tables", tables, "[num_seqs, max_blocks]")
     num_seqs, max_blocks = tables.shape
     num_tokens = len(seq_ids)
     if len(positions) != num_tokens:
@@ -108,11 +103,11 @@ def validate_writes(
                 f"{max_blocks} blocks of {page_size} tokens"
             )
         shard = seq // (num_seqs // num_seq_shards)
-        token_shard = token // (num_tokens // num_seq_shards)
-        if shard != token_shard:
+        part = token // (num_tokens // num_seq_shards)
+        if shard != part:
             raise ValueError(
-                f"{where}: the token lies in part {token_shard} of {num_seq_shards}, its sequence "
-                f"in {shard}; tokens are split over devices like sequences: move it there"
+                f"{where}: the token lies in part {part} of {num_seq_shards}, its sequence in "
+                f"{shard}; tokens are split over devices like sequences: move it there"
             )
         page, first = int(tables[seq, position // page_size]), shard * pages_per_shard
         if not first <= page < first + pages_per_shard:

@@ -1,6 +1,5 @@
 """What `shard_map(check_vma=True)` needs of loops: marks of the axes that an array varies over."""
 
-import functools
 from typing import Any
 
 import jax
@@ -13,14 +12,14 @@ def vary_together(*arrays: Any) -> tuple[Any, ...]:
     A loop's carry must vary over the axes that its body's result varies over, and a custom
     gradient must vary as its primal does. Outside a `shard_map` this does nothing.
     """
-    axes = varying_axes(*arrays)
-    return tuple(jax.tree.map(functools.partial(vary_over, axes=axes), array) for array in arrays)
+    axes = varying_axes(arrays)
+    return jax.tree.map(lambda array: vary_over(array, axes), arrays)
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:
     """The union of the varying manual axes of all leaves."""
     return frozenset().union(
-        *(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arrays))
+        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays))
     )
 
 

@@ -1,7 +1,5 @@
 """`write_kv`: new tokens into the pages of their sequences, in place."""
 
-from typing import Any, NamedTuple
-
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
@@ -11,19 +9,8 @@ from .options import BackendName, Tuning
 from .plan import PageRange, plan_writes
 from .shard_layout import ShardLayout, Split
 
-
-class _Inputs(NamedTuple):
-    """The arrays of a call besides the cache, or what their axes are."""
-
-    key: Any
-    value: Any
-    seq_ids: Any
-    positions: Any
-    block_tables: Any
-
-
 _TOKENS = ("seqs", "heads", None)
-_INPUT_DIMS = _Inputs(_TOKENS, _TOKENS, ("seqs",), ("seqs",), ("seqs", None))
+_INPUT_DIMS = (_TOKENS, _TOKENS, ("seqs",), ("seqs",), ("seqs", None))
 
 
 def write_kv(
@@ -76,17 +63,15 @@ def write_kv(
         split.check_rows("num_tokens", key.shape[0], "seq_ids of -1")
         split.check_cache(cache.format, cache.num_pages)
     tuning = sharded.resolve(Tuning(backend=backend, interpret=interpret), split, cache)
-    inputs = _Inputs(key, value, *map(sharded.as_int32, (seq_ids, positions, block_tables)))
+    inputs = (key, value, *map(sharded.as_int32, (seq_ids, positions, block_tables)))
     return sharded.run(_write_here, tuning, split, cache, inputs, _INPUT_DIMS, donate=True)
 
 
 def _write_here(
-    tuning: Tuning, split: Split | None, cache: PagedKVCache, inputs: _Inputs
+    tuning: Tuning, split: Split | None, cache: PagedKVCache, key, value, *where
 ) -> PagedKVCache:
-    """One device's part: finds where each of its tokens goes, and writes those that it holds."""
-    page_format, pages = cache.format, PageRange.here(cache.num_pages, split)
-    writes = plan_writes(
-        inputs.seq_ids, inputs.positions, inputs.block_tables, page_format.page_size, pages, split
-    )
-    key, value = (x.astype(page_format.dtype) for x in (inputs.key, inputs.value))
+    """One device's part: finds where each token goes, and writes those of its own pages."""
+    pages = PageRange.here(cache.num_pages, split)
+    writes = plan_writes(*where, cache.format.page_size, pages, split)
+    key, value = (x.astype(cache.format.dtype) for x in (key, value))
     return backends.load(tuning).write(cache, key, value, writes, tuning)

@@ -36,17 +36,17 @@ def sizes(page_format, chip="v5e", block_pages=None, **changes):
 def test_chosen_sizes_fit(chip, num_kv_heads, page_size):
     page = page_format(num_kv_heads, page_size=page_size)
     chosen = sizes(page, chip)
-    assert demand(page).vmem_bytes(chosen) < CHIPS[chip].vmem_bytes
+    assert demand(page).vmem_bytes(chosen.block_pages, chosen.ring_blocks) < CHIPS[chip].vmem_bytes
     assert demand(page).smem_bytes(resident=True) < CHIPS[chip].smem_bytes
     assert chosen.block_pages % chosen.chunk_pages == 0
-    assert chosen.slots >= 2
+    assert chosen.ring_blocks >= 2
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_enough_bytes_are_in_flight(chip):
     page = page_format(page_size=64)
     chosen = sizes(page, chip)
-    in_flight = (chosen.slots - 1) * chosen.block_pages * vmem_page_bytes(page)
+    in_flight = (chosen.ring_blocks - 1) * chosen.block_pages * vmem_page_bytes(page)
     assert in_flight >= CHIPS[chip].bytes_in_flight
 
 

@@ -96,7 +96,7 @@ class Program:
       block_pages: pages of one block.
       copies: DMAs a page.
       copy_bytes: bytes of each.
-      slots: blocks that the kernel has room for; all but one are on their way.
+      ring_blocks: blocks that the kernel has room for; all but one are on their way.
       heads_a_block: KV heads that a block holds.
     """
 
@@ -105,7 +105,7 @@ class Program:
     block_pages: int
     copies: int
     copy_bytes: int
-    slots: int
+    ring_blocks: int
     heads_a_block: int
 
     @property
@@ -126,7 +126,7 @@ def program(case: Case, kernel: Kernel) -> Program:
     page_bytes = 2 * token_bytes * case.num_kv_heads
     heads = case.num_kv_heads
     return Program(
-        case, kernel, sizes.block_pages, copies, page_bytes // copies, sizes.slots, heads
+        case, kernel, sizes.block_pages, copies, page_bytes // copies, sizes.ring_blocks, heads
     )
 
 

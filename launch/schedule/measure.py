@@ -150,7 +150,7 @@ def _measure_here(topology: str, dump: pathlib.Path, cases, kernels) -> list[Mea
                     around=sum(t.bundles for t in by_name.values()) - tree.bundles,
                     copies=sizes.copies * sizes.block_pages,
                     copy_bytes=sizes.copy_bytes,
-                    bytes_in_flight=(sizes.slots - 1) * sizes.block_bytes,
+                    bytes_in_flight=(sizes.ring_blocks - 1) * sizes.block_bytes,
                     bytes_needed=int(2e-6 * bytes_per_s),
                     temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
                     compile_s=round(elapsed, 2),

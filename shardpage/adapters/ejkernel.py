@@ -100,7 +100,7 @@ def page_attention(
       NotImplementedError: if the backend does not have an option; the message says which does.
     """
     _check_ends_here(mask_value, inline_seq_dim)
-    array_checks.rank("query", query, "[num_seqs, num_heads, head_dim]", 3)
+    array_checks.rank("query", query, "[num_seqs, num_heads, head_dim]")
     array_checks.cache_arrays(key_cache, value_cache)
     kv = _layout(kv_layout, query.shape[1], key_cache, value_cache)
     cache = PagedKVCache.of(key_cache, value_cache, kv_layout=kv.label, head_dim=query.shape[-1])

@@ -16,7 +16,7 @@ from ...plan import Reads
 from ...varying import vary_together
 from . import decode_kernel, rows, walk
 from .chip import chip_of, interpreter
-from .config import Config, configure, logits_of
+from .config import Config, configure
 from .geometry import LANES
 from .softmax import Logits
 
@@ -25,21 +25,15 @@ class Work(NamedTuple):
     """What `prepare` makes of the reads."""
 
     walk: walk.Schedule
-    held: jax.Array  # [plans, queries, splits]: which segments have blocks on which core
+    held: jax.Array  # [cores, queries, splits]: which segments have blocks on which core
 
 
 def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Work:
     """Lays out the walk; see `shardpage.backends` for the contract."""
     config = configure(page_format, num_heads, *_sizes(reads), tuning)
-    return Work(
-        *walk.schedule(
-            reads.start,
-            reads.stop,
-            block_tokens=config.block_tokens,
-            num_splits=config.num_splits,
-            num_cores=1 if config.cores.by_heads else config.cores.count,
-        )
-    )
+    num_cores = 1 if config.cores.by_heads else config.cores.count
+    sizes = {"block_tokens": config.block_tokens, "num_splits": config.num_splits}
+    return Work(*walk.schedule(reads.start, reads.stop, num_cores=num_cores, **sizes))
 
 
 def attend(
@@ -50,16 +44,9 @@ def attend(
     attention: Attention,
     tuning: Tuning,
 ) -> Partial:
-    """Attends over local pages with a Pallas TPU kernel; see `shardpage.backends`.
-
-    Returns:
-      Attention and lse in float32, over the pages of this device.
-
-    Raises:
-      NotImplementedError: for shapes and options that the kernel does not have.
-    """
+    """Attends over local pages with a Pallas TPU kernel; see `shardpage.backends`."""
     config = configure(cache.format, query.shape[1], *_sizes(reads), tuning)
-    logits = logits_of(attention, cache.format)
+    logits = Logits(attention.scale_of(cache.format.key_dim), attention.soft_cap)
     query_rows = rows.query_rows(config, query)
     result = _call(config, logits, tuning, work.walk, reads.ids_by_query(), query_rows, cache)
     return rows.merged_partial(config, result, work.held)
@@ -87,6 +74,8 @@ def _call(
         spare = -ids.shape[1] % LANES
         table = jnp.pad(ids, ((0, 0), (0, spare))).reshape(config.num_queries, -1, 1, LANES)
     args = vary_together(schedule, table, query_rows, cache.arrays)
+    varying = jax.typeof(args[0][0]).manual_axis_type
+    shape = (cores.count, config.num_segments, geometry.rows, geometry.out_lanes)
     return pl.pallas_call(
         functools.partial(decode_kernel.kernel, config=config, logits=logits),
         grid=(cores.count,),
@@ -98,11 +87,7 @@ def _call(
         ],
         out_specs=hbm,
         scratch_shapes=decode_kernel.scratch_shapes(config),
-        out_shape=jax.ShapeDtypeStruct(
-            (cores.count, config.num_segments, geometry.rows, geometry.out_lanes),
-            jnp.float32,
-            manual_axis_type=jax.typeof(args[0][0]).manual_axis_type,
-        ),
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel" if cores.count > 1 else "arbitrary",),
             disable_bounds_checks=True,

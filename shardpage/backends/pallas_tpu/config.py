@@ -2,12 +2,11 @@
 
 import dataclasses
 
-from ...options import Attention, Tuning
+from ...options import Tuning
 from ...page_format import PageFormat
 from .chip import Chip, chip_of
 from .geometry import LANES, SUBLANES, Geometry
 from .sizes import Demand, Sizes, choose_sizes, vmem_page_bytes
-from .softmax import Logits
 
 _DTYPES = ("float32", "bfloat16")
 _LARGE_COPY_BYTES = 32 << 10
@@ -60,11 +59,6 @@ def configure(
     demand = Demand(geometry, cores.count, num_queries, num_splits, max_pages)
     sizes = choose_sizes(demand, chip, tuning.pages_per_block)
     return Config(geometry, sizes, cores, num_queries, num_splits)
-
-
-def logits_of(attention: Attention, page_format: PageFormat) -> Logits:
-    """What becomes of a dot product."""
-    return Logits(attention.scale_of(page_format.key_dim), attention.soft_cap)
 
 
 def check_format(page_format: PageFormat) -> None:

@@ -1,7 +1,7 @@
 """What comes from HBM: pages into a ring of buffers, and the page ids that say which.
 
-Every copy is asynchronous. A ring's entry is refilled as soon as it was used, so that all its
-other entries are in flight meanwhile; one semaphore per entry counts the bytes of a whole block.
+Every copy is asynchronous. A place of a ring is refilled as soon as it was used, so that all its
+others are in flight meanwhile; one semaphore per place counts the bytes of a whole block.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _UNROLL = 8  # page copies issued between two branches, where their number is no
 
 @dataclasses.dataclass(frozen=True)
 class ResidentTable:
-    """All page ids in scalar memory: `ids` is flat, `width` entries per query."""
+    """All page ids in scalar memory: `ids` is flat, `width` of them per query."""
 
     ids: Any
     width: int
@@ -31,14 +31,13 @@ class ResidentTable:
     walk: Walk
 
     def start(self, cursor: Cursor, entry: jax.Array) -> None:
-        del cursor, entry
+        """Nothing to fetch."""
 
     def wait(self, entry: jax.Array) -> None:
-        del entry
+        """Nothing to wait for."""
 
     def page_ids(self, cursor: Cursor, entry: jax.Array):
         """A function from a page of the block to its id."""
-        del entry
         base = self.walk.query(cursor.segment) * self.width + cursor.block * self.block_pages
         return lambda page: self.ids[base + page]
 
@@ -66,8 +65,8 @@ class PagedTable:
         self._copy(self.windows.at[0, 0, 0], entry).wait()
 
     def _copy(self, window: Any, entry: jax.Array):
-        place = pl.ds(pl.multiple_of(entry * LANES, LANES), LANES)
-        return pltpu.make_async_copy(window, self.ring.at[place], self.semaphores.at[entry])
+        target = self.ring.at[pl.ds(pl.multiple_of(entry * LANES, LANES), LANES)]
+        return pltpu.make_async_copy(window, target, self.semaphores.at[entry])
 
     def page_ids(self, cursor: Cursor, entry: jax.Array):
         """A function from a page of the block to its id."""
@@ -77,7 +76,7 @@ class PagedTable:
 
 @dataclasses.dataclass(frozen=True)
 class PageRing:
-    """Blocks of pages on their way into `buffers`, `[slots, block_pages, *page_shape]` each."""
+    """Blocks of pages on their way to `buffers`, `[ring_blocks, block_pages, *page_shape]` each."""
 
     format: PageFormat
     block_pages: int
@@ -86,45 +85,40 @@ class PageRing:
     semaphores: Any
     first_head: jax.Array | int
 
-    def start_full(self, page_ids, slot: jax.Array) -> None:
+    def start_full(self, page_ids, place: jax.Array) -> None:
         """Fetches a whole block; no branches, so it overlaps with the arithmetic around it."""
         for page in range(self.block_pages):
-            self._start_page(page_ids, page, slot)
+            self._start_page(page_ids, page, place)
 
-    def start(self, page_ids, num_pages: jax.Array, slot: jax.Array) -> None:
+    def start(self, page_ids, num_pages: jax.Array, place: jax.Array) -> None:
         """Fetches the first pages of a block."""
         unroll = min(_UNROLL, self.block_pages)
-
         chunks = lax.div(num_pages, unroll)
 
         @pl.loop(0, chunks)
         def _(chunk):
             for page in range(unroll):
-                self._start_page(page_ids, chunk * unroll + page, slot)
+                self._start_page(page_ids, chunk * unroll + page, place)
 
-        @pl.loop(chunks * unroll, num_pages)
-        def _(page):
-            self._start_page(page_ids, page, slot)
+        pl.loop(chunks * unroll, num_pages)(lambda page: self._start_page(page_ids, page, place))
 
-    def _start_page(self, page_ids, page: jax.Array | int, slot: jax.Array) -> None:
+    def _start_page(self, page_ids, page: jax.Array | int, place: jax.Array) -> None:
         heads = pl.ds(self.first_head, self.format.num_kv_heads)
-        source = self.format.page_at(page_ids(page), heads)
+        source, semaphore = self.format.page_at(page_ids(page), heads), self.semaphores.at[place]
         for cache, buffer in zip(self.caches, self.buffers, strict=True):
-            pltpu.make_async_copy(
-                cache.at[source], buffer.at[slot, page], self.semaphores.at[slot]
-            ).start()
+            pltpu.make_async_copy(cache.at[source], buffer.at[place, page], semaphore).start()
 
-    def wait_full(self, slot: jax.Array) -> None:
-        self._wait(slot, self.block_pages)
+    def wait_full(self, place: jax.Array) -> None:
+        self._wait(place, self.block_pages)
 
-    def wait(self, num_pages: jax.Array, slot: jax.Array) -> None:
+    def wait(self, num_pages: jax.Array, place: jax.Array) -> None:
         """Waits for the bytes of this many pages: one wait for each binary digit of the number."""
         bit = 1 << (self.block_pages.bit_length() - 1)
         while bit:
-            pl.when(num_pages & bit != 0)(lambda bit=bit: self._wait(slot, bit))
+            pl.when(num_pages & bit != 0)(lambda bit=bit: self._wait(place, bit))
             bit //= 2
 
-    def _wait(self, slot: jax.Array, num_pages: int) -> None:
+    def _wait(self, place: jax.Array, num_pages: int) -> None:
         for buffer in self.buffers:
-            pages = buffer.at[slot, pl.ds(0, num_pages)]
-            pltpu.make_async_copy(pages, pages, self.semaphores.at[slot]).wait()
+            pages = buffer.at[place, pl.ds(0, num_pages)]
+            pltpu.make_async_copy(pages, pages, self.semaphores.at[place]).wait()

@@ -17,8 +17,8 @@ _MIN_BLOCK_TOKENS = 128
 _MAX_BLOCK_TOKENS = 2048
 _MAX_BLOCK_PAGES = 128
 _CHUNK_TOKENS = 512
-_MIN_SLOTS = 2
-_MAX_SLOTS = 16
+_MIN_RING_BLOCKS = 2
+_MAX_RING_BLOCKS = 16
 # What the compiler takes besides our buffers: spilled registers, its own stack.
 _VMEM_RESERVE_BYTES = 2 * MIB
 _SMEM_RESERVE_BYTES = 64 << 10
@@ -32,13 +32,13 @@ class Sizes:
     Attributes:
       block_pages: pages per block; a power of two of at most 128 if the table is not resident.
       chunk_pages: pages that the general path works on at a time; divides `block_pages`.
-      slots: blocks in the ring.
+      ring_blocks: blocks in the ring: one is worked on, the others are on their way.
       table_entries: windows in the ring of page ids; 0 if all ids stay in scalar memory.
     """
 
     block_pages: int
     chunk_pages: int
-    slots: int
+    ring_blocks: int
     table_entries: int = 0
 
 
@@ -60,25 +60,20 @@ class Demand:
     num_splits: int
     max_pages: int
 
-    def vmem_bytes(self, sizes: Sizes) -> int:
+    def vmem_bytes(self, block_pages: int, ring_blocks: int) -> int:
         """Vector memory that a kernel of these sizes takes."""
         geometry, page_format = self.geometry, self.geometry.format
         row = round_up(page_format.row_dim, LANES)
-        buffers = sizes.slots * sizes.block_pages * vmem_page_bytes(page_format)
-        queries = (sizes.slots + 1) * geometry.rows * row * page_format.dtype.itemsize
+        buffers = ring_blocks * block_pages * vmem_page_bytes(page_format)
+        queries = (ring_blocks + 1) * geometry.rows * row * page_format.dtype.itemsize
         state = 4 * geometry.rows * (2 * LANES + row + 2 * geometry.out_lanes)
         return buffers + queries + state
 
-    @property
-    def plan_bytes(self) -> int:
-        """Scalar memory of the walk's plan."""
-        entries = self.num_cores * (self.num_queries * self.num_splits + 1)
-        return 4 * (4 * entries + 2 * self.num_queries + self.num_cores)
-
     def smem_bytes(self, resident: bool) -> int:
-        """Scalar memory of plan and page ids."""
+        """Scalar memory of the walk's schedule and of page ids."""
         ids = self.num_queries * self.max_pages if resident else _TABLE_ENTRIES * LANES
-        return 4 * ids + self.plan_bytes
+        segments = self.num_cores * (self.num_queries * self.num_splits + 1)
+        return 4 * (ids + 4 * segments + 2 * self.num_queries + self.num_cores)
 
 
 def vmem_page_bytes(page_format: PageFormat) -> int:
@@ -89,65 +84,56 @@ def vmem_page_bytes(page_format: PageFormat) -> int:
 
 
 def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> Sizes:
-    """Chooses block sizes, or refuses with the sizes that do not fit.
-
-    Args:
-      demand: what is asked of one core.
-      chip: where.
-      block_pages: pages per block, if the caller wants a certain number.
+    """Chooses block sizes; `block_pages` is how many pages a block has if the caller says so.
 
     Raises:
       NotImplementedError: if it cannot fit; naming what would.
     """
-    resident = _table_resident(demand, chip)
-    room = chip.vmem_bytes - _VMEM_RESERVE_BYTES
-    pages = _block_pages(demand, chip, resident, block_pages)
+    page_format, resident = demand.geometry.format, _table_resident(demand, chip)
+    page_bytes, room = vmem_page_bytes(page_format), chip.vmem_bytes - _VMEM_RESERVE_BYTES
     if block_pages is None:
-        while pages > 1 and demand.vmem_bytes(_sizes(demand, pages, 2, resident)) > room:
+        pages = _model_block_pages(demand)
+        pages = pages if resident else min(pages, LANES)
+        while pages > 1 and demand.vmem_bytes(pages, _MIN_RING_BLOCKS) > room:
             pages //= 2
-    slots = _wanted_slots(demand, chip, pages)
-    while slots > _MIN_SLOTS and demand.vmem_bytes(_sizes(demand, pages, slots, resident)) > room:
-        slots -= 1
-    sizes = _sizes(demand, pages, slots, resident)
-    if (vmem := demand.vmem_bytes(sizes)) > room:
-        raise NotImplementedError(_does_not_fit(demand.geometry.format, sizes, vmem, room))
-    return sizes
-
-
-def _sizes(demand: Demand, pages: int, slots: int, resident: bool) -> Sizes:
-    chunk = max(1, min(pages, _CHUNK_TOKENS // demand.geometry.format.page_size))
+    elif resident or (block_pages <= LANES and not block_pages & (block_pages - 1)):
+        pages = block_pages
+    else:  # a window of the table must hold a whole number of blocks
+        raise NotImplementedError(
+            f"pages_per_block={block_pages}: a table of {demand.num_queries} x {demand.max_pages} "
+            f"page ids does not fit the {chip.smem_bytes:,} B of scalar memory and is read in "
+            f"windows of {LANES}; use a power of two of at most {LANES}, or None"
+        )
+    in_flight = math.ceil(chip.bytes_in_flight / (pages * page_bytes))
+    ring = max(3, min(_MAX_RING_BLOCKS, 1 + in_flight))
+    while ring > _MIN_RING_BLOCKS and demand.vmem_bytes(pages, ring) > room:
+        ring -= 1
+    if (vmem := demand.vmem_bytes(pages, ring)) > room:
+        raise NotImplementedError(
+            f"{ring} blocks of {pages} pages take {vmem:,} B of VMEM, a kernel has {room:,} B: a "
+            f"page of {page_format.page_size} tokens x {page_format.num_kv_heads} KV heads is "
+            f"{page_bytes:,} B. Use fewer pages per block, a smaller page_size, or split the KV "
+            "heads over more devices"
+        )
+    chunk = max(1, min(pages, _CHUNK_TOKENS // page_format.page_size))
     while pages % chunk:
         chunk -= 1
-    return Sizes(pages, chunk, slots, 0 if resident else _TABLE_ENTRIES)
+    return Sizes(pages, chunk, ring, 0 if resident else _TABLE_ENTRIES)
 
 
 def _table_resident(demand: Demand, chip: Chip) -> bool:
-    """Whether all page ids fit scalar memory beside the plan, which must."""
+    """Whether all page ids fit scalar memory beside the schedule, which must."""
     room = chip.smem_bytes - _SMEM_RESERVE_BYTES
     if demand.smem_bytes(resident=True) <= room:
         return True
     if (smem := demand.smem_bytes(resident=False)) > room:
         raise NotImplementedError(
-            f"the plan of {demand.num_queries} sequences x {demand.num_splits} splits takes "
+            f"the schedule of {demand.num_queries} sequences x {demand.num_splits} splits takes "
             f"{smem:,} B of scalar memory, a core has {chip.smem_bytes:,} B, "
             f"{_SMEM_RESERVE_BYTES:,} B of it reserved; split the batch over the mesh's `seqs` "
             "axis or over calls, or use backend='xla'"
         )
     return False
-
-
-def _block_pages(demand: Demand, chip: Chip, resident: bool, wanted: int | None) -> int:
-    """Pages per block, of which a window of the table must hold a whole number of blocks."""
-    if wanted is None:
-        pages = _model_block_pages(demand)
-        return pages if resident else min(pages, LANES)
-    if not resident and (wanted > LANES or wanted & (wanted - 1)):
-        raise NotImplementedError(
-            f"pages_per_block={wanted}: a table of {demand.num_queries} x {demand.max_pages} page "
-            f"ids does not fit the {chip.smem_bytes:,} B of scalar memory and is read in windows "
-            f"of {LANES}; use a power of two of at most {LANES}, or None"
-        )
-    return wanted
 
 
 def _model_block_pages(demand: Demand) -> int:
@@ -156,18 +142,3 @@ def _model_block_pages(demand: Demand) -> int:
     tokens = max(_MIN_BLOCK_TOKENS, min(_MAX_BLOCK_TOKENS, _BLOCK_BYTES / token_bytes))
     pages = 1 << (max(1, int(tokens) // page_format.page_size).bit_length() - 1)
     return min(pages, _MAX_BLOCK_PAGES, 1 << (demand.max_pages - 1).bit_length())
-
-
-def _wanted_slots(demand: Demand, chip: Chip, block_pages: int) -> int:
-    """One block is worked on, the others are in flight."""
-    block_bytes = block_pages * vmem_page_bytes(demand.geometry.format)
-    return max(3, min(_MAX_SLOTS, 1 + math.ceil(chip.bytes_in_flight / block_bytes)))
-
-
-def _does_not_fit(page_format: PageFormat, sizes: Sizes, vmem: int, limit: int) -> str:
-    return (
-        f"{sizes.slots} blocks of {sizes.block_pages} pages take {vmem:,} B of VMEM, a kernel has "
-        f"{limit:,} B: a page of {page_format.page_size} tokens x {page_format.num_kv_heads} KV "
-        f"heads is {vmem_page_bytes(page_format):,} B. Use fewer pages per block, a smaller "
-        "page_size, or split the KV heads over more devices"
-    )

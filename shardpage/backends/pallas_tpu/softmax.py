@@ -59,11 +59,11 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Some pages of one slot of the ring."""
+    """Some pages of the block at one place of the ring."""
 
     geometry: Geometry
     buffers: Sequence[Any]
-    slot: jax.Array
+    place: jax.Array
     first_page: jax.Array | int
     num_pages: int
 
@@ -72,20 +72,13 @@ class Chunk:
         """Cache rows per KV head."""
         return self.num_pages * self.geometry.format.page_rows
 
-    def keys(self, head: int) -> jax.Array:
-        """[num_rows, row_dim]"""
-        return self._load(0, head)
-
-    def values(self, head: int) -> jax.Array:
-        """[num_rows, row_dim]"""
-        return self._load(1, head)
-
-    def _load(self, which: int, head: int) -> jax.Array:
+    def load(self, which: int, head: int) -> jax.Array:
+        """A head's keys (0) or values (1), [num_rows, row_dim]."""
         pages = pl.ds(self.first_page, self.num_pages)
         if self.geometry.format.fused:
-            loaded = self.buffers[0][self.slot, pages, which, head]
+            loaded = self.buffers[0][self.place, pages, which, head]
         else:
-            loaded = self.buffers[which][self.slot, pages, head]
+            loaded = self.buffers[which][self.place, pages, head]
         return loaded.reshape(self.num_rows, self.geometry.format.row_dim)
 
 
@@ -104,16 +97,15 @@ def attend(chunk: Chunk, query: Any, state: State, logits: Logits, span: Span | 
       query: reference to the query rows, [rows, row_dim] in the caches' dtype.
       state: is updated.
       logits: scale and cap.
-      span: None if all tokens of the chunk are to be seen. Otherwise neither the logits nor the
-        elements of the others reach the result, whatever they are.
+      span: None if all tokens of the chunk are seen. Otherwise nothing of the others reaches the
+        result, whatever they are.
     """
     groups = range(chunk.geometry.num_groups)
     # Phase by phase rather than group by group: one group's matmul hides another's softmax.
     scores = [_scores(chunk, group, query, logits, span) for group in groups]
     weights = [_weights(chunk.geometry, group, scores[group], state) for group in groups]
     for group in groups:
-        fade, weight = weights[group]
-        _add_values(chunk, group, fade, weight, state, span)
+        _add_values(chunk, group, *weights[group], state, span)
 
 
 def _rows(geometry: Geometry, group: int):
@@ -123,10 +115,8 @@ def _rows(geometry: Geometry, group: int):
 def _scores(chunk, group, query, logits, span) -> jax.Array:
     """Logits of a group's rows, -inf where a token is not seen; [rows_per_group, num_rows]."""
     geometry = chunk.geometry
-    keys = [chunk.keys(head) for head in geometry.heads_of(group)]
-    if (
-        span is not None and geometry.format.pack > 1
-    ):  # a row's other tokens would spoil a dot product
+    keys = [chunk.load(0, head) for head in geometry.heads_of(group)]
+    if span is not None and geometry.format.pack > 1:  # other tokens of a row are in its products
         seen = _seen_elements(geometry, chunk.num_rows, span)
         keys = [jnp.where(seen, key, 0) for key in keys]
     queries = query[_rows(geometry, group), :]
@@ -155,7 +145,7 @@ def _across(column: jax.Array, width: int) -> jax.Array:
 
 def _add_values(chunk, group, fade, weights, state, span) -> None:
     geometry = chunk.geometry
-    values = [chunk.values(head) for head in geometry.heads_of(group)]
+    values = [chunk.load(1, head) for head in geometry.heads_of(group)]
     if span is not None:  # a weight of 0 does not silence a NaN
         seen = _seen_elements(geometry, chunk.num_rows, span)
         values = [jnp.where(seen, value, 0) for value in values]
@@ -167,13 +157,8 @@ def _add_values(chunk, group, fade, weights, state, span) -> None:
 def _dot(rows: jax.Array, matrix: jax.Array, *, over: int) -> jax.Array:
     """Contracts the rows' last axis with one of the matrix, in float32."""
     precision = lax.Precision.HIGHEST if matrix.dtype == jnp.float32 else None
-    return lax.dot_general(
-        rows,
-        matrix,
-        (((1,), (over,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    dims, options = (((1,), (over,)), ((), ())), {"preferred_element_type": jnp.float32}
+    return lax.dot_general(rows, matrix, dims, precision=precision, **options)
 
 
 def _own_rows(geometry: Geometry, by_head: list[jax.Array]) -> jax.Array:
@@ -181,22 +166,10 @@ def _own_rows(geometry: Geometry, by_head: list[jax.Array]) -> jax.Array:
     result = by_head[0]
     if len(by_head) > 1:
         row = lax.broadcasted_iota(jnp.int32, result.shape, 0)
-        head = row >> _log2(geometry.rows_per_head)
+        head = row >> (geometry.rows_per_head.bit_length() - 1)  # a power of two
         for index in range(1, len(by_head)):
             result = jnp.where(head == index, by_head[index], result)
     return result
-
-
-def _row_of_head(geometry: Geometry, row: jax.Array) -> jax.Array:
-    """A group's row, counted from the first row of its KV head."""
-    if geometry.rows_per_group == geometry.rows_per_head:  # the group is one head
-        return row
-    return row & ((1 << _log2(geometry.rows_per_head)) - 1)
-
-
-def _log2(power_of_two: int) -> int:
-    assert power_of_two & (power_of_two - 1) == 0, power_of_two
-    return power_of_two.bit_length() - 1
 
 
 def _seen_logits(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
@@ -204,7 +177,9 @@ def _seen_logits(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
     shape = (geometry.rows_per_group, num_rows)
     token = lax.broadcasted_iota(jnp.int32, shape, 1)
     if geometry.format.pack > 1:
-        row = _row_of_head(geometry, lax.broadcasted_iota(jnp.int32, shape, 0))
+        row = lax.broadcasted_iota(jnp.int32, shape, 0)
+        if geometry.rows_per_group > geometry.rows_per_head:  # several heads, of 2 ** n rows each
+            row &= geometry.rows_per_head - 1
         token = token * geometry.format.pack + lax.div(row, geometry.queries_per_kv_head)
     return _within(token + span.first_token, span)
 

@@ -54,8 +54,8 @@ def schedule(
     """Lays out the walk.
 
     Args:
-      start: first token of each query, within its first page; int32.
-      stop: one past its last token; `start >= stop` reads nothing; int32.
+      start: first token of each query, within its first page.
+      stop: one past its last token; `start >= stop` reads nothing.
       block_tokens: tokens per block.
       num_splits: segments per query; they get equally many blocks, but for the last.
       num_cores: cores that share the blocks evenly, each a contiguous piece of the walk.
@@ -69,26 +69,16 @@ def schedule(
     split = jnp.arange(num_splits, dtype=jnp.int32)
     first = jnp.minimum(split * per_split[:, None], num_blocks[:, None]).reshape(-1)
     end = jnp.minimum((split + 1) * per_split[:, None], num_blocks[:, None]).reshape(-1)
-
-    if num_cores == 1:
-        first, end = first[None], end[None]
-    else:
-        first, end = _cut(first, end, num_cores)
+    first, end = (first[None], end[None]) if num_cores == 1 else _cut(first, end, num_cores)
     held = first < end
     full_end = jnp.minimum(end, jnp.repeat(stop // block_tokens, num_splits))
     next_held = _next_index(held)
     sentinel = jnp.full((num_cores, 1), num_queries * num_splits, jnp.int32)
     flat = lambda values, last: jnp.concatenate([values, last], axis=1).reshape(-1)
     zero = jnp.zeros_like(sentinel)
-    arrays = Schedule(
-        first=flat(first, zero),
-        end=flat(end, zero),
-        full_end=flat(full_end, zero),
-        link=flat(next_held[:, 1:], jnp.concatenate([sentinel, sentinel], axis=1)),
-        entry=next_held[:, 0],
-        start=start,
-        stop=stop,
-    )
+    cuts = (flat(x, zero) for x in (first, end, full_end))
+    link = flat(next_held[:, 1:], jnp.concatenate([sentinel, sentinel], axis=1))
+    arrays = Schedule(*cuts, link, next_held[:, 0], start, stop)
     return arrays, held.reshape(num_cores, num_queries, num_splits)
 
 
@@ -98,9 +88,8 @@ def _cut(first: jax.Array, end: jax.Array, num_cores: int) -> tuple[jax.Array, j
     before = after - (end - first)
     share = -(-after[-1] // num_cores)
     low = share * jnp.arange(num_cores, dtype=jnp.int32)[:, None]
-    bounds = (first + jnp.clip(bound - before, 0, end - first) for bound in (low, low + share))
-    first, end = bounds
-    return first, end
+    cut = lambda bound: first + jnp.clip(bound - before, 0, end - first)
+    return cut(low), cut(low + share)
 
 
 def _next_index(held: Bool[Array, "rows columns"]) -> Int[Array, "rows columns"]:
@@ -108,15 +97,14 @@ def _next_index(held: Bool[Array, "rows columns"]) -> Int[Array, "rows columns"]
     columns = held.shape[1]
     index = jnp.arange(columns, dtype=jnp.int32)
     if columns > _FEW_SEGMENTS:
-        own = jnp.where(held, index, jnp.int32(columns))
-        return lax.cummin(own, axis=1, reverse=True)
+        return lax.cummin(jnp.where(held, index, jnp.int32(columns)), axis=1, reverse=True)
     # One fused reduction, where a scan is many small steps.
     here = held[:, None, :] & (index >= index[:, None])
     return jnp.min(jnp.where(here, index, jnp.int32(columns)), axis=2)
 
 
 class Cursor(NamedTuple):
-    """A place of the walk."""
+    """Where one is on the walk."""
 
     segment: jax.Array
     block: jax.Array
@@ -169,6 +157,6 @@ class Walk:
         return jnp.maximum(full_end - cursor.block, 0)
 
     def bounds(self, cursor: Cursor) -> tuple[jax.Array, jax.Array]:
-        """`[start, stop)` of the query; only at a place that is not done."""
+        """`[start, stop)` of the query; only where the walk is not done."""
         query = self.query(cursor.segment)
         return self.schedule.start[query], self.schedule.stop[query]

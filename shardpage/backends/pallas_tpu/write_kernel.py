@@ -57,8 +57,7 @@ class Tiles:
         """Tiles on their way; even, half of them in."""
         token_bytes = 4 * self.max_tokens * math.prod(self.token_shape)
         tile_bytes = math.prod(self.shape) * self.format.dtype.itemsize
-        fits = _RING_BYTES // (tile_bytes + token_bytes)
-        return max(2, min(_MAX_RING, fits // 2 * 2))
+        return max(2, min(_MAX_RING, _RING_BYTES // (tile_bytes + token_bytes) // 2 * 2))
 
 
 class Schedule(NamedTuple):
@@ -75,14 +74,8 @@ def schedule(
 ) -> tuple[Schedule, Int[Array, " num_tokens"]]:
     """Sorts tokens by the tile that they go to.
 
-    Args:
-      tiles: sizes.
-      num_pages: of the cache; a page id outside drops its token.
-      page: page of each token.
-      slot: its place in the page.
-
     Returns:
-      The schedule, and the order of the tokens in it.
+      The schedule, and the order of the tokens in it. A page id outside of the cache drops a token.
     """
     num_tokens = page.shape[0]
     held = (page >= 0) & (page < num_pages)
@@ -110,15 +103,10 @@ class Scratch(NamedTuple):
 
 
 def scratch_shapes(tiles: Tiles, num_arrays: int) -> Scratch:
-    ring = tiles.ring
-    buffer = pltpu.VMEM((ring, *tiles.shape), tiles.format.dtype)
-    tokens = pltpu.VMEM((ring, tiles.max_tokens, *tiles.token_shape), jnp.float32)
-    return Scratch(
-        tiles=(buffer,) * num_arrays,
-        tokens=(tokens,) * num_arrays,
-        fetched=pltpu.SemaphoreType.DMA((ring,)),
-        stored=pltpu.SemaphoreType.DMA((ring,)),
-    )
+    buffer = pltpu.VMEM((tiles.ring, *tiles.shape), tiles.format.dtype)
+    tokens = pltpu.VMEM((tiles.ring, tiles.max_tokens, *tiles.token_shape), jnp.float32)
+    semaphores = pltpu.SemaphoreType.DMA((tiles.ring,))
+    return Scratch((buffer,) * num_arrays, (tokens,) * num_arrays, semaphores, semaphores)
 
 
 def kernel(schedule, tokens, caches_in, *caches_and_scratch, tiles: Tiles) -> None:
@@ -145,7 +133,7 @@ class Kernel:
         @pl.loop(0, count)
         def _(tile):
             coming = tile + ahead
-            # The slot of the coming tile was last used by the one `ahead` before this.
+            # The place of the coming tile was last used by the one `ahead` before this.
             pl.when((tile >= ahead) & (coming < count))(lambda: self.wait_store(tile - ahead))
             pl.when(coming < count)(lambda: self.start_fetch(coming))
             self.wait_fetch(tile)
@@ -154,7 +142,8 @@ class Kernel:
 
         pl.loop(jnp.maximum(count - 2 * ahead, 0), count)(self.wait_store)
 
-    def slot(self, tile: jax.Array) -> jax.Array:
+    def place(self, tile: jax.Array) -> jax.Array:
+        """A tile's place in the ring."""
         return lax.rem(tile, self.tiles.ring)
 
     def span(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -162,57 +151,54 @@ class Kernel:
         return self.schedule.first[tile], self.schedule.first[tile + 1]
 
     def start_fetch(self, tile: jax.Array) -> None:
-        slot = self.slot(tile)
-        first, end = self.span(tile)
+        place, (first, end) = self.place(tile), self.span(tile)
+        semaphore = self.scratch.fetched.at[place]
         for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True):
-            source = self.tile_of(cache, first)
-            pltpu.make_async_copy(source, buffer.at[slot], self.scratch.fetched.at[slot]).start()
-        pl.loop(first, end)(lambda token: self.start_token(token, first, slot))
+            pltpu.make_async_copy(self.tile_of(cache, first), buffer.at[place], semaphore).start()
 
-    def start_token(self, token: jax.Array, first: jax.Array, slot: jax.Array) -> None:
-        for tokens, buffer in zip(self.tokens, self.scratch.tokens, strict=True):
-            pltpu.make_async_copy(
-                tokens.at[token], buffer.at[slot, token - first], self.scratch.fetched.at[slot]
-            ).start()
+        @pl.loop(first, end)
+        def _(token):
+            for tokens, buffer in zip(self.tokens, self.scratch.tokens, strict=True):
+                target = buffer.at[place, token - first]
+                pltpu.make_async_copy(tokens.at[token], target, semaphore).start()
 
     def wait_fetch(self, tile: jax.Array) -> None:
-        slot = self.slot(tile)
-        semaphore = self.scratch.fetched.at[slot]
+        place = self.place(tile)
+        semaphore = self.scratch.fetched.at[place]
         for buffer in self.scratch.tiles:
-            pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], semaphore).wait()
+            pltpu.make_async_copy(buffer.at[place], buffer.at[place], semaphore).wait()
 
         @pl.loop(*self.span(tile))
         def _(_token):
             for buffer in self.scratch.tokens:
-                pltpu.make_async_copy(buffer.at[slot, 0], buffer.at[slot, 0], semaphore).wait()
+                pltpu.make_async_copy(buffer.at[place, 0], buffer.at[place, 0], semaphore).wait()
 
     def put(self, tile: jax.Array, token: jax.Array) -> None:
         """Replaces the token's elements in the tile."""
-        slot, page_format = self.slot(tile), self.tiles.format
-        place = lax.rem(self.schedule.slot[token], self.tiles.max_tokens)
-        shape = self.tiles.shape[-2:]
-        own = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.div(place, page_format.pack)
+        place, page_format, shape = self.place(tile), self.tiles.format, self.tiles.shape[-2:]
+        slot = lax.rem(self.schedule.slot[token], self.tiles.max_tokens)  # counted in the tile
+        own = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.div(slot, page_format.pack)
         if page_format.pack > 1:
             lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-            own &= lax.div(lane, page_format.key_dim) == lax.rem(place, page_format.pack)
+            own &= lax.div(lane, page_format.key_dim) == lax.rem(slot, page_format.pack)
         index = token - self.schedule.first[tile]
         for buffer, tokens in zip(self.scratch.tiles, self.scratch.tokens, strict=True):
             for head in np.ndindex(*page_format.heads_shape):
-                old = buffer[(slot, *head)].astype(jnp.float32)
-                new = jnp.where(own, tokens[(slot, index, *head)], old)
-                buffer[(slot, *head)] = new.astype(page_format.dtype)
+                old = buffer[(place, *head)].astype(jnp.float32)
+                new = jnp.where(own, tokens[(place, index, *head)], old)
+                buffer[(place, *head)] = new.astype(page_format.dtype)
 
     def start_store(self, tile: jax.Array) -> None:
-        slot = self.slot(tile)
+        place = self.place(tile)
         for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True):
             target = self.tile_of(cache, self.schedule.first[tile])
-            pltpu.make_async_copy(buffer.at[slot], target, self.scratch.stored.at[slot]).start()
+            pltpu.make_async_copy(buffer.at[place], target, self.scratch.stored.at[place]).start()
 
     def wait_store(self, tile: jax.Array) -> None:
-        slot = self.slot(tile)
+        place = self.place(tile)
+        semaphore = self.scratch.stored.at[place]
         for buffer in self.scratch.tiles:
-            semaphore = self.scratch.stored.at[slot]
-            pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], semaphore).wait()
+            pltpu.make_async_copy(buffer.at[place], buffer.at[place], semaphore).wait()
 
     def tile_of(self, cache: Any, token: jax.Array):
         page = self.schedule.page[token]
