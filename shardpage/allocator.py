@@ -12,12 +12,9 @@ Placement = Literal["round_robin", "contiguous"]
 
 
 class OutOfPages(RuntimeError):
-    """A request needs more pages than are free. The allocator is as it was before the request.
+    """A request needs `asked` more pages, and only `free` are free on its `seq_shard`.
 
-    Attributes:
-      asked: pages that the request needs, beyond those that the sequence has.
-      free: pages that are free for it.
-      seq_shard: the shard of sequences whose pools were asked.
+    The allocator is as it was before the request.
     """
 
     def __init__(self, asked: int, free: int, total: int, seq_shard: int, seq_id: Hashable):
@@ -40,10 +37,10 @@ class CopyPage:
 class PageAllocator:
     """Hands out the pages of a cache to sequences, and takes them back.
 
-    Page ids are global. A cache of `num_pages` pages is split into one contiguous range a page
-    shard, shard `seq_shard * num_context_shards + context_shard`, as `ShardLayout` splits the
-    cache over a mesh. A sequence has pages of one seqs shard only, and that must be the one that
-    its row of the block table is on: row `r` of `n` is on shard `r // (n / num_seq_shards)`.
+    Page ids are global. A cache of `num_pages` pages is split into one contiguous range per page
+    shard, `seq_shard * num_context_shards + context_shard`, as `ShardLayout` splits the cache over
+    a mesh. A sequence has pages of one seqs shard only, and that must be the one that its row of
+    the block table is on: row `r` of `n` is on shard `r // (n / num_seq_shards)`.
 
     Within it, `placement` says on which context shard each block (page of the sequence) should
     be, so that all devices have their share of the work:
@@ -58,7 +55,7 @@ class PageAllocator:
 
     A page with room left belongs to one sequence; full pages can be shared by `fork`, and return
     to their pool when the last owner is freed. The lowest free page of a pool goes first, so the
-    same calls give the same pages. Every operation costs O(log num_pages) a page, and one that
+    same calls give the same pages. Every operation costs O(log num_pages) per page, and one that
     raises changes nothing. Not thread-safe.
     """
 
@@ -76,7 +73,7 @@ class PageAllocator:
 
         Args:
           num_pages: pages of the whole cache, over all shards.
-          page_size: tokens a page.
+          page_size: tokens per page.
           num_seq_shards: size of the mesh axes that split sequences.
           num_context_shards: size of the mesh axes that split the context.
           placement: "round_robin" or "contiguous", see above.
@@ -109,10 +106,8 @@ class PageAllocator:
                 f"{-(-num_pages // num_page_shards) * num_page_shards}"
             )
         self._pages_per_shard = num_pages // num_page_shards
-        self._pools = [
-            _Pool(shard * self._pages_per_shard, self._pages_per_shard)
-            for shard in range(num_page_shards)
-        ]
+        firsts = range(0, num_pages, self._pages_per_shard)
+        self._pools = [_Pool(first, self._pages_per_shard) for first in firsts]
         self._refcounts: dict[int, int] = {}
         self._sequences: dict[Hashable, _Sequence] = {}
 
@@ -121,7 +116,7 @@ class PageAllocator:
 
         Args:
           seq_id: any hashable name except None, which `block_tables` keeps for empty rows.
-          num_tokens: tokens to hold.
+          num_tokens: how many it will hold.
           seq_shard: the shard of sequences whose pages it gets.
 
         Returns:
@@ -151,8 +146,7 @@ class PageAllocator:
           ValueError: if the sequence is unknown, `num_tokens` is negative, or the sequence would
             have more than `max_blocks` pages.
         """
-        sequence = self._get(seq_id)
-        return self._grow(seq_id, sequence, _at_least(0, num_tokens=num_tokens))
+        return self._grow(seq_id, self._get(seq_id), _at_least(0, num_tokens=num_tokens))
 
     def free(self, seq_id: Hashable) -> None:
         """Ends a sequence; pages that no other sequence shares are free again.
@@ -197,10 +191,8 @@ class PageAllocator:
                 f"{original.num_tokens}; use at most that"
             )
         num_shared, num_tail = divmod(num_tokens, self.page_size)
-        shared = original.pages[:num_shared]
-        copy = _Sequence(
-            original.seq_shard, original.offset, num_shared * self.page_size, list(shared)
-        )
+        shared, num_tokens = original.pages[:num_shared], num_shared * self.page_size
+        copy = _Sequence(original.seq_shard, original.offset, num_tokens, list(shared))
         new_pages = self._grow(child, copy, num_tail)
         for page in shared:
             self._refcounts[page] += 1
@@ -307,11 +299,10 @@ class PageAllocator:
     def _take(self, sequence: "_Sequence", block: int) -> int:
         """The next page for a block: from the preferred pool, or from the fullest."""
         pools = self._pools_of(sequence.seq_shard)
-        if self.placement == "round_robin" or self.num_context_shards == 1:
-            pool = pools[(sequence.offset + block) % self.num_context_shards]
-        else:
-            assert self.max_blocks is not None
+        if self.placement == "contiguous" and self.max_blocks is not None:
             pool = pools[block // -(-self.max_blocks // self.num_context_shards)]
+        else:
+            pool = pools[(sequence.offset + block) % self.num_context_shards]
         page = (pool if len(pool) else max(pools, key=len)).take()
         self._refcounts[page] = 1
         return page

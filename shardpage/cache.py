@@ -25,19 +25,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 )
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
-    """Keys and values of one layer in pages. A pytree: goes through `jax.jit`, can be donated.
+    """Keys and values of one layer in pages. A pytree: goes through `jax.jit`, can be donated."""
 
-    Attributes:
-      arrays: pages of keys and pages of values, or one array of both.
-      scales: of quantised caches; none so far.
-      layout: order of the arrays' axes; static.
-      head_dim: elements per token and head; static. Rows of a packed cache hold several tokens.
-    """
-
-    arrays: tuple[Any, ...]
-    scales: tuple[Any, ...]
-    layout: KVLayout
-    head_dim: int
+    arrays: tuple[Any, ...]  # pages of keys and pages of values, or one array of both
+    scales: tuple[Any, ...]  # of quantised caches; none so far
+    layout: KVLayout  # order of the arrays' axes; static
+    head_dim: int  # elements per token and head; static. A packed row holds several tokens.
 
     @classmethod
     def of(
@@ -153,10 +146,9 @@ class PagedKVCache:
     def array_formats(self) -> "PagedKVCache":
         """How the arrays lie in memory and over devices: what `out_shardings` of a `jax.jit` takes.
 
-        A TPU program returns rows that are no multiple of 128 elements in an order of its own
-        unless told otherwise, and then cannot write in place: say
-        `out_shardings=cache.array_formats` for a function that returns such a cache (see
-        `abstract`). Elsewhere it changes nothing.
+        Unless told so, a TPU program returns rows that are no multiple of 128 elements in an order
+        of its own, and cannot write in place: say `out_shardings=cache.array_formats` for a
+        function that returns such a cache. Elsewhere it changes nothing.
         """
         return jax.tree.map(lambda array: array.format, self)
 
@@ -172,18 +164,12 @@ class PagedKVCache:
 
     def bytes_per_device(self) -> int:
         """Bytes of keys and values on each device."""
-        return sum(
-            x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
-            for x in jax.tree.leaves(self)
-        )
+        size = lambda x: x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+        return sum(map(size, jax.tree.leaves(self)))
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    """Checks that there are caches of this dtype.
-
-    Raises:
-      ValueError: if there are none; `name` is what the caller calls it.
-    """
+    """Checks that there are caches of this dtype; `name` is what the caller calls it."""
     if str(jnp.dtype(dtype)) not in DTYPES:
         raise ValueError(f"{name}={jnp.dtype(dtype)} is no cache's; choose one of {DTYPES}")
 

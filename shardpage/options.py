@@ -45,9 +45,8 @@ class Attention:
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ValueError(f"soft_cap={self.soft_cap} must be above 0, or None for no cap")
         self._set("window", _positive("window", self.window, "tokens, or None for all"))
-        meaning = "tokens, or None for the table's width"
-        length = _positive("max_context_len", self.max_context_len, meaning)
-        self._set("max_context_len", length)
+        width = "tokens, or None for the table's width"
+        self._set("max_context_len", _positive("max_context_len", self.max_context_len, width))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # as Python's own number, which hashes and is exact
@@ -64,11 +63,7 @@ class Tuning:
     Attributes:
       backend: "xla" or "pallas_tpu"; None for the one made for the platform.
       platform: "cpu", "gpu" or "tpu"; None for that of the mesh or the arrays.
-      num_splits: the most parts that a sequence is split into and worked on in parallel. 0: chosen
-        automatically; 1: never split.
-      pages_per_block: pages of one step of the streaming loop; None chooses.
-      cores: how `pallas_tpu` uses the two TensorCores of a v4 or v5p chip: split by "kv_head" or
-        by "batch"; None and "auto" choose; "off" uses one.
+      num_splits, pages_per_block, cores: as `page_attention` has them, the last as megacore_mode.
       interpret: run Pallas kernels in interpret mode; None where there is no TPU. Pallas' own
         `InterpretParams` say how.
       chip: the backend's description of the device; None asks JAX.
@@ -97,8 +92,7 @@ class Tuning:
         object.__setattr__(self, "num_splits", _int32("num_splits", self.num_splits))
         pages = _positive("pages_per_block", self.pages_per_block, "pages, or None to choose")
         object.__setattr__(self, "pages_per_block", pages)
-        modes = (None, *typing.get_args(CoresMode))
-        if self.cores not in modes:
+        if self.cores not in (modes := (None, *typing.get_args(CoresMode))):
             raise ValueError(f"cores={self.cores!r} must be one of {modes}")
         if isinstance(self.interpret, str | int) and not isinstance(self.interpret, bool):
             raise ValueError(

@@ -45,55 +45,34 @@ class KVLayout(enum.Enum):
 
     @classmethod
     def named(cls, name: Any) -> "KVLayout":
-        """The layout of this name.
-
-        Raises:
-          ValueError: if there is none.
-        """
-        if name not in typing.get_args(KVLayoutName):
-            raise ValueError(
-                f"kv_layout={name!r} is unknown; choose one of {typing.get_args(KVLayoutName)}"
-            )
+        """The layout of this name; a ValueError if there is none."""
+        names = typing.get_args(KVLayoutName)
+        if name not in names:
+            raise ValueError(f"kv_layout={name!r} is unknown; choose one of {names}")
         return cls[name.upper()]
 
 
 @dataclasses.dataclass(frozen=True)
 class PageFormat:
-    """One page, on one device or on all of them: only `num_kv_heads` differs.
-
-    Attributes:
-      layout: order of the axes.
-      num_kv_heads: KV heads per page.
-      page_size: tokens per page.
-      key_dim: elements of a key.
-      value_dim: elements of a value; equal to key_dim in all layouts so far.
-      dtype: as stored.
-      pack: tokens per row of a cache array.
-    """
+    """One page, on one device or on all of them: only `num_kv_heads` differs."""
 
     layout: KVLayout
     num_kv_heads: int
-    page_size: int
-    key_dim: int
-    value_dim: int
-    dtype: np.dtype
-    pack: int = 1
+    page_size: int  # tokens per page
+    key_dim: int  # elements of a key
+    value_dim: int  # of a value; equal to key_dim in all layouts so far
+    dtype: np.dtype  # as stored
+    pack: int = 1  # tokens per row of a cache array
 
     @classmethod
     def of(cls, layout: KVLayout, array: Any, key_dim: int) -> "PageFormat":
         """Reads the format off a cache array, packed if its rows are wider than `key_dim`."""
-        rows, row_dim = array.shape[-2:]
-        pack = row_dim // key_dim
-        num_kv_heads = array.shape[layout.value.heads]
-        dtype = np.dtype(array.dtype)
+        (rows, row_dim), dtype = array.shape[-2:], np.dtype(array.dtype)
+        pack, num_kv_heads = row_dim // key_dim, array.shape[layout.value.heads]
         return cls(layout, num_kv_heads, rows * pack, key_dim, key_dim, dtype, pack)
 
     def packed(self, wanted: bool | None, on_tpu: bool) -> "PageFormat":
-        """The same with as many tokens per row as fit; None packs where that pays.
-
-        Raises:
-          ValueError: if they are to be packed and cannot be.
-        """
+        """The same with as many tokens per row as fit; None packs where that pays."""
         pack, rest = divmod(PACKED_ROW, self.key_dim)
         possible = pack > 1 and rest == 0 and self.page_size % pack == 0
         if wanted and not possible:

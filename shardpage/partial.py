@@ -39,13 +39,10 @@ def _merge(
     total: Callable[[Partial], Partial],
     of_part: Callable[[jax.Array], jax.Array] = lambda peak: peak,
 ) -> Partial:
-    """The formula above. `parts` holds many partials: pytrees of arrays, or more axes.
+    """The formula above, for many partials in float32: in pytrees, or along axes of their own.
 
-    Args:
-      parts: what to merge, in float32.
-      largest: reduces their lse to the largest of each result.
-      total: reduces weighted outputs and weights to their sums.
-      of_part: from a result's value back to the parts that it comes from.
+    `largest` and `total` reduce them to one per result; `of_part` goes from a result's value back
+    to the parts that it comes from.
     """
     peak = finite(largest(lax.stop_gradient(parts.lse)))
     weight = jax.tree.map(lambda lse: jnp.exp(lse - of_part(peak)), parts.lse)
@@ -81,14 +78,12 @@ def merge_over_axis(
 ) -> Partial:
     """Merges the partials of all devices along mesh axes: one pmax of lse, one psum of the rest.
 
-    Args:
-      gather_up_to_bytes: if the partials of all devices take at most this many bytes, send all of
-        them to every device in one psum and merge there: more bytes, one collective instead of two.
+    If the partials of all devices take at most `gather_up_to_bytes`, all of them are sent to every
+    device in one psum and merged there: more bytes, one collective instead of two.
     """
     num_devices = lax.axis_size(axis_name)
     if num_devices * (partial.out.nbytes + partial.lse.nbytes) <= gather_up_to_bytes:
-        # This is an all_gather, written as a psum because `shard_map` then knows that the result
-        # is replicated.
+        # An all_gather, written as a psum: `shard_map` then knows that the result is replicated.
         mine = jnp.arange(num_devices) == lax.axis_index(axis_name)
         mine = mine.reshape(-1, *(1,) * partial.out.ndim)
         return merge_stacked(unpack(lax.psum(jnp.where(mine, pack(partial), 0.0), axis_name)))
@@ -138,9 +133,8 @@ def spread_nan(partial: Partial) -> Partial:
     A weighted mean of finite values is finite: what is not has read a NaN or an infinity.
     """
     broken = ~jnp.all(jnp.isfinite(partial.out), axis=-1)
-    return Partial(
-        jnp.where(broken[..., None], jnp.nan, partial.out), jnp.where(broken, jnp.nan, partial.lse)
-    )
+    nan = lambda where, x: jnp.where(where, jnp.nan, x)
+    return Partial(nan(broken[..., None], partial.out), nan(broken, partial.lse))
 
 
 def merge_partials(
@@ -152,10 +146,8 @@ def merge_partials(
     """Merges two attention results over disjoint keys into the one over all of them.
 
     Args:
-      out_a: attention over the first keys, any float dtype.
-      lse_a: natural log of its softmax denominator, float32; -inf where it saw no key.
-      out_b: attention over the other keys.
-      lse_b: natural log of its softmax denominator.
+      out_a, out_b: attention over the ones and over the others, any float dtype.
+      lse_a, lse_b: natural log of their softmax denominators, float32; -inf where there is no key.
 
     Returns:
       `(out, lse)` over the union: out in `out_a`'s dtype, lse in float32. The identity is

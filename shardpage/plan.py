@@ -1,6 +1,6 @@
-"""The plan of a step: what each query token reads and each new token's place, on this device.
+"""The plan of a step: what each query token reads and each new token's slot, on this device.
 
-Windows, bad tables and the placement of pages over devices end here: a backend knows intervals
+Windows, bad tables and the split of pages over devices end here: a backend knows intervals
 of pages, and nothing of where they come from.
 """
 
@@ -25,16 +25,10 @@ class Reads(NamedTuple):
     reads the tokens `[start, stop)`; `start` lies in the row's first page, and `start == stop == 0`
     where it reads none. Entries of `ids` at or past `ceil(stop / page_size)` are arbitrary and are
     never looked up.
-
-    Attributes:
-      ids: local page ids, those that this device holds moved to the left.
-      row: which row each query reads; None where query `i` reads row `i`, as in decoding.
-      start: first token.
-      stop: one past the last.
     """
 
-    ids: Int[Array, "rows pages"]
-    row: Int[Array, " queries"] | None
+    ids: Int[Array, "rows pages"]  # local, those that this device holds moved to the left
+    row: Int[Array, " queries"] | None  # None where query `i` reads row `i`, as in decoding
     start: Int[Array, " queries"]
     stop: Int[Array, " queries"]
 
@@ -51,17 +45,11 @@ class Writes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What depends on lengths and tables alone.
+    """What depends on lengths and tables alone."""
 
-    Attributes:
-      reads: of this device.
-      invalid: queries whose sequence has a bad table or length.
-      work: the backend's own, made from `reads`.
-    """
-
-    reads: Reads
-    invalid: Bool[Array, " queries"]
-    work: Any
+    reads: Reads  # of this device
+    invalid: Bool[Array, " queries"]  # whose sequence has a bad table or length
+    work: Any  # the backend's own, made from `reads`
 
 
 class PageRange(NamedTuple):
@@ -100,20 +88,11 @@ def make_plan(
     """Plans a decode step: one query per sequence, its last token.
 
     A page is needed if it holds a position in `[context_len - window, context_len)`. A sequence is
-    invalid if its context is negative, longer than `max_context_len` or than its table, or if a
-    needed entry is not a page that its `seqs` shard holds. All devices that share a sequence come
-    to the same verdict, without communication: they see the same table.
+    invalid, and reads nothing, if its context is negative, longer than `max_context_len` or than
+    its table, or if a needed entry is not a page that its `seqs` shard holds. All devices that
+    share a sequence come to the same verdict, without communication: they see the same table.
 
-    Args:
-      context_lens: tokens per sequence.
-      block_tables: global page ids.
-      page_size: tokens per page.
-      pages: the ids of this device.
-      attention: its window and longest context end here.
-      prepare: the backend's, which makes its work of the reads.
-
-    Returns:
-      The plan. Invalid sequences read nothing.
+    `prepare` is the backend's, which makes its work of the reads.
     """
     limit = block_tables.shape[1] * page_size
     if attention.max_context_len is not None:
@@ -154,7 +133,7 @@ def plan_writes(
     pages: PageRange,
     split: Split | None,
 ) -> Writes:
-    """Finds each new token's place among the pages of this device; the others are dropped."""
+    """Finds each new token's slot among the pages of this device; the others are dropped."""
     num_rows, max_blocks = block_tables.shape
     seq_shard = 0 if split is None else _linear_index(split.layout.seqs)
     row = seq_ids - seq_shard * num_rows
@@ -179,8 +158,8 @@ def compact(
 
 def _compact_by_scatter(values: jax.Array, keep: jax.Array) -> jax.Array:
     rows, columns = values.shape
-    place = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
-    at = (jnp.arange(rows)[:, None], jnp.where(keep, place, columns))
+    column = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
+    at = (jnp.arange(rows)[:, None], jnp.where(keep, column, columns))
     return jnp.zeros_like(values).at[at].set(values, mode="drop")
 
 
@@ -192,8 +171,7 @@ def _compact_by_shifts(values: jax.Array, keep: jax.Array) -> jax.Array:
     meet (Hacker's Delight, 2nd ed., 7-4, "compress"): log2(columns) elementwise passes.
     """
     columns = values.shape[1]
-    distance = jnp.cumsum(~keep, axis=1, dtype=jnp.int32)
-    distance = jnp.where(keep, distance, 0)
+    distance = jnp.where(keep, jnp.cumsum(~keep, axis=1, dtype=jnp.int32), 0)
 
     def move(bit: jax.Array, state: tuple[jax.Array, jax.Array]):
         values, distance = state

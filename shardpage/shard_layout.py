@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -19,13 +18,9 @@ class ShardLayout:
     | key/value cache | KV heads over `heads`; pages over (`seqs`, `context`), contiguous ranges |
     | context_lens, block_tables | sequences over `seqs` |
 
-    Attributes:
-      seqs: axis (or axes, outermost first) that split sequences, and the pages they may use.
-      heads: axis or axes that split KV heads; query heads follow their KV head.
-      context: axis or axes that split the pages of one sequence; partial results merge over it.
-
-    Each may be None: not split. With `layout=None`, calls take those of the axes "data", "kv"
-    and "context" that their mesh has.
+    Each field is an axis, several (outermost first) or None: not split. Query heads follow their KV
+    head, and partial results merge over `context`. With `layout=None`, calls take those of the axes
+    "data", "kv" and "context" that their mesh has.
     """
 
     seqs: Axis = "data"
@@ -35,9 +30,8 @@ class ShardLayout:
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh) -> "ShardLayout":
         """The default layout for a mesh: those of "data", "kv" and "context" that it has."""
-        return cls(
-            *(name if name in mesh.axis_names else None for name in dataclasses.astuple(cls()))
-        )
+        names = dataclasses.astuple(cls())
+        return cls(*(name if name in mesh.axis_names else None for name in names))
 
     @property
     def pages(self) -> Axis:
@@ -46,8 +40,7 @@ class ShardLayout:
 
     def shards(self, mesh: Mesh | AbstractMesh) -> "ShardCounts":
         """How many shards each of the three splits makes on this mesh."""
-        sizes: Mapping[str, int] = dict(mesh.shape)
-        count = lambda axis: math.prod(sizes[name] for name in axis_names(axis))
+        count = lambda axis: math.prod(mesh.shape[name] for name in axis_names(axis))
         return ShardCounts(count(self.seqs), count(self.heads), count(self.context))
 
     def spec(self, *dims: str | None) -> PartitionSpec:
@@ -79,11 +72,7 @@ class Split:
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh | None, layout: ShardLayout | None) -> "Split | None":
-        """The split that a call asks for; None on one device.
-
-        Raises:
-          ValueError: if the layout names axes that the mesh does not have, or one twice.
-        """
+        """The split that a call asks for; None on one device."""
         if mesh is None:
             if layout is not None:
                 raise ValueError(f"{layout=} names axes of a mesh; pass mesh= as well")
@@ -110,16 +99,10 @@ class Split:
     @property
     def platform(self) -> str | None:
         """The platform of the devices; None of an AbstractMesh, which has none."""
-        if isinstance(self.mesh, AbstractMesh):
-            return None
-        return self.mesh.devices.flat[0].platform
+        return None if isinstance(self.mesh, AbstractMesh) else self.mesh.devices.flat[0].platform
 
     def check_rows(self, name: str, count: int, padding: str) -> None:
-        """Checks that sequences, or tokens, split evenly.
-
-        Raises:
-          ValueError: if they do not; `padding` says what to pad them with.
-        """
+        """Checks that sequences, or tokens, split evenly; `padding` is what to pad them with."""
         if count % self.shards.seqs:
             padded = -(-count // self.shards.seqs) * self.shards.seqs
             raise ValueError(
@@ -128,11 +111,7 @@ class Split:
             )
 
     def check_cache(self, page_format: PageFormat, num_pages: int) -> None:
-        """Checks that the pages and KV heads of a cache split evenly.
-
-        Raises:
-          ValueError: if they do not.
-        """
+        """Checks that the pages and KV heads of a cache split evenly."""
         shards, layout, num_kv_heads = self.shards, self.layout, page_format.num_kv_heads
         if num_pages % shards.pages:
             padded = -(-num_pages // shards.pages) * shards.pages
@@ -141,11 +120,8 @@ class Split:
                 f"{layout.pages!r}; make the cache of {padded} pages"
             )
         if num_kv_heads % shards.heads:
-            works = [
-                n
-                for n in range(shards.heads, 0, -1)
-                if shards.heads % n == 0 and num_kv_heads % n == 0
-            ]
+            common = math.gcd(shards.heads, num_kv_heads)
+            works = [n for n in range(common, 0, -1) if common % n == 0]
             factorings = ", ".join(f"{n} x {shards.heads // n}" for n in works)
             raise ValueError(
                 f"{num_kv_heads=} must be divisible by the {shards.heads} shards of mesh axis "

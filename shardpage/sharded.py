@@ -86,12 +86,10 @@ def run(
     if split is not None:
         specs = [split.layout.spec(*dims) for dims in input_dims]
         cache_spec = split.layout.cache_spec(cache.format)
-        cache = jax.tree.map(lambda array: _place(array, cache_spec, split, movable=False), cache)
-        # None has no leaves, and stays.
-        inputs = [
-            jax.tree.map(lambda array, spec=spec: _place(array, spec, split), array)
-            for array, spec in zip(inputs, specs, strict=True)
-        ]
+        place = functools.partial(_place, split=split)
+        cache = jax.tree.map(lambda array: place(array, cache_spec, movable=False), cache)
+        pairs = zip(inputs, specs, strict=True)
+        inputs = [None if array is None else place(array, spec) for array, spec in pairs]
         cache_specs = jax.tree.map(lambda _: cache_spec, cache)
         in_specs, out_specs = (cache_specs, *specs), cache_specs
         if output_dims is not None:
@@ -142,7 +140,7 @@ def _place(array: Any, spec: PartitionSpec, split: Split, *, movable: bool = Tru
         move = jax.device_put
     if actual == wanted:
         return array
-    if not movable and spread and not actual.is_equivalent_to(wanted, array.ndim):
+    if actual and spread and not movable and not actual.is_equivalent_to(wanted, array.ndim):
         raise ValueError(
             f"the cache is spread over devices as {actual}, this call needs {spec}; moving it "
             "would cost its size in traffic per call. Make it with PagedKVCache.zeros(..., mesh=, "

@@ -85,8 +85,7 @@ def validate_writes(
     rank("seq_ids", seq_ids, "[num_tokens]")
     rank("positions", positions, "[num_tokens]")
     rank("block_tables", tables, "[num_seqs, max_blocks]")
-    num_seqs, max_blocks = tables.shape
-    num_tokens = len(seq_ids)
+    (num_tokens,), (num_seqs, max_blocks) = seq_ids.shape, tables.shape
     if len(positions) != num_tokens:
         raise ValueError(f"positions has {len(positions)} entries, seq_ids {num_tokens}")
     _divisible(num_seq_shards, num_seqs=num_seqs, num_pages=num_pages, num_tokens=num_tokens)

@@ -68,10 +68,10 @@ def write_kv(
 
 
 def _write_here(
-    tuning: Tuning, split: Split | None, cache: PagedKVCache, key, value, *where
+    tuning: Tuning, split: Split | None, cache: PagedKVCache, key, value, ids, positions, tables
 ) -> PagedKVCache:
     """One device's part: finds where each token goes, and writes those of its own pages."""
     pages = PageRange.here(cache.num_pages, split)
-    writes = plan_writes(*where, cache.format.page_size, pages, split)
+    writes = plan_writes(ids, positions, tables, cache.format.page_size, pages, split)
     key, value = (x.astype(cache.format.dtype) for x in (key, value))
     return backends.load(tuning).write(cache, key, value, writes, tuning)

@@ -25,7 +25,7 @@ INTERPRETABLE = ("pallas_tpu",)
 
 @runtime_checkable
 class Backend(Protocol):
-    """What the module of a backend has."""
+    """What the module of a backend has. What it does not have is a NotImplementedError."""
 
     def prepare(self, reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Any:
         """Index arithmetic that depends on the reads alone, once per step; goes to `attend`."""
@@ -40,11 +40,7 @@ class Backend(Protocol):
         attention: Attention,
         tuning: Tuning,
     ) -> Partial:
-        """Attends with each query `[queries, num_heads, key_dim]` over what it reads.
-
-        Raises:
-          NotImplementedError: for shapes and options that the backend does not have.
-        """
+        """Attends with each query `[queries, num_heads, key_dim]` over what it reads."""
         ...
 
     def write(

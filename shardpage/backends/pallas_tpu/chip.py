@@ -15,19 +15,11 @@ _COPY_LATENCY_US = 2.5
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One TensorCore, as far as block sizes depend on it.
+    """One TensorCore, as far as block sizes depend on it."""
 
-    Attributes:
-      name: JAX's name for the generation.
-      cores: TensorCores per device.
-      vmem_bytes: vector memory that a kernel may ask for.
-      smem_bytes: scalar memory.
-      hbm_bytes_per_us: HBM bandwidth.
-    """
-
-    name: str
-    cores: int
-    vmem_bytes: int
+    name: str  # JAX's, of the generation
+    cores: int  # per device
+    vmem_bytes: int  # that a kernel may ask for
     smem_bytes: int
     hbm_bytes_per_us: float
 

@@ -100,6 +100,5 @@ def _choose_cores(page_format: PageFormat, chip: Chip, tuning: Tuning) -> Cores:
     if mode in (None, "auto"):
         # Both balance. Heads need no merge, but halve the copies, which should stay large.
         halves = vmem_page_bytes(page_format) // (page_format.num_arrays * chip.cores)
-        by_heads = heads % chip.cores == 0 and halves >= _LARGE_COPY_BYTES
-        return Cores(chip.cores, by_heads)
-    return Cores(chip.cores, by_heads=mode == "kv_head")
+        return Cores(chip.cores, heads % chip.cores == 0 and halves >= _LARGE_COPY_BYTES)
+    return Cores(chip.cores, mode == "kv_head")

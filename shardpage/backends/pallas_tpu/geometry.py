@@ -24,14 +24,9 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The query rows of what one core works on.
+    """The query rows of what one core works on."""
 
-    Attributes:
-      format: of a page, with the KV heads of one core.
-      queries_per_kv_head: query heads that share a KV head.
-    """
-
-    format: PageFormat
+    format: PageFormat  # with the KV heads of one core
     queries_per_kv_head: int
 
     @property

@@ -46,16 +46,13 @@ def merged_partial(
     """Takes the kernel's output apart, and merges what splits, packing and cores kept apart.
 
     Args:
-      config: of the kernel.
       result: values and, in the last lanes, the lse; garbage where nothing was written.
       held: which segments were written, by each core that had a walk of its own.
     """
-    geometry, cores = config.geometry, config.cores
-    result = result.reshape(
-        cores.count, config.num_queries, config.num_splits, geometry.rows, geometry.out_lanes
-    )
+    geometry, by_query = config.geometry, (config.num_queries, config.num_splits)
+    result = result.reshape(config.cores.count, *by_query, geometry.rows, geometry.out_lanes)
     out, lse = _by_head(geometry, result)
-    if cores.by_heads:  # the cores' heads side by side
+    if config.cores.by_heads:  # the cores' heads side by side
         out, lse = (jnp.concatenate(list(x), axis=2)[None] for x in (out, lse))
     written = held[..., None, None, None]
     out, lse = jnp.where(written[..., None], out, 0.0), jnp.where(written, lse, -jnp.inf)
@@ -66,22 +63,18 @@ def merged_partial(
         for split in range(config.num_splits)
         for j in range(geometry.format.pack)
     ]
-    merged = parts[0]
+    out, lse = parts[0]
     if len(parts) > 1:
-        merged = merge_stacked(Partial(*map(jnp.stack, zip(*parts, strict=True))))
-    return Partial(
-        merged.out.reshape(config.num_queries, -1, dim), merged.lse.reshape(config.num_queries, -1)
-    )
+        out, lse = merge_stacked(Partial(*map(jnp.stack, zip(*parts, strict=True))))
+    return Partial(out.reshape(config.num_queries, -1, dim), lse.reshape(config.num_queries, -1))
 
 
 def _by_head(geometry: Geometry, result: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Values [cores, queries, splits, kv_heads, pack, queries_per_kv_head, row_dim], and lse."""
     page_format = geometry.format
+    heads = (*result.shape[:3], page_format.num_kv_heads)
     used = page_format.num_kv_heads * geometry.rows_per_head
-    rows = result[:, :, :, :used].reshape(
-        *result.shape[:3], page_format.num_kv_heads, geometry.rows_per_head, -1
-    )
-    rows = rows[:, :, :, :, : geometry.rows_in_use].reshape(
-        *rows.shape[:4], page_format.pack, geometry.queries_per_kv_head, -1
-    )
+    rows = result[:, :, :, :used].reshape(*heads, geometry.rows_per_head, -1)
+    rows = rows[:, :, :, :, : geometry.rows_in_use]
+    rows = rows.reshape(*heads, page_format.pack, geometry.queries_per_kv_head, -1)
     return rows[..., : page_format.row_dim], rows[..., -1]

@@ -27,38 +27,23 @@ _TABLE_ENTRIES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Block sizes.
+    """Block sizes."""
 
-    Attributes:
-      block_pages: pages per block; a power of two of at most 128 if the table is not resident.
-      chunk_pages: pages that the general path works on at a time; divides `block_pages`.
-      ring_blocks: blocks in the ring: one is worked on, the others are on their way.
-      table_entries: windows in the ring of page ids; 0 if all ids stay in scalar memory.
-    """
-
-    block_pages: int
-    chunk_pages: int
-    ring_blocks: int
-    table_entries: int = 0
+    block_pages: int  # a power of two of at most 128 if the table is not resident
+    chunk_pages: int  # that the general path works on at a time; divides `block_pages`
+    ring_blocks: int  # one is worked on, the others are on their way
+    table_entries: int = 0  # windows in the ring of page ids; 0 if all ids are resident
 
 
 @dataclasses.dataclass(frozen=True)
 class Demand:
-    """What is asked of one core's kernel.
-
-    Attributes:
-      geometry: rows and pages.
-      num_cores: cores that share a device's work.
-      num_queries: query tokens.
-      num_splits: segments per query.
-      max_pages: width of the table.
-    """
+    """What is asked of one core's kernel."""
 
     geometry: Geometry
-    num_cores: int
+    num_cores: int  # that share a device's work
     num_queries: int
-    num_splits: int
-    max_pages: int
+    num_splits: int  # segments per query
+    max_pages: int  # width of the table
 
     def vmem_bytes(self, block_pages: int, ring_blocks: int) -> int:
         """Vector memory that a kernel of these sizes takes."""

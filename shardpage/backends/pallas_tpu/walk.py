@@ -76,20 +76,21 @@ def schedule(
     sentinel = jnp.full((num_cores, 1), num_queries * num_splits, jnp.int32)
     flat = lambda values, last: jnp.concatenate([values, last], axis=1).reshape(-1)
     zero = jnp.zeros_like(sentinel)
-    cuts = (flat(x, zero) for x in (first, end, full_end))
+    first, end, full_end = (flat(x, zero) for x in (first, end, full_end))
     link = flat(next_held[:, 1:], jnp.concatenate([sentinel, sentinel], axis=1))
-    arrays = Schedule(*cuts, link, next_held[:, 0], start, stop)
+    arrays = Schedule(first, end, full_end, link, next_held[:, 0], start, stop)
     return arrays, held.reshape(num_cores, num_queries, num_splits)
 
 
 def _cut(first: jax.Array, end: jax.Array, num_cores: int) -> tuple[jax.Array, jax.Array]:
-    """Each core's part of the segments: [num_cores, num_segments], equal numbers of blocks."""
+    """Each core's part of the segments, [num_cores, num_segments]: as many blocks for each core."""
     after = jnp.cumsum(end - first, dtype=jnp.int32)
     before = after - (end - first)
     share = -(-after[-1] // num_cores)
     low = share * jnp.arange(num_cores, dtype=jnp.int32)[:, None]
+    high = low + share
     cut = lambda bound: first + jnp.clip(bound - before, 0, end - first)
-    return cut(low), cut(low + share)
+    return cut(low), cut(high)
 
 
 def _next_index(held: Bool[Array, "rows columns"]) -> Int[Array, "rows columns"]:

@@ -29,11 +29,7 @@ def write(
     writes: Writes,
     tuning: Tuning,
 ) -> PagedKVCache:
-    """Writes tokens into local pages; see `shardpage.backends` for the contract.
-
-    Raises:
-      NotImplementedError: for pages and dtypes that `attend` does not have either.
-    """
+    """Writes tokens into local pages; see `shardpage.backends` for the contract."""
     check_format(cache.format)
     tokens = cache.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
     for start in range(0, key.shape[0], _TOKENS_PER_CALL):
@@ -56,21 +52,15 @@ def _write(
     schedule, rows, arrays = vary_together(schedule, rows, cache.arrays)
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
-    num_before = len(schedule) + len(rows)
+    hbm_arrays, num_before = (hbm,) * len(arrays), len(schedule) + len(rows)
+    shape_of = lambda array: jax.ShapeDtypeStruct(
+        array.shape, array.dtype, manual_axis_type=jax.typeof(array).manual_axis_type
+    )
     return pl.pallas_call(
         functools.partial(write_kernel.kernel, tiles=tiles),
-        in_specs=[
-            jax.tree.map(lambda _: scalar, schedule),
-            (hbm,) * len(rows),
-            (hbm,) * len(arrays),
-        ],
-        out_specs=(hbm,) * len(arrays),
-        out_shape=tuple(
-            jax.ShapeDtypeStruct(
-                array.shape, array.dtype, manual_axis_type=jax.typeof(array).manual_axis_type
-            )
-            for array in arrays
-        ),
+        in_specs=[jax.tree.map(lambda _: scalar, schedule), (hbm,) * len(rows), hbm_arrays],
+        out_specs=hbm_arrays,
+        out_shape=jax.tree.map(shape_of, arrays),
         input_output_aliases={num_before + i: i for i in range(len(arrays))},
         scratch_shapes=write_kernel.scratch_shapes(tiles, len(arrays)),
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),

@@ -40,10 +40,15 @@ def attend(
     """Attends over local pages; see `shardpage.backends` for the contract.
 
     Differentiable in reverse mode with respect to query and cache.
-
-    Raises:
-      NotImplementedError: for options that only `pallas_tpu` has.
     """
+    refuse_kernel_options(tuning)
+    query = query.astype(cache.format.compute_dtype)
+    arrays = vary_together(query, cache.unpacked(), reads, work)
+    return _attend(attention, tuning.platform, *arrays)
+
+
+def refuse_kernel_options(tuning: Tuning) -> None:
+    """Refuses what only `pallas_tpu` has."""
     if tuning.cores not in (None, "auto", "off"):
         raise NotImplementedError(
             f"cores={tuning.cores!r} splits a kernel over two TPU cores; the xla backend has no "
@@ -54,9 +59,6 @@ def attend(
             "interpret=True runs a Pallas kernel in the interpreter; the xla backend has none: "
             "use backend='pallas_tpu', or interpret=None"
         )
-    query = query.astype(cache.format.compute_dtype)
-    arrays = vary_together(query, cache.unpacked(), reads, work)
-    return _attend(attention, tuning.platform, *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -75,10 +77,9 @@ def _attend(
         return parts.at[items.part].set(pack(merged), mode="drop", unique_indices=True)
 
     num_queries, num_heads, _ = query.shape
-    nothing = Partial(
-        jnp.zeros((work.num_parts, num_heads, cache.format.value_dim), jnp.float32),
-        jnp.full((work.num_parts, num_heads), -jnp.inf, jnp.float32),
-    )
+    shape = (work.num_parts, num_heads)
+    out = jnp.zeros((*shape, cache.format.value_dim), jnp.float32)
+    nothing = Partial(out, jnp.full(shape, -jnp.inf, jnp.float32))
     parts = vary_over(pack(nothing), varying_axes(query, cache, reads))
     page_size, on_gpu = cache.format.page_size, platform == "gpu"
     parts = unpack(walk_blocks(work, reads, page_size, attend_block, parts, peel_last=on_gpu))

@@ -8,7 +8,7 @@ from jax import lax
 
 from ...cache import PagedKVCache
 from ...options import Attention
-from ...partial import Partial
+from ...partial import Partial, finite
 from ...plan import Reads
 from ...varying import vary_over, varying_axes
 from .block import fetch, masked_logits, split_heads
@@ -33,8 +33,7 @@ def gradients(
     """
     d_out, d_lse = cotangent
     # The part of d logits / w that is one element per query head.
-    offset = d_lse - jnp.sum(d_out * partial.out, axis=-1)
-    lse = jnp.where(partial.lse == -jnp.inf, 0.0, partial.lse)
+    offset, lse = d_lse - jnp.sum(d_out * partial.out, axis=-1), finite(partial.lse)
     matmul = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
     def add_block(items: Items, state: tuple[jax.Array, PagedKVCache]):
@@ -60,9 +59,8 @@ def gradients(
         d_query = d_query.at[items.query].add(d_block)
         return d_query, scatter_add(d_cache, items.ids, d_key, d_value)
 
-    zeros = jax.tree.map(
-        lambda x: vary_over(jnp.zeros(x.shape, jnp.float32), varying_axes(query, cache, reads)),
-        (query, cache),
-    )
+    axes = varying_axes(query, cache, reads)
+    zero = lambda x: vary_over(jnp.zeros(x.shape, jnp.float32), axes)
+    zeros = jax.tree.map(zero, (query, cache))
     grads = walk_blocks(work, reads, cache.format.page_size, add_block, zeros)
     return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (query, cache))

@@ -16,8 +16,7 @@ def gather(
     One XLA gather per array that writes its result in the order the matmuls want: no transpose of
     what was fetched, and none of a cache.
     """
-    axis = cache.layout.value.pages
-    fetched = [_gather(array, page_ids, axis) for array in cache.arrays]
+    fetched = [_gather(array, page_ids, cache.layout.value.pages) for array in cache.arrays]
     key, value = fetched[0] if cache.format.fused else fetched
     return key, value
 
@@ -29,56 +28,34 @@ def scatter_add(
     value: Float[Array, "items kv_heads tokens dim"],
 ) -> PagedKVCache:
     """Adds tokens to their pages: the transpose of `gather`."""
-    axis = cache.layout.value.pages
     tokens = cache.format.to_arrays(key, value, jnp.stack)
-    added = (
-        _scatter_add(array, page_ids, new, axis)
-        for array, new in zip(cache.arrays, tokens, strict=True)
-    )
-    return cache.replace(added)
+    pairs = zip(cache.arrays, tokens, strict=True)
+    pages_axis = cache.layout.value.pages
+    return cache.replace(_scatter_add(array, page_ids, new, pages_axis) for array, new in pairs)
 
 
-def _token_dims(lead: int) -> tuple[int, ...]:
+def _token_dims(array: jax.Array) -> tuple[int, ...]:
     """Where a page's own axes lie in `[*lead, items, kv_heads, pages, page_size, dim]`."""
+    lead = array.ndim - 4
     return (*range(lead), lead + 1, lead + 3, lead + 4)
 
 
 def _gather(array: jax.Array, page_ids: jax.Array, pages_axis: int) -> jax.Array:
     """`[*lead, items, kv_heads, pages * page_size, dim]`, lead being (2,) of a fused cache."""
-    lead = array.ndim - 4
-    num_items, num_pages = page_ids.shape
-    slice_sizes = list(array.shape)
-    slice_sizes[pages_axis] = 1
-    fetched = lax.gather(
-        array,
-        page_ids[..., None],
-        lax.GatherDimensionNumbers(
-            offset_dims=_token_dims(lead),
-            collapsed_slice_dims=(pages_axis,),
-            start_index_map=(pages_axis,),
-        ),
-        tuple(slice_sizes),
-        mode=lax.GatherScatterMode.CLIP,
-    )
-    *lead_shape, _, num_kv_heads, _, page_size, dim = fetched.shape
-    return fetched.reshape(*lead_shape, num_items, num_kv_heads, num_pages * page_size, dim)
+    page = tuple(1 if axis == pages_axis else size for axis, size in enumerate(array.shape))
+    dims = lax.GatherDimensionNumbers(_token_dims(array), (pages_axis,), (pages_axis,))
+    clip = lax.GatherScatterMode.CLIP
+    fetched = lax.gather(array, page_ids[..., None], dims, page, mode=clip)
+    *lead, num_items, num_kv_heads, num_pages, page_size, dim = fetched.shape
+    return fetched.reshape(*lead, num_items, num_kv_heads, num_pages * page_size, dim)
 
 
 def _scatter_add(
     array: jax.Array, page_ids: jax.Array, tokens: jax.Array, pages_axis: int
 ) -> jax.Array:
-    lead = array.ndim - 4
-    *before, num_tokens, dim = tokens.shape
+    *lead, num_tokens, dim = tokens.shape
     num_pages = page_ids.shape[1]
-    updates = tokens.reshape(*before, num_pages, num_tokens // num_pages, dim)
-    return lax.scatter_add(
-        array,
-        page_ids[..., None],
-        updates,
-        lax.ScatterDimensionNumbers(
-            update_window_dims=_token_dims(lead),
-            inserted_window_dims=(pages_axis,),
-            scatter_dims_to_operand_dims=(pages_axis,),
-        ),
-        mode=lax.GatherScatterMode.CLIP,
-    )
+    updates = tokens.reshape(*lead, num_pages, num_tokens // num_pages, dim)
+    dims = lax.ScatterDimensionNumbers(_token_dims(array), (pages_axis,), (pages_axis,))
+    clip = lax.GatherScatterMode.CLIP
+    return lax.scatter_add(array, page_ids[..., None], updates, dims, mode=clip)

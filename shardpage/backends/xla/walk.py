@@ -87,9 +87,8 @@ class Walk:
         page = first_page[:, None] + jnp.arange(self.block_pages, dtype=jnp.int32)
         row = query if reads.row is None else reads.row[query]
         ids = reads.ids.at[row[:, None], page].get(mode="clip")
-        token = first_page[:, None] * page_size + jnp.arange(
-            self.block_pages * page_size, dtype=jnp.int32
-        )
+        token = first_page[:, None] * page_size
+        token += jnp.arange(self.block_pages * page_size, dtype=jnp.int32)
         start, stop = reads.start[query, None], reads.stop[query, None]
         valid = (token >= start) & (token < stop) & live[:, None]
         part = query + jnp.arange(self.num_lanes, dtype=jnp.int32)
@@ -97,30 +96,18 @@ class Walk:
 
 
 def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Walk:
-    """Sizes the steps of the walk, and lists its work."""
+    """Lists the work, in steps of about `_STEP_BYTES` of keys and values."""
     num_queries, max_pages = reads.start.shape[0], reads.ids.shape[1]
-    block_pages, num_lanes = choose_blocks(page_format, tuning, num_queries, max_pages)
-    block_tokens = block_pages * page_format.page_size
-    return make_walk(reads, block_pages, block_tokens, num_lanes, tuning.num_splits)
-
-
-def choose_blocks(
-    page_format: PageFormat, tuning: Tuning, num_queries: int, max_pages: int
-) -> tuple[int, int]:
-    """Pages per block, and lanes: about `_STEP_BYTES` of keys and values per step."""
     step_bytes = _STEP_BYTES.get(tuning.platform or "", _STEP_BYTES_ELSEWHERE)
     step_pages = max(step_bytes // page_format.page_bytes, 1)
-    pages = tuning.pages_per_block
-    if pages is None and tuning.platform == "cpu":  # one lane
-        pages = step_pages
-    elif pages is None:
-        pages = min(step_pages, max(_LANE_TOKENS // page_format.page_size, 1))
+    lane_pages = max(_LANE_TOKENS // page_format.page_size, 1)
+    if tuning.platform == "cpu":  # one lane
+        lane_pages = step_pages
+    pages = tuning.pages_per_block or min(step_pages, lane_pages)
     pages = max(min(pages, max_pages), 1)
-    num_items = num_queries * -(-max_pages // pages)
-    lanes = min(max(step_pages // pages, 1), num_items)
-    if tuning.num_splits > 1:
-        lanes = min(max(lanes, tuning.num_splits), num_items)
-    return pages, max(lanes, 1)
+    lanes = max(step_pages // pages, tuning.num_splits, 1)
+    lanes = max(min(lanes, num_queries * -(-max_pages // pages)), 1)
+    return make_walk(reads, pages, pages * page_format.page_size, lanes, tuning.num_splits)
 
 
 def make_walk(
@@ -156,15 +143,11 @@ def walk_blocks(
 ) -> State:
     """Runs `work` on every step of the walk: as many as the longest share has items.
 
-    Args:
-      peel_last: run the last step after the loop (even if empty). On a GPU the host blocks at each
-        loop test and launches nothing meanwhile; with one step left it launches the following
-        kernels while that step runs.
+    `peel_last` runs the last step after the loop (even if empty). On a GPU the host blocks at each
+    loop test and launches nothing meanwhile; with one step left it launches the following kernels
+    while that step runs.
     """
-
-    def body(step: jax.Array, state: State) -> State:
-        return work(walk.items(step, reads, page_size), state)
-
+    body = lambda step, state: work(walk.items(step, reads, page_size), state)
     num_steps = jnp.max(walk.cuts[1:] - walk.cuts[:-1])
     if not peel_last:
         return lax.fori_loop(0, num_steps, body, state)

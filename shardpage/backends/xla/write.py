@@ -1,5 +1,7 @@
 """`write` of the XLA backend: a scatter into the pages of a donated cache, in place."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +11,7 @@ from ...cache import PagedKVCache
 from ...options import Tuning
 from ...page_format import KVLayout
 from ...plan import Writes
+from .attend import refuse_kernel_options
 
 
 def write(
@@ -18,35 +21,20 @@ def write(
     writes: Writes,
     tuning: Tuning,
 ) -> PagedKVCache:
-    """Writes tokens into local pages; see `shardpage.backends` for the contract.
-
-    Raises:
-      NotImplementedError: for options that only `pallas_tpu` has.
-    """
-    if tuning.interpret:
-        raise NotImplementedError(
-            "interpret=True runs a Pallas kernel in the interpreter; the xla backend has none: "
-            "use backend='pallas_tpu', or interpret=None"
-        )
-    rows = cache.unpacked()
+    """Writes tokens into local pages; see `shardpage.backends` for the contract."""
+    refuse_kernel_options(tuning)
     tokens = cache.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
-    written = (
-        _put(cache.layout, array, new, writes)
-        for array, new in zip(rows.arrays, tokens, strict=True)
+    arrays = zip(cache.arrays, cache.unpacked().arrays, tokens, strict=True)
+    return cache.replace(
+        _put(cache.layout, rows, new, writes).reshape(array.shape) for array, rows, new in arrays
     )
-    return cache.replace(x.reshape(old.shape) for x, old in zip(written, cache.arrays, strict=True))
 
 
 def _put(layout: KVLayout, array: jax.Array, tokens: jax.Array, writes: Writes) -> jax.Array:
     if array.dtype != jnp.bfloat16 or jax.__version_info__ >= (0, 11):
         return _scatter(layout, array, tokens, writes)
-    return lax.platform_dependent(
-        array,
-        tokens,
-        writes,
-        cpu=lambda *args: _select(layout, *args),
-        default=lambda *args: _scatter(layout, *args),
-    )
+    select, scatter = (functools.partial(f, layout) for f in (_select, _scatter))
+    return lax.platform_dependent(array, tokens, writes, cpu=select, default=scatter)
 
 
 def _scatter(layout: KVLayout, array: jax.Array, tokens: jax.Array, writes: Writes) -> jax.Array:
