@@ -18,19 +18,22 @@ from .shard_layout import ShardLayout, Split
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("arrays", "scales"),
-    meta_fields=("layout", "head_dim"),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
-    """Keys and values of one layer in pages. A pytree: goes through `jax.jit`, can be donated."""
+    """Keys and values of one layer in pages. A pytree: goes through `jax.jit`, can be donated.
 
-    arrays: tuple[Any, ...]  # pages of keys and pages of values, or one array of both
-    scales: tuple[Any, ...]  # of quantised caches; none so far
-    layout: KVLayout  # order of the arrays' axes; static
-    head_dim: int  # elements per token and head; static. A packed row holds several tokens.
+    Attributes:
+      arrays: pages of keys and pages of values, or one array of both.
+      scales: of quantised caches; none so far.
+      layout: order of the arrays' axes; static.
+      head_dim: elements per token and head; static. Rows of a packed cache hold several tokens.
+    """
+
+    arrays: tuple[Any, ...]
+    scales: tuple[Any, ...]
+    layout: KVLayout = dataclasses.field(metadata={"static": True})
+    head_dim: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(

@@ -87,11 +87,8 @@ def merge_over_axis(
         mine = jnp.arange(num_devices) == lax.axis_index(axis_name)
         mine = mine.reshape(-1, *(1,) * partial.out.ndim)
         return merge_stacked(unpack(lax.psum(jnp.where(mine, pack(partial), 0.0), axis_name)))
-    return _merge(
-        partial,
-        lambda lse: lax.pmax(lse, axis_name),
-        lambda parts: unpack(lax.psum(pack(parts), axis_name)),
-    )
+    total = lambda parts: unpack(lax.psum(pack(parts), axis_name))
+    return _merge(partial, lambda lse: lax.pmax(lse, axis_name), total)
 
 
 def normalize(out: jax.Array, total: jax.Array, peak: jax.Array) -> Partial:

@@ -18,9 +18,13 @@ class ShardLayout:
     | key/value cache | KV heads over `heads`; pages over (`seqs`, `context`), contiguous ranges |
     | context_lens, block_tables | sequences over `seqs` |
 
-    Each field is an axis, several (outermost first) or None: not split. Query heads follow their KV
-    head, and partial results merge over `context`. With `layout=None`, calls take those of the axes
-    "data", "kv" and "context" that their mesh has.
+    Attributes:
+      seqs: axis (or axes, outermost first) that split sequences, and the pages they may use.
+      heads: axis or axes that split KV heads; query heads follow their KV head.
+      context: axis or axes that split the pages of one sequence; partial results merge over it.
+
+    Each may be None: not split. With `layout=None`, calls take those of the axes "data", "kv"
+    and "context" that their mesh has.
     """
 
     seqs: Axis = "data"

@@ -83,10 +83,8 @@ class Kernel:
         """Starts the first copies: one block for each place of the ring."""
         zero, begin = jnp.int32(0), self.walk.begin()
         position = Position(begin, begin, begin, zero, zero, zero)
-        start_ids, start_block = (
-            (lambda _, p: self.start_ids(p)),
-            (lambda _, p: self.start_block(p)),
-        )
+        start_ids = lambda _, position: self.start_ids(position)
+        start_block = lambda _, position: self.start_block(position)
         if self.sizes.table_entries:
             position = lax.fori_loop(0, self.sizes.table_entries, start_ids, position)
         position = lax.fori_loop(0, self.sizes.ring_blocks, start_block, position)
@@ -201,11 +199,9 @@ class Kernel:
         return jnp.minimum(left, self.sizes.block_pages)
 
     def copy_query(self, cursor: Cursor, place: jax.Array):
-        query, target = (
-            self.query.at[self.walk.query(cursor.segment)],
-            self.scratch.queries.at[place],
-        )
-        return pltpu.make_async_copy(query, target, self.scratch.query_semaphores.at[place])
+        query, target = self.walk.query(cursor.segment), self.scratch.queries.at[place]
+        semaphore = self.scratch.query_semaphores.at[place]
+        return pltpu.make_async_copy(self.query.at[query], target, semaphore)
 
     def copy_result(self, segment: jax.Array | int, which: jax.Array | int):
         result, target = self.scratch.results.at[which], self.out.at[segment]

@@ -21,10 +21,8 @@ def query_rows(
     )
     # For each token of a cache row, a copy of the queries in that token's lanes.
     spare = page_format.row_dim - head_dim
-    copies = [
-        _pad(heads, axis=4, before=lane, after=spare - lane)
-        for lane in range(0, page_format.row_dim, head_dim)
-    ]
+    lanes = range(0, page_format.row_dim, head_dim)
+    copies = [_pad(heads, axis=4, before=lane, after=spare - lane) for lane in lanes]
     rows = jnp.concatenate(copies, axis=3)
     rows = _pad(rows, axis=3, after=geometry.rows_per_head - geometry.rows_in_use)
     rows = rows.reshape(num_queries, shards, -1, page_format.row_dim)

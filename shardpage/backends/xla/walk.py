@@ -1,7 +1,6 @@
 """The flat walk of the XLA backend: which blocks of which queries each step works on."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,11 +33,7 @@ class Items(NamedTuple):
     valid: Bool[Array, "lanes tokens"]  # tokens of the block that are attended to
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("first", "last", "cuts"),
-    meta_fields=("block_pages",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """A flat list of all queries' blocks, cut into one share per lane.
@@ -50,7 +45,7 @@ class Walk:
     first: Any  # [queries] int32
     last: Any  # [queries] int32
     cuts: Any  # [lanes + 1] int32
-    block_pages: int
+    block_pages: int = dataclasses.field(metadata={"static": True})
 
     @property
     def num_lanes(self) -> int:

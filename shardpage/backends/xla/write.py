@@ -23,8 +23,9 @@ def write(
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
     refuse_kernel_options(tuning)
+    unpacked = cache.unpacked().arrays
     tokens = cache.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
-    arrays = zip(cache.arrays, cache.unpacked().arrays, tokens, strict=True)
+    arrays = zip(cache.arrays, unpacked, tokens, strict=True)
     return cache.replace(
         _put(cache.layout, rows, new, writes).reshape(array.shape) for array, rows, new in arrays
     )
