@@ -111,7 +111,7 @@ def pack(partial: Partial) -> Float[Array, "*batch heads dim_and_one"]:
 
 
 def unpack(rows: Float[Array, "*batch heads dim_and_one"]) -> Partial:
-    """What `pack` has packed."""
+    """The inverse of `pack`."""
     return Partial(rows[..., :-1], rows[..., -1])
 
 

@@ -45,7 +45,7 @@ class Writes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What depends on lengths and tables alone."""
+    """What follows from lengths and tables alone, once per step."""
 
     reads: Reads  # of this device
     invalid: Bool[Array, " queries"]  # whose sequence has a bad table or length

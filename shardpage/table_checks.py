@@ -21,12 +21,14 @@ def validate_tables(
     """Checks on the host what compiled code can only answer with NaN.
 
     Args:
-      context_lens, block_tables, max_context_len, sliding_window: as passed to `page_attention`.
-        Only the entries that it would look up are checked.
+      context_lens: tokens per sequence, `[num_seqs]`, integers.
+      block_tables: global page ids, `[num_seqs, max_blocks]`, integers. Only the entries that
+        `page_attention` would look up with the same options are checked.
       num_pages: pages of the whole cache, over all devices.
       page_size: tokens per page.
       num_seq_shards: shards of the mesh axis that splits sequences; sequence and pages must
         belong to the same one.
+      max_context_len, sliding_window: as passed to `page_attention`.
 
     Raises:
       ValueError: naming the sequence, the entry, its value and the rule that it breaks.
@@ -73,7 +75,8 @@ def validate_writes(
     """Finds on the host the tokens that `write_kv` would drop, other than those with -1.
 
     Args:
-      seq_ids, positions, block_tables: as passed to `write_kv`; tokens with -1 are skipped.
+      seq_ids, positions: `[num_tokens]` integers, as passed to `write_kv`; -1 is skipped.
+      block_tables: `[num_seqs, max_blocks]` integers, global page ids.
       num_pages: pages of the whole cache, over all devices.
       page_size: tokens per page.
       num_seq_shards: shards of the mesh axis that splits sequences.

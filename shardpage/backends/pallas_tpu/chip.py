@@ -25,11 +25,11 @@ class Chip:
 
     @property
     def bytes_in_flight(self) -> int:
-        """What must be on its way at any time for the memory never to wait."""
+        """Bytes that must be on their way at any time to keep the memory busy."""
         return int(self.hbm_bytes_per_us * _COPY_LATENCY_US)
 
 
-# Where the chip is unknown: what runs on all of them, v4's VMEM.
+# What every generation has; the VMEM is v4's.
 UNKNOWN_CHIP = Chip("unknown", 1, 16 * MIB, MIB, 1.0e6)
 
 

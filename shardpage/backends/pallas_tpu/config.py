@@ -1,4 +1,4 @@
-"""What a decode kernel is compiled for, from what is asked of it; refusals included."""
+"""The static configuration of a decode kernel, from shapes and options; refuses what it has not."""
 
 import dataclasses
 

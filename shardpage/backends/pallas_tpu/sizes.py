@@ -1,4 +1,4 @@
-"""Block sizes of the decode kernel, from a model of what the chip holds and how far its memory is.
+"""Block sizes of the decode kernel, from a model of the chip's memories and their latency.
 
 A block should be long enough that the fixed cost of working on one (the latency of two matmuls
 and a softmax, some 120 cycles) is small against the time its bytes take, and the ring deep enough

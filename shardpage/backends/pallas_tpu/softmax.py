@@ -2,7 +2,7 @@
 
 Logits are kept in units of log2, for which the hardware has the exponential. A masked logit is
 -inf, and the running maximum starts at the lowest finite one, so that no difference is ever NaN by
-itself. What a NaN or an infinity was read for is NaN: it must never look like a masked logit.
+itself. A logit made of a NaN or an infinity is NaN: it must never look like a masked one.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """What becomes of a dot product: scaled, capped, in units of log2."""
+    """Turns dot products into logits: scaled, capped, in units of log2."""
 
     scale: float
     soft_cap: float | None
