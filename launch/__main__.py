@@ -7,8 +7,8 @@ try:
 except ImportError:  # a plain `pip install shardpage` is the library alone
     sys.exit("the shardpage command needs typer and rich: pip install 'shardpage[launch]'")
 
-from . import guard
 from .jobs import bench, doctor, generate, plan, render, schedule, simulate, verify
+from .processes import guard
 
 app = typer.Typer(
     name="shardpage",

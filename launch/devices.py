@@ -62,7 +62,7 @@ def open_mesh(
 
     import meshes
 
-    from . import bootstrap
+    from .processes import bootstrap
 
     processes = bootstrap.initialize(spare_cpu_devices=spare_cpu_devices)
     try:

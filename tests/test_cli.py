@@ -11,11 +11,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from launch import checks
 from launch.__main__ import app
-from launch.console import PlainOutput
 from launch.devices import fitting_specs
+from launch.generate.console import PlainOutput
 from launch.jobs.generate import read_prompts
+from launch.verify import checks
 
 from . import tiny_model
 

@@ -8,11 +8,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from launch import bootstrap, doctor, guard, notes, resume
+from launch import bootstrap, guard
 from launch.__main__ import app
-from launch.engine import Request
-from launch.supervisor import environment, gang, output, verdict
-from launch.supervisor.verdict import Outcome
+from launch.generate import resume
+from launch.generate.engine import Request
+from launch.processes import doctor, notes
+from launch.processes.supervisor import environment, gang, output, verdict
+from launch.processes.supervisor.verdict import Outcome
 
 IDENTITY = {
     "SHARDPAGE_COORDINATOR": "127.0.0.1:1234",

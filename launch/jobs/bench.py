@@ -66,7 +66,7 @@ def bench(
     to be read (written, for writes); "of copy" is their share of what a plain copy reads and
     writes on the same device.
     """
-    from ..signals import Stopped, stop_on_signals
+    from ..processes.signals import Stopped, stop_on_signals
 
     if topology:
         from .schedule import schedule
@@ -97,7 +97,7 @@ def _run(
     import meshes
 
     from ..bench import compare, draw, report, timing
-    from ..results import write_json
+    from ..json_file import write_json
 
     if simulate is not None:
         meshes.simulate(simulate)

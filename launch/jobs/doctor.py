@@ -22,7 +22,7 @@ def doctor(
     ] = False,
 ) -> None:
     """Check this host before a run: versions, devices, ports, leftovers of other runs."""
-    from ..doctor import examine
+    from ..processes.doctor import examine
 
     findings = list(examine(mesh=mesh, num_devices=devices, across=across))
     for finding in findings:

@@ -62,9 +62,9 @@ def generate(
     ] = False,
 ) -> None:
     """Answer prompts with SmolLM2-135M, its KV cache in pages over a mesh of devices."""
-    from .. import serve
-    from ..signals import Stopped, stop_on_signals
-    from ..smollm2 import MissingWeights
+    from ..generate import serve
+    from ..generate.smollm2 import MissingWeights
+    from ..processes.signals import Stopped, stop_on_signals
 
     options = serve.Options(
         mesh=mesh,

@@ -33,7 +33,7 @@ def schedule(
     and in two, and for JAX's own. The compiler writes its schedule out; the bundles of the loop
     over blocks, over the cycles that HBM needs for a block's bytes, say which waits for which.
     """
-    from ..results import write_json
+    from ..json_file import write_json
     from ..schedule import report
     from ..schedule.measure import measure, to_json
 

@@ -58,7 +58,7 @@ def simulate(
 
     Exits with 0, or the code of the process that failed first: 75 if it hung, 137 if it was killed.
     """
-    from ..supervisor import CannotStart, Plan, run
+    from ..processes.supervisor import CannotStart, Plan, run
 
     if ranks not in ("0", "all"):
         raise typer.BadParameter(f"{ranks!r} is neither 0 nor all", param_hint="--ranks")

@@ -19,7 +19,7 @@ def verify(
     ] = None,
 ) -> None:
     """Compare page attention with an exact oracle: backends x layouts x options."""
-    from ..signals import Stopped, stop_on_signals
+    from ..processes.signals import Stopped, stop_on_signals
 
     try:
         with stop_on_signals():
@@ -38,8 +38,9 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
     from rich.table import Table
     from rich.text import Text
 
-    from .. import bootstrap, checks, guard
     from ..devices import describe_mesh, is_simulated, open_mesh
+    from ..processes import bootstrap, guard
+    from ..verify import checks
 
     rows = [row for row in checks.ROWS if backend in (None, row.backend)]
     if not rows:

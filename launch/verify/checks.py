@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 import shardpage
 from shardpage import PageAllocator, PagedKVCache, ShardLayout
 
+from ..devices import fetch, is_simulated
 from . import oracle
-from .devices import fetch, is_simulated
 
 PAGE_SIZE, HEAD_DIM, QUERIES_PER_KV_HEAD = 16, 64, 3
 # Tokens of the sequences on each data shard: none, one, a full page, and ragged ones.

@@ -11,9 +11,11 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from . import bootstrap, guard, results, resume, smollm2
+from ..devices import describe_mesh, is_simulated, mesh_text, open_mesh
+from ..json_file import write_json
+from ..processes import bootstrap, guard
+from . import results, resume, smollm2
 from .console import open_output
-from .devices import describe_mesh, is_simulated, mesh_text, open_mesh
 from .engine import Engine, Pool, Request, num_cached_tokens
 
 # The widest batch of sequences on one data shard, unless the options say otherwise.
@@ -47,7 +49,7 @@ def run(options: Options) -> bool:
 
     Raises:
       typer.BadParameter: if options do not fit each other, the model or the devices.
-      launch.smollm2.MissingWeights: if there is no model.
+      launch.generate.smollm2.MissingWeights: if there is no model.
     """
     began = time.perf_counter()
     file = smollm2.GGUFFile(smollm2.find_weights())
@@ -193,7 +195,7 @@ class _Report:
         if path is None or not self._is_main:
             return
         try:
-            results.write_json(path, self._content())
+            write_json(path, self._content())
         except OSError as error:
             raise typer.BadParameter(f"{path}: {error.strerror}", param_hint="--json") from None
 

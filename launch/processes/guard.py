@@ -109,8 +109,8 @@ def install(
       notes: where to say how far it is and why it ended.
       step_timeout: the longest that a step may take, in seconds, compilation included. The clock
         starts with the first `step()`.
-      grace_seconds: SIGTERM and Ctrl-C raise `launch.signals.Stopped` in the main thread, so that
-        what was done so far can be kept; if it is stuck, the process ends after this time.
+      grace_seconds: SIGTERM and Ctrl-C raise `signals.Stopped` in the main thread, so that what was
+        done so far can be kept; if it is stuck, the process ends after this time.
     """
     global _guard, _rank
     _guard, _rank = _Guard(notes, step_timeout), rank
@@ -161,7 +161,7 @@ def barrier(name: str, timeout_seconds: float) -> None:
     """Waits until all ranks are here. A name serves once.
 
     Raises:
-      launch.coordination.MissingRanksError: naming the ranks that have not come in time.
+      launch.processes.coordination.MissingRanksError: naming the ranks that have not come in time.
     """
     if _guard is not None:
         from . import coordination  # not above: it imports JAX, which the command line does not

@@ -1,9 +1,5 @@
-"""What a run leaves behind: the --json file, and the tables at the end."""
+"""What a run has to show at its end: rates, and tables of prompts and devices."""
 
-import json
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,32 +7,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .devices import describe_mesh, is_simulated
+from ..devices import describe_mesh, is_simulated
 from .engine import Engine, Request
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 MOST_DEVICES_SHOWN = 16
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaces a file at once: a reader, or a crash, finds the old content or all of the new."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False
-    ) as file:
-        try:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(file.name, 0o666 & ~mask)  # as open() would have made it
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def rates(engine: Engine) -> dict[str, float | int | None]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import typer
 
-from .bootstrap import Processes
+from ..processes.bootstrap import Processes
 from .engine import Request
 
 # Settings that may differ: they change how fast answers come, not what they are.

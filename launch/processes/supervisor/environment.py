@@ -47,7 +47,7 @@ def rank_environment(environ: Mapping[str, str], settings: Mapping[str, object])
     if "XLA_FLAGS" in clean:
         clean["XLA_FLAGS"] = _FORCED_DEVICES.sub("", clean["XLA_FLAGS"])
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    root = str(Path(__file__).parents[2])  # so that a script anywhere can import this package
+    root = str(Path(__file__).parents[3])  # so that a script anywhere can import this package
     if "site-packages" not in root:
         inherited = clean.get("PYTHONPATH")
         clean["PYTHONPATH"] = root if not inherited else f"{root}{os.pathsep}{inherited}"
