@@ -3,10 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 
+import jax
+
 import meshes
 
-from .compiled import compile_layer, split_for
-from .estimate import sent_bytes
+from .bound import sent_bytes
+from .compile import compile_layer, split_for
+from .read import read_layer
+from .report import Report
 from .workload import LayerKind, Model, Workload
 
 SLICES = {1: "1x1x1", 8: "2x2x2", 64: "4x4x4", 512: "8x8x8", 6144: "16x16x24"}
@@ -63,9 +67,9 @@ def measure(
         for chips in sizes:
             spec, batch, context = point(name, chips)
             progress(f"compiling {name} on {chips} chips: {spec}")
-            work = Workload(_MODEL, batch, context, backend=backend).checked()
+            work = Workload(_MODEL, batch, context, backend=backend)
             split = split_for(work, meshes.topology(f"v5p:{SLICES[chips]}", spec))
-            layer = compile_layer(work, split, _MODEL.layers[0])
+            layer = read_layer(compile_layer(work, split, _MODEL.layers[0]))
             rows.append(
                 Row(
                     series=name,
@@ -97,3 +101,10 @@ def as_markdown(rows: Iterable[Row]) -> str:
             f"| {row.sent_bytes / 1024:.1f} | {row.num_collectives} | {row.compile_s:.1f} |"
         )
     return "\n".join(lines)
+
+
+def report(backend: str | None, progress: Callable[[str], None]) -> Report:
+    """The table of all points."""
+    jax.config.update("jax_platforms", "cpu")  # compiling needs no TPU: leave it alone
+    rows = measure(backend=backend, progress=progress)
+    return Report(as_markdown(rows), [dataclasses.asdict(row) for row in rows])
