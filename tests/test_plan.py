@@ -246,6 +246,14 @@ class TestIssue:
         assert bounds.issue.reason == "the compiler gave no schedule: no such flag"
 
     @pytest.mark.slow
+    def test_a_schedule_without_a_loop_over_blocks_is_a_reason(self):
+        work = dataclasses.replace(WORK, backend=None)
+        bounds = estimate(work, meshes.topology(V5E, "data=2,kv=4"))
+        assert "none with a loop that fetches" in bounds.issue.reason
+        assert bounds.times is not None
+        assert bounds.times.issue is None
+
+    @pytest.mark.slow
     def test_agrees_with_the_schedule_of_the_same_shapes(self):
         model = Model("one", 8, 1, 128, (LayerKind(1),))
         work = Workload(model, batch=64 * 4, context=4096, page_size=64)

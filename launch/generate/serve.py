@@ -39,6 +39,7 @@ class Options:
     json_file: Path | None = None
     raw: bool = False
     resume: bool = False
+    quiet: bool = False
 
 
 def run(options: Options) -> bool:
@@ -83,7 +84,9 @@ def run(options: Options) -> bool:
     engine = None
     progress = lambda: report.progress(engine)
     try:
-        with open_output(options.prompts, progress, quiet=not processes.is_main) as output:
+        with open_output(
+            options.prompts, progress, speaks=processes.is_main, quiet=options.quiet
+        ) as output:
             if num_done:
                 output.status(f"{num_done} of {len(requests)} prompts were answered before")
             output.status(f"mesh {describe_mesh(mesh, is_simulated(mesh))}")
@@ -217,7 +220,7 @@ class _Report:
     def settings(self) -> dict[str, Any]:
         """The options on which the answers may depend."""
         settings = dataclasses.asdict(self._options)
-        for name in ("prompts", "json_file", "mesh", "simulate", "resume"):
+        for name in ("prompts", "json_file", "mesh", "simulate", "resume", "quiet"):
             del settings[name]
         return settings
 

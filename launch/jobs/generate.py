@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..devices import MeshOption, SimulateOption
+from . import options
 
 
 def generate(
-    mesh: MeshOption = None,
-    simulate: SimulateOption = None,
+    mesh: options.Mesh = None,
+    simulate: options.Simulate = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
     ] = None,
@@ -29,7 +29,7 @@ def generate(
         float, typer.Option(min=0.0, help="0 takes the likeliest token; higher is more varied.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="For a temperature above 0.")] = 0,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page.")] = 16,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens per page.")] = 16,
     num_pages: Annotated[
         int | None,
         typer.Option(
@@ -45,10 +45,7 @@ def generate(
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Of the weights and the cache.")
     ] = "float32",
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the results here, as they come."),
-    ] = None,
+    json_file: options.Json = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Prompts are in chat form already, or no chat at all.")
     ] = False,
@@ -60,13 +57,18 @@ def generate(
             "do so by themselves.",
         ),
     ] = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Answer prompts with SmolLM2-135M, its KV cache in pages over a mesh of devices."""
+    """Answer prompts with SmolLM2-135M, its KV cache in pages over a mesh of devices.
+
+    Without --mesh all devices go to context. A machine that has only a CPU simulates as many
+    devices as --mesh asks for. --json is written as prompts finish, each time whole.
+    """
     from ..generate import serve
     from ..generate.smollm2 import MissingWeights
     from ..processes.signals import Stopped, stop_on_signals
 
-    options = serve.Options(
+    chosen = serve.Options(
         mesh=mesh,
         simulate=simulate,
         prompts=read_prompts(prompt or [], prompts),
@@ -80,12 +82,13 @@ def generate(
         json_file=json_file,
         raw=raw,
         resume=resume,
+        quiet=quiet,
     )
     if resume and json_file is None:
         raise typer.BadParameter("needs the --json FILE to resume", param_hint="--resume")
     try:
         with stop_on_signals():
-            all_finished = serve.run(options)
+            all_finished = serve.run(chosen)
     except Stopped as stopped:
         print(f"stopped by {stopped.signal_name}", file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from . import options
+
 
 def render(
     kind: Annotated[
@@ -23,9 +25,7 @@ def render(
         str, typer.Option("--slice", help="The slice: v5p:2x2x2, v5p-16, v6e:8x8.")
     ] = "v5p:2x2x2",
     slices: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
-    mesh: Annotated[
-        str | None, typer.Option(metavar="AXES", help="The mesh over all devices.")
-    ] = None,
+    mesh: options.Mesh = None,
     name: Annotated[str, typer.Option(help="Of the job.")] = "shardpage",
     max_restarts: Annotated[int, typer.Option(min=0, help="After a failure.")] = 3,
     image: Annotated[

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-# Jobs of `shardpage` that run as several processes; anything else is a command.
-JOBS = ("generate", "verify", "doctor")
+from ..processes import JOBS
+from . import options
 
 
 def simulate(
@@ -24,10 +24,7 @@ def simulate(
     devices_per_process: Annotated[
         int, typer.Option(min=1, help="CPU devices that each process simulates.")
     ] = 4,
-    mesh: Annotated[
-        str | None,
-        typer.Option(metavar="AXES", help="The mesh over all of them: data=2,context=4."),
-    ] = None,
+    mesh: options.Mesh = None,
     ranks: Annotated[
         str, typer.Option(help="Whose output to show: 0, or all with the rank before each line.")
     ] = "0",

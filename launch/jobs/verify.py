@@ -6,19 +6,23 @@ from typing import Annotated
 
 import typer
 
-from ..devices import MeshOption, SimulateOption
+from . import options
 
 SHORT = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def verify(
-    mesh: MeshOption = None,
-    simulate: SimulateOption = None,
+    mesh: options.Mesh = None,
+    simulate: options.Simulate = None,
     backend: Annotated[
         str | None, typer.Option(help="Check this one only: xla or pallas_tpu.")
     ] = None,
 ) -> None:
-    """Compare page attention with an exact oracle: backends x layouts x options."""
+    """Compare page attention with an exact oracle: backends x layouts x options.
+
+    Without --mesh all devices go to context. A machine that has only a CPU simulates as many
+    devices as --mesh asks for.
+    """
     from ..processes.signals import Stopped, stop_on_signals
 
     try:

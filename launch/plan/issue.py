@@ -166,11 +166,14 @@ def _compile(work: Workload, chip: str, kind: str, separate: bool) -> Schedule:
         raise RuntimeError("the compiler wrote no schedule of the decode kernel")
     tree = max(trees.values(), key=lambda tree: tree.count("matmul"))
     loop, sequences = block_loop(tree)
+    block_pages = loop.count("dma_in") // len(jax.tree.leaves(program.arguments[0]))
+    if not block_pages:
+        raise RuntimeError("none with a loop that fetches and multiplies the pages of a block")
     clock_hz, _ = core_rates(kind)
     # The kernel's first operand has an entry for each walk and sequence, and one more per walk.
     return Schedule(
         block_cycles=loop.bundles,
-        block_pages=loop.count("dma_in") // len(jax.tree.leaves(program.arguments[0])),
+        block_pages=block_pages,
         sequence_cycles=sequences.bundles - loop.bundles,
         call_cycles=tree.bundles - sequences.bundles,
         cores=call.outvars[0].aval.shape[0],

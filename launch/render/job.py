@@ -10,8 +10,8 @@ import tomllib
 
 from meshes import PodSlice
 
-# Jobs of `shardpage`; anything else is a command of its own.
-JOBS = ("generate", "verify", "doctor")
+from ..processes import JOBS
+
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # Characters of a host, an image, a zone: no quoting makes others right there.
 _PLAIN = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.:/@\[\]]*")
