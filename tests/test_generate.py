@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.generate.engine import Engine, Pool, Request, num_cached_tokens
+from launch.generate.engine import Engine
+from launch.generate.requests import Pool, Request, num_cached_tokens
 from launch.generate.smollm2 import (
     GGUFFile,
     MissingWeights,

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from launch import bootstrap, guard
 from launch.__main__ import app
 from launch.generate import resume
-from launch.generate.engine import Request
+from launch.generate.requests import Request
 from launch.processes import doctor, notes
 from launch.processes.supervisor import environment, gang, output, verdict
 from launch.processes.supervisor.verdict import Outcome
@@ -291,7 +291,7 @@ def test_rank_that_ends_between_two_looks_at_it(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gang._Gang, "_reap", reap_and_wait)
     monkeypatch.setattr(gang, "_NOTES_SECONDS", 0.0)
-    assert gang.run(gang.Plan(["true"], log_dir=tmp_path)) == 0
+    assert gang.run(gang.Gang(["true"], log_dir=tmp_path)) == 0
 
 
 def test_simulate_refuses_other_ranks():

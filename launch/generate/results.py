@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..devices import describe_mesh, is_simulated
-from .engine import Engine, Request
+from .engine import Engine
+from .requests import Request
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -52,18 +53,17 @@ def prompt_table(requests: list[Request]) -> Table:
 
 def devices(engine: Engine, mesh: "Mesh") -> list[dict[str, Any]]:
     """Per device: its place in the mesh, its pages, and the bytes of cache and weights."""
-    names = mesh.axis_names
-    position_of = dict(zip(mesh.devices.flat, np.ndindex(mesh.devices.shape), strict=True))
     pages = engine.pool.num_pages // engine.peak_pages.size
     rows = []
-    for device, position in position_of.items():
-        place = dict(zip(names, map(int, position), strict=True))
+    for index, device in np.ndenumerate(mesh.devices):
+        place = dict(zip(mesh.axis_names, index, strict=True))
+        peak = engine.peak_pages[place.get("data", 0), place.get("context", 0)]
         rows.append(
             {
                 "device": str(device),
                 "position": place,
                 "pages": pages,
-                "peak_pages": int(engine.peak_pages[place.get("data", 0), place.get("context", 0)]),
+                "peak_pages": int(peak),
                 "kv_bytes": engine.cache_bytes_per_device,
                 "weight_bytes": engine.weight_bytes_per_device,
             }
@@ -94,21 +94,19 @@ def device_table(engine: Engine, mesh: "Mesh") -> Table:
 
 def print_summary(engine: Engine, mesh: "Mesh", requests: list[Request], console: Console) -> None:
     """The tables at the end of a run, and its rates."""
+    found = rates(engine)
+    prefill, decode = (
+        f" at {rate} tokens/s" if rate else ""
+        for rate in (found["prefill_tokens_per_second"], found["decode_tokens_per_second"])
+    )
+    num_made = sum(len(request.ids) for request in requests)
     console.print()
     console.print(prompt_table(requests))
     console.print(device_table(engine, mesh))
     console.print(Text(f"mesh {describe_mesh(mesh, is_simulated(mesh))}"))
-    found = rates(engine)
-    prefill, decode = found["prefill_tokens_per_second"], found["decode_tokens_per_second"]
-    console.print(
-        Text(
-            f"read {engine.stats.prefill_tokens} prompt tokens"
-            + (f" at {prefill} tokens/s" if prefill else "")
-            + f", made {sum(len(request.ids) for request in requests)} new ones"
-            + (f" at {decode} tokens/s" if decode else "")
-            + f"; compiled for {found['compile_seconds']} s"
-        )
-    )
+    read = f"read {engine.stats.prefill_tokens} prompt tokens{prefill}"
+    made = f"made {num_made} new ones{decode}"
+    console.print(Text(f"{read}, {made}; compiled for {found['compile_seconds']} s"))
 
 
 def _megabytes(num_bytes: int) -> str:

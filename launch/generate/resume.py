@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from ..processes.bootstrap import Processes
-from .engine import Request
+from .requests import Request
 
 # Settings that may differ: they change how fast answers come, not what they are.
 _HARMLESS = ("page_size", "num_pages", "batch")

@@ -57,8 +57,6 @@ def bench(
     writes on the same device. --json is rewritten after each row; --plot draws a picture per kind.
     With --topology (may be repeated) the TPU compiler is asked, as `shardpage schedule` does.
     """
-    from ..processes.signals import Stopped, stop_on_signals
-
     if topology:
         from .schedule import schedule
 
@@ -66,10 +64,10 @@ def bench(
         return
     old = _read(compare) if compare is not None else None
     try:
-        with stop_on_signals():
+        with options.stoppable():
             _run(kind, suite, simulate, json_file, plot, old, options.progress(quiet))
-    except Stopped as stopped:
-        raise typer.Exit(stopped.exit_code) from None
+    except typer.Exit:
+        raise  # a RuntimeError, too
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

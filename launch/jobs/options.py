@@ -1,11 +1,14 @@
 """Options that several jobs have: the same spelling, meaning and help in each of them."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..processes.signals import Stopped, stop_on_signals
 
 Mesh = Annotated[
     str | None,
@@ -40,3 +43,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard er
 def progress(quiet: bool) -> Callable[[str], None]:
     """Says on standard error what is being done, or does not."""
     return lambda text: None if quiet else print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the body, and the job with the exit code that they stand for."""
+    try:
+        with stop_on_signals():
+            yield
+    except Stopped as stopped:
+        print(f"stopped by {stopped.signal_name}", file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None

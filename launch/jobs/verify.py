@@ -23,13 +23,8 @@ def verify(
     Without --mesh all devices go to context. A machine that has only a CPU simulates as many
     devices as --mesh asks for.
     """
-    from ..processes.signals import Stopped, stop_on_signals
-
-    try:
-        with stop_on_signals():
-            num_missed = _run(mesh, simulate, backend)
-    except Stopped as stopped:
-        raise typer.Exit(stopped.exit_code) from None
+    with options.stoppable():
+        num_missed = _run(mesh, simulate, backend)
     if num_missed:
         print(f"error: {num_missed} result(s) miss the oracle", file=sys.stderr)
         raise typer.Exit(1)

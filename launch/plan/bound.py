@@ -16,14 +16,14 @@ from .workload import ITEMSIZE, Workload
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What one jax device has of its chip. Rates in bytes per second; None where not known."""
+    """What one jax device has of its chip, if that is known. Rates in bytes per second."""
 
     kind: str
     chip: meshes.Chip | None
-    hbm_bytes: int | None = None
-    hbm_rate: float | None = None
-    ici_rate: float | None = None
-    dcn_rate: float | None = None
+    hbm_bytes: int = 0
+    hbm_rate: float = 0.0
+    ici_rate: float = 0.0
+    dcn_rate: float = 0.0
 
     @classmethod
     def of(cls, mesh: Mesh) -> "Device":
@@ -114,12 +114,12 @@ class Bounds:
     @property
     def memory(self) -> Memory:
         """Per device."""
-        limit = self.device.hbm_bytes
+        device = self.device
         return Memory(
             cache=sum(layer.kind.count * layer.cache_bytes for layer in self.layers),
             temp=max(layer.temp_bytes + layer.copied_bytes for layer in self.layers),
             other=max(layer.other_bytes + layer.output_bytes for layer in self.layers),
-            limit=None if limit is None else limit - self.reserved_bytes,
+            limit=None if device.chip is None else device.hbm_bytes - self.reserved_bytes,
         )
 
     @property
@@ -135,9 +135,9 @@ class Bounds:
     @property
     def times(self) -> Times | None:
         """Lower bounds; None where the device's rates are not known."""
-        rate = self.device.hbm_rate
-        if rate is None:
+        if self.device.chip is None:
             return None
+        rate = self.device.hbm_rate
         reading = [x.kind.count * self._layer_read_bytes(x) / rate for x in self.layers]
         issuing = [x.kind.count * self._layer_issue_s(x) for x in self.layers]
         return Times(
@@ -155,8 +155,6 @@ class Bounds:
 
     def _sending_s(self, *, between_slices: bool) -> float:
         device, seconds = self.device, 0.0
-        assert device.ici_rate is not None
-        assert device.dcn_rate is not None
         for layer in self.layers:
             for sent in layer.collectives:
                 if sent.crosses_slices == between_slices:
@@ -218,16 +216,10 @@ def links_used(mesh: Mesh, axes: tuple[str, ...]) -> float:
 def quick_bound(workload: Workload, sizes: dict[str, int], device: Device) -> float:
     """A lower bound in seconds from shapes alone: what any mesh of these sizes must at least take.
 
-    Used to decide what is worth compiling: it never exceeds what `Bounds.times` says.
-
-    Args:
-      workload: the model and its sequences.
-      sizes: "data", "kv" and "context", as shards.
-      device: its rates.
+    Used to decide what is worth compiling: it never exceeds what `Bounds.times` says. `sizes` are
+    the shards "data", "kv" and "context"; the device's rates must be known.
     """
     model = workload.model
-    assert device.hbm_rate is not None
-    assert device.ici_rate is not None
     data, kv, context = sizes["data"], sizes["kv"], sizes["context"]
     batch = workload.batch // data
     token_bytes = 2 * model.num_kv_heads // kv * model.head_dim * ITEMSIZE[workload.dtype]

@@ -41,22 +41,16 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One layer, ready to be compiled.
-
-    Attributes:
-      step: the jitted `write_kv` and `page_attention`, the cache donated.
-      arguments: shapes and shardings; the cache comes first.
-      num_pages: of the cache, over all devices.
-    """
+    """One layer, ready to be compiled: a jitted function that has its cache donated."""
 
     step: Any
-    arguments: tuple[Any, ...]
-    num_pages: int
+    arguments: tuple[Any, ...]  # shapes and shardings; the cache comes first
+    num_pages: int  # of the cache, over all devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One layer, compiled: an executable (`jax.stages.Compiled`), and the seconds that took."""
+    """One layer, compiled: a `jax.stages.Compiled`, and the seconds that took."""
 
     kind: LayerKind
     split: Split
@@ -154,15 +148,14 @@ def _arguments(workload: Workload, split: Split, num_pages: int) -> tuple[Any, .
         mesh=split.mesh,
         layout=layout,
     )
-    new = (workload.batch, model.num_kv_heads, model.head_dim)
-    query = (workload.batch, model.num_heads, model.head_dim)
-    ints = jnp.int32
+    num_seqs, dim, dtype = workload.batch, model.head_dim, workload.dtype
+    new = array((num_seqs, model.num_kv_heads, dim), dtype, layout.query_spec)
     return (
         cache,
-        array(query, workload.query_dtype, layout.query_spec),
-        array(new, workload.dtype, layout.query_spec),
-        array(new, workload.dtype, layout.query_spec),
+        array((num_seqs, model.num_heads, dim), workload.query_dtype, layout.query_spec),
+        new,
+        new,
         array((model.num_heads,), jnp.float32, layout.sinks_spec) if model.sinks else None,
-        array((workload.batch,), ints, layout.lens_spec),
-        array((workload.batch, workload.pages_per_seq), ints, layout.tables_spec),
+        array((num_seqs,), jnp.int32, layout.lens_spec),
+        array((num_seqs, workload.pages_per_seq), jnp.int32, layout.tables_spec),
     )

@@ -62,9 +62,10 @@ def estimate(
     """
     split, device = split_for(workload, mesh), Device.of(mesh)
     # in another process, while this one compiles the layers
-    finish = issues.begin(workload, split, device.chip) if issue else issues.not_asked
+    schedule = issues.begin(workload, split, device.chip) if issue else None
     layers = _layers(workload, split)
-    return Bounds(workload, split, device, layers, reserved_bytes, finish())
+    known = schedule() if schedule else issues.Issue(reason="not asked for")
+    return Bounds(workload, split, device, layers, reserved_bytes, known)
 
 
 def _layers(workload: Workload, split: Split) -> tuple[Layer, ...]:

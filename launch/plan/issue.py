@@ -72,18 +72,10 @@ class Issue:
         return dataclasses.asdict(self.schedule) if self.schedule else {"none": self.reason}
 
 
-def not_asked() -> Issue:
-    """What stands for a schedule that nobody wants."""
-    return Issue(reason="not asked for")
-
-
 def begin(workload: Workload, split: Split, chip: meshes.Chip | None) -> Callable[[], Issue]:
     """Begins to compile what one device of a split runs, in a process of its own.
 
-    Shapes that were asked for before are not compiled again.
-
-    Returns:
-      A function that waits for the answer.
+    Shapes that were asked for before are not compiled again. What it returns waits for the answer.
     """
     if chip is None:
         return lambda: Issue(reason="no schedule of a kernel for devices that are no TPUs")

@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
+from ..schedule.report import new_figure
 from .bound import Bounds, Times
 
 GIB = 2**30
@@ -14,14 +15,8 @@ def draw(meshes: Sequence[Bounds], path: pathlib.Path) -> None:
     Raises:
       RuntimeError: without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("pictures need matplotlib: pip install 'shardpage[plot]'") from error
     meshes = meshes[:16]
-    figure = Figure(figsize=(11, 2.1 + 0.36 * len(meshes)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 2.1 + 0.36 * len(meshes))
     work, device = meshes[0].workload, meshes[0].device.kind
     title = f"{work.model.name}, {work.batch} x {work.context} tokens on"
     figure.suptitle(f"{title} {meshes[0].split.mesh.size} {device}", fontsize=10)

@@ -54,10 +54,8 @@ def size(num_bytes: float | None) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """Seconds in the unit that reads best."""
-    if seconds is None:
-        return "?"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= 0.9995 * scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -71,17 +69,9 @@ def describe(bounds: Bounds, largest_batch: int | None) -> str:
       bounds: what to report.
       largest_batch: as confirmed by the compiler; None to leave it out.
     """
-    return "\n\n".join(
-        part
-        for part in (
-            _headline(bounds),
-            _memory(bounds, largest_batch),
-            _traffic(bounds),
-            _times(bounds),
-            NOT_COUNTED,
-        )
-        if part
-    )
+    memory = _memory(bounds, largest_batch)
+    parts = (_headline(bounds), memory, _traffic(bounds), _times(bounds), NOT_COUNTED)
+    return "\n\n".join(parts)
 
 
 def _headline(bounds: Bounds) -> str:
@@ -109,12 +99,8 @@ def _memory(bounds: Bounds, largest_batch: int | None) -> str:
         ["together", size(memory.total)],
     ]
     if memory.limit is not None:
-        rows.append(
-            [
-                "HBM for programs" + (", less reserved" if bounds.reserved_bytes else ""),
-                size(memory.limit),
-            ]
-        )
+        less = ", less reserved" if bounds.reserved_bytes else ""
+        rows.append([f"HBM for programs{less}", size(memory.limit)])
     copied = sum(layer.copied_bytes for layer in bounds.layers)
     lines = [table(rows, ["memory of each device", ""])]
     if copied:
@@ -212,10 +198,7 @@ def ranking(candidates: list[Candidate], most: int = 12) -> str:
     for candidate in candidates[:most]:
         bounds = candidate.bounds
         times = bounds.times if bounds else None
-        if candidate.refused:
-            fits = "no"
-        else:
-            fits = "?" if bounds is None else "yes" if bounds.memory.fits else "no"
+        fits = "?" if candidate.fits and bounds is None else "yes" if candidate.fits else "no"
         rows.append(
             [
                 candidate.spec,

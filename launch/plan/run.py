@@ -17,15 +17,7 @@ Progress = Callable[[str], None]
 def one_mesh(
     work: Workload, pod: Pod, spec: str, *, confirm: bool, issue: bool, progress: Progress
 ) -> Report:
-    """Reports on one mesh, and a better one if there is.
-
-    Args:
-      work: the model and its sequences.
-      pod: the devices.
-      spec: the mesh.
-      confirm: compile the largest batch as well.
-      issue: read the kernel's schedule as well.
-      progress: told about each compilation.
+    """Reports on one mesh, with its largest batch (to `confirm`, compiled), and a better mesh.
 
     Raises:
       ValueError: if they do not go together; RuntimeError without libtpu.

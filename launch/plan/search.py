@@ -95,7 +95,7 @@ def search(
     """
     devices = pod.mesh("data=-1")
     device = Device.of(devices)
-    if device.hbm_rate is None:
+    if device.chip is None:
         raise ValueError(
             "a search needs the rates of the devices, which are known for TPUs only: give "
             "--topology, or --mesh to plan one mesh"

@@ -4,6 +4,7 @@ Values of environment variables are shown only where they are settings of launch
 sounds like a secret never is.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -94,10 +95,8 @@ def installed() -> dict[str, str | None]:
     """Versions by package; None if it is not installed."""
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
