@@ -9,5 +9,5 @@ import sys
 from .processes import bootstrap as bootstrap
 from .processes import guard as guard
 
-# `import launch.guard` too is that module, not a second one with a state of its own.
+# `import launch.guard` gives the same module, not a second one with its own state.
 sys.modules["launch.bootstrap"], sys.modules["launch.guard"] = bootstrap, guard

@@ -125,13 +125,13 @@ def fetch(x: jax.Array) -> np.ndarray:
 
 
 def _local_devices(num_wanted: int | None, spare_cpu_devices: bool) -> list[Any]:
-    """The machine's devices; where it has only a CPU, as many of it as are wanted."""
+    """The machine's devices; where it has only a CPU, as many simulated ones as are wanted."""
     if num_wanted is not None and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         config: Any = jax.config  # its options are attributes that type checkers do not see
         count = max(num_wanted * (1 + spare_cpu_devices), config.jax_num_cpu_devices)
         with contextlib.suppress(RuntimeError):  # JAX has started: it has what it has
             config.update("jax_num_cpu_devices", count)
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = bootstrap.Processes().devices()
     if num_wanted is not None and devices[0].platform == "cpu":
         return devices[:num_wanted]
     return devices

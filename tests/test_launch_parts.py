@@ -282,14 +282,14 @@ def test_simulate_with_no_place_for_its_logs(tmp_path):
 
 def test_rank_that_ends_between_two_looks_at_it(monkeypatch, tmp_path):
     """It is then no child that could be stopped, which must not be taken for an error."""
-    reap = gang._Gang._reap
+    reap = gang._Attempt._reap
 
     def reap_and_wait(self):
         reap(self)
         for _, process in self._running():
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
-    monkeypatch.setattr(gang._Gang, "_reap", reap_and_wait)
+    monkeypatch.setattr(gang._Attempt, "_reap", reap_and_wait)
     monkeypatch.setattr(gang, "_NOTES_SECONDS", 0.0)
     assert gang.run(gang.Gang(["true"], log_dir=tmp_path)) == 0
 

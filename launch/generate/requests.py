@@ -14,7 +14,7 @@ class Request:
     """A prompt and what becomes of it.
 
     Attributes:
-      key: a number that names the prompt; lower ones are read first.
+      key: names the prompt; those with lower keys are read first.
       prompt_ids: its tokens.
       max_new_tokens: the answer ends after this many.
       temperature: 0 takes the likeliest token each time.

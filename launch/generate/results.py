@@ -36,15 +36,12 @@ def prompt_table(requests: list[Request]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("ended")
     for number, request in enumerate(requests, 1):
-        wait = None
-        if request.first_token is not None and request.started is not None:
-            wait = request.first_token - request.started
-        speed = request.tokens_per_second
+        started, first, speed = request.started, request.first_token, request.tokens_per_second
         table.add_row(
             str(number),
             str(len(request.prompt_ids)),
             str(len(request.ids)),
-            f"{wait:.2f} s" if wait is not None else "-",
+            "-" if started is None or first is None else f"{first - started:.2f} s",
             f"{speed:.1f}" if speed is not None else "-",
             request.ending or "-",
         )

@@ -1,4 +1,4 @@
-"""`shardpage bench`: how fast, against what else, and how near to what memory allows?"""
+"""`shardpage bench`: how fast, compared with what, and how near to what memory allows?"""
 
 import enum
 import json
@@ -63,14 +63,12 @@ def bench(
         schedule(topology=topology, json_file=json_file, plot=plot, quiet=quiet)
         return
     old = _read(compare) if compare is not None else None
-    try:
-        with options.stoppable():
+    with options.stoppable():
+        try:
             _run(kind, suite, simulate, json_file, plot, old, options.progress(quiet))
-    except typer.Exit:
-        raise  # a RuntimeError, too
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        except RuntimeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
 
 
 def _run(
@@ -93,9 +91,8 @@ def _run(
         meshes.simulate(simulate)
     platform = jax.devices()[0].platform
     roof_gbps, roof = timing.copy_roof(platform)
-    command = f"shardpage bench {kind.value} --suite {suite.value}"
-    if simulate is not None:
-        command += f" --simulate {simulate}"
+    simulated = "" if simulate is None else f" --simulate {simulate}"
+    command = f"shardpage bench {kind.value} --suite {suite.value}{simulated}"
     about = report.environment(command, roof_gbps, roof)
     print(
         f"{about['num_devices']} x {about['device']}, a copy makes {roof_gbps:.0f} GB/s", flush=True

@@ -29,7 +29,7 @@ def generate(
     temperature: Annotated[
         float, Option(min=0.0, help="0 takes the likeliest token; higher is more varied.")
     ] = 0.0,
-    seed: Annotated[int, Option(min=0, help="For a temperature above 0.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed for a temperature above 0.")] = 0,
     page_size: Annotated[int, Option(min=1, help="Tokens per page.")] = 16,
     num_pages: Annotated[
         int | None,
@@ -40,7 +40,7 @@ def generate(
         Option(min=1, help="Prompts that run at the same time, rounded up to the data shards."),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], Option(help="Of the weights and the cache.")
+        Literal["float32", "bfloat16"], Option(help="Dtype of the weights and the cache.")
     ] = "float32",
     json_file: options.Json = None,
     raw: Annotated[

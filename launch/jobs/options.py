@@ -32,7 +32,7 @@ TOPOLOGY = typer.Option(
 )
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write all figures here, for programs."),
+    typer.Option("--json", metavar="FILE", help="Write all results here, for programs."),
 ]
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw the figures here (PNG).")

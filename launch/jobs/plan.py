@@ -26,20 +26,20 @@ def plan(
     layers: Annotated[int, Option(help="Layers, without --model.")] = 32,
     heads: Annotated[int, Option(help="Query heads, without --model.")] = 32,
     kv_heads: Annotated[int, Option(help="KV heads, without --model.")] = 8,
-    head_dim: Annotated[int, Option(help="Size of a head, without --model.")] = 128,
+    head_dim: Annotated[int, Option(help="Elements of a head, without --model.")] = 128,
     window: Annotated[int | None, Option(help="Sliding window, without --model.")] = None,
     soft_cap: Annotated[float | None, Option(help="Soft cap, without --model.")] = None,
     sinks: Annotated[bool, Option(help="A sink per head, without --model.")] = False,
     batch: Annotated[int, Option(help="Sequences over all devices.")] = 256,
-    context: Annotated[int, Option(help="Tokens of each.")] = 8192,
+    context: Annotated[int, Option(help="Tokens of each sequence.")] = 8192,
     page_size: Annotated[int, Option(help="Tokens per page.")] = 64,
-    dtype: Annotated[str, Option(help="Of the cache.")] = "bfloat16",
-    query_dtype: Annotated[str, Option(help="Of queries and outputs.")] = "bfloat16",
+    dtype: Annotated[str, Option(help="Dtype of the cache.")] = "bfloat16",
+    query_dtype: Annotated[str, Option(help="Dtype of queries and outputs.")] = "bfloat16",
     kv_layout: Annotated[
-        KVLayoutName | None, Option(help="Of the cache; by default what suits the devices.")
+        KVLayoutName | None, Option(help="Of the cache; by default the one that suits the devices.")
     ] = None,
     backend: Annotated[
-        str | None, Option(help="xla or pallas_tpu; by default what the devices get.")
+        str | None, Option(help="xla or pallas_tpu; by default the library chooses.")
     ] = None,
     reserve_gib: Annotated[
         float, Option(help="GiB of each device to leave alone, for weights for example.")
@@ -48,7 +48,9 @@ def plan(
     issue: Annotated[
         bool, Option(help="Read the kernel's schedule for a bound by its issue cycles, too.")
     ] = True,
-    most: Annotated[int | None, Option(help="Most meshes that a search compiles.")] = None,
+    most: Annotated[
+        int | None, Option(help="Compile at most this many meshes of a search.")
+    ] = None,
     growth: Annotated[
         bool, Option("--growth", help="Only show how cost grows from 1 to 6144 chips of v5p.")
     ] = False,

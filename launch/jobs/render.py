@@ -25,14 +25,14 @@ def render(
     pod_slice: Annotated[
         str, Option("--slice", help="The slice: v5p:2x2x2, v5p-16, v6e:8x8.")
     ] = "v5p:2x2x2",
-    slices: Annotated[int, Option(min=1, help="How many of them.")] = 1,
+    slices: Annotated[int, Option(min=1, help="How many such slices.")] = 1,
     mesh: options.Mesh = None,
-    name: Annotated[str, Option(help="Of the job.")] = "shardpage",
-    max_restarts: Annotated[int, Option(min=0, help="After a failure.")] = 3,
+    name: Annotated[str, Option(help="Name of the job.")] = "shardpage",
+    max_restarts: Annotated[int, Option(min=0, help="Restarts after a failure.")] = 3,
     image: Annotated[
         str | None, Option(help="Container image, for jobset.", show_default=False)
     ] = None,
-    zone: Annotated[str | None, Option(help="For gcloud.", show_default=False)] = None,
+    zone: Annotated[str | None, Option(help="Zone, for gcloud.", show_default=False)] = None,
     hosts: Annotated[
         str | None, Option(metavar="A,B", help="Host names, for mpirun.", show_default=False)
     ] = None,

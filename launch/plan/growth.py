@@ -41,7 +41,7 @@ def point(series: str, chips: int) -> tuple[str, int, int]:
 
     From 8 chips on, "more sequences" and "longer context" give every chip the same: two of the
     eight KV heads of 4 sequences, 4096 tokens of each. "same work" is 768 sequences of 8192 tokens
-    on however many chips there are.
+    on any number of chips.
     """
     if series == "same work":
         kv = min(chips, 8)

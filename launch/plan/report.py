@@ -1,6 +1,5 @@
 """Last stage: bounds as text for people and as figures for programs."""
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -111,7 +110,7 @@ def _memory(bounds: Bounds, largest_batch: int | None) -> str:
 
 
 def room(bounds: Bounds, largest_batch: int | None = None) -> str:
-    """What would fit at most."""
+    """The most that would fit."""
     batch = bounds.largest_batch if largest_batch is None else largest_batch
     confirmed = " (compiled)" if largest_batch is not None else ""
     return (
@@ -122,24 +121,17 @@ def room(bounds: Bounds, largest_batch: int | None = None) -> str:
 
 def traffic(bounds: Bounds) -> list[dict[str, Any]]:
     """What a step sends, summed over layers, by kind and axes."""
-    groups: dict[tuple, list[tuple[int, Any]]] = collections.defaultdict(list)
+    alike = ("kind", "axes", "group_size", "crosses_hosts", "crosses_slices")
+    sums = {"count": 0, "bytes": 0, "sent_bytes_per_device": 0}
+    rows: dict[tuple, dict[str, Any]] = {}
     for layer in bounds.layers:
         for sent in layer.collectives:
-            key = (sent.kind, sent.axes, sent.group_size, sent.crosses_hosts, sent.crosses_slices)
-            groups[key].append((layer.kind.count, sent))
-    return [
-        {
-            "kind": kind,
-            "axes": list(axes),
-            "group_size": group_size,
-            "crosses_hosts": hosts,
-            "crosses_slices": slices,
-            "count": sum(count for count, _ in members),
-            "bytes": sum(count * sent.num_bytes for count, sent in members),
-            "sent_bytes_per_device": sum(count * sent_bytes(sent) for count, sent in members),
-        }
-        for (kind, axes, group_size, hosts, slices), members in groups.items()
-    ]
+            key = tuple(getattr(sent, name) for name in alike)
+            row = rows.setdefault(key, dict(zip(alike, key, strict=True)) | sums)
+            row["count"] += layer.kind.count
+            row["bytes"] += layer.kind.count * sent.num_bytes
+            row["sent_bytes_per_device"] += layer.kind.count * sent_bytes(sent)
+    return list(rows.values())
 
 
 def _traffic(bounds: Bounds) -> str:

@@ -51,7 +51,7 @@ class Settings:
         """Reads them from environment variables.
 
         Raises:
-          ValueError: naming the variable that is no number, unknown, or missing beside others.
+          ValueError: naming the variable that is not a number, or is missing beside others.
         """
         found: dict[str, Any] = {}
         for field in dataclasses.fields(cls):

@@ -28,7 +28,7 @@ _MARK = {"ok": "ok  ", "note": "note", "problem": "FAIL"}
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was examined.
 
     Attributes:
       kind: "ok", a "note" that may matter, or a "problem" that will.
@@ -56,7 +56,7 @@ def examine(
     across: bool = False,
     environ: Mapping[str, str] = os.environ,
 ) -> Iterator[Finding]:
-    """Looks at everything.
+    """Examines everything.
 
     Args:
       mesh: a mesh that should fit all devices.

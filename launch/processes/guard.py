@@ -1,4 +1,4 @@
-"""No rank outlives its usefulness: every way in which one can fail ends it, soon, with a reason.
+"""Every way in which a rank can fail ends it soon, with a reason.
 
 By itself a rank that fails waits for the others at exit, while the others wait for it: for ever.
 `install`, which `launch.bootstrap.initialize` calls when there are several processes, sees to this:
@@ -29,7 +29,7 @@ from .signals import Stopped, stop_on_signals
 
 FAILED, HUNG = 1, 75
 # The watchdog is a thread. If something holds the interpreter's lock, a timer outside Python ends
-# the process so many seconds later.
+# the process this many seconds later.
 _LAST_RESORT_SECONDS = 5.0
 
 
@@ -47,7 +47,7 @@ class _Guard:
         self._last_resort_set: float | None = None
 
     def arm(self, seconds: float | None, what: str) -> None:
-        """Ends the process if `arm` is not called again within so many seconds; None: never."""
+        """Ends the process if `arm` is not called again within this many seconds; None: never."""
         with self._lock:
             self.deadline = None if seconds is None else time.monotonic() + seconds
             self._what = what
@@ -121,7 +121,7 @@ def install(
 
 
 def step() -> None:
-    """A step begins: the previous one ended in time. Without a guard this does nothing."""
+    """A step begins, so the previous one ended in time. Without a guard this does nothing."""
     if _guard is None:
         return
     _guard.num_steps += 1

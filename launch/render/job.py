@@ -13,7 +13,7 @@ from meshes import PodSlice
 from ..processes import JOBS
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-# Characters of a host, an image, a zone: no quoting makes others right there.
+# Characters that a host, an image or a zone may have: quoting would not make others right.
 _PLAIN = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.:/@\[\]]*")
 
 
@@ -70,7 +70,7 @@ class Job:
 
     @property
     def hosts_per_slice(self) -> int:
-        """Host machines of a slice, a process each."""
+        """Host machines per slice; each runs one process."""
         return self.pod.num_chips // self.chips_per_host
 
     @property

@@ -19,12 +19,11 @@ HEADER = (
     *("kernel", "block", "issue", "HBM", "issue/HBM", "limit", "DMAs x KiB"),
     *("in flight/needed MB", "per sequence", "per call", "temp MB"),
 )
-NOTE = (
-    "issue: bundles of the loop over blocks; HBM: cycles in which memory delivers a block. Below 1 "
-    "the loop waits\nfor memory. 'per sequence', 'per call': bundles outside that loop, counted "
-    "once each (this library's\nkernel works on a sequence of a single block there). Bounds from below: "
-    "stalls, DMA latency and trip counts\nare not in them."
-)
+NOTE = """\
+issue: bundles of the loop over blocks; HBM: cycles in which memory delivers a block. Below 1 the
+loop waits for memory. 'per sequence', 'per call': bundles outside that loop, counted once each
+(this library's kernel works on a sequence of a single block there). Bounds from below: stalls, DMA
+latency and trip counts are not in them."""
 
 
 def table(rows: Sequence[Measured]) -> str:
