@@ -25,22 +25,15 @@ class PlainOutput:
 
     A single answer is written as it is. Several are written line by line, each line beginning
     with the number of its prompt, so that `grep '^\\[2\\]'` has one answer.
-
-    Args:
-      titles: the prompts.
-      progress: says how far the run is.
-      out: for answers; standard output unless given.
-      err: for what went wrong; standard error unless given.
-      said: for what is being done; `err` unless given.
     """
 
     def __init__(
         self,
         titles: list[str],
         progress: Callable[[], str],
-        out: TextIO | None = None,
-        err: TextIO | None = None,
-        said: TextIO | None = None,
+        out: TextIO | None = None,  # for answers
+        err: TextIO | None = None,  # for what went wrong
+        said: TextIO | None = None,  # for what is being done; err unless given
     ):
         self._titles, self._progress = titles, progress
         self._out, self._err = out or sys.stdout, err or sys.stderr

@@ -70,20 +70,10 @@ def measure(
             work = Workload(_MODEL, batch, context, backend=backend)
             split = split_for(work, meshes.topology(f"v5p:{SLICES[chips]}", spec))
             layer = read_layer(compile_layer(work, split, _MODEL.layers[0]))
-            rows.append(
-                Row(
-                    series=name,
-                    chips=chips,
-                    mesh=spec,
-                    batch=batch,
-                    context=context,
-                    cache_bytes=layer.cache_bytes,
-                    temp_bytes=layer.temp_bytes,
-                    sent_bytes=round(sum(map(sent_bytes, layer.collectives))),
-                    num_collectives=len(layer.collectives),
-                    compile_s=layer.compile_s,
-                )
-            )
+            sent = round(sum(map(sent_bytes, layer.collectives)))
+            same = {key: getattr(layer, key) for key in ("cache_bytes", "temp_bytes", "compile_s")}
+            sending = {"sent_bytes": sent, "num_collectives": len(layer.collectives)}
+            rows.append(Row(name, chips, spec, batch, context, **same, **sending))
     return rows
 
 

@@ -61,6 +61,35 @@ def duration(seconds: float) -> str:
     return "0" if seconds == 0 else f"{seconds * 1e9:.3g} ns"
 
 
+def on_one(spec: str, bounds: Bounds, largest_batch: int | None, others: list[Candidate]) -> Report:
+    """Reports on the mesh that was asked for, beside others; `largest_batch` as confirmed."""
+    better = better_than(spec, bounds, others)
+    work, memory, misfit = bounds.workload, bounds.memory, None
+    if memory.fits is False:
+        misfit = (
+            f"{work.batch} sequences of {work.context} tokens do not fit mesh {spec}: "
+            f"{size(memory.total)} of {size(memory.limit)}; {room(bounds, largest_batch)}"
+        )
+    return Report(
+        f"{describe(bounds, largest_batch)}\n\n{better}",
+        as_json(bounds) | {"confirmed_largest_batch": largest_batch, "better": better},
+        [bounds, *(c.bounds for c in others if c.bounds and c.spec != bounds.split.spec)],
+        misfit,
+    )
+
+
+def on_all(candidates: list[Candidate], best: Bounds) -> Report:
+    """Reports on all meshes, best first, and in full on the best."""
+    reason = why(candidates)
+    misfit = f"no mesh has enough HBM; {candidates[0].spec}: {room(best)}"
+    return Report(
+        f"{ranking(candidates)}\n\n{reason}.\n\n{describe(best, None)}",
+        {"best": as_json(best), "why": reason, "ranking": ranking_as_json(candidates)},
+        [c.bounds for c in candidates if c.bounds],
+        None if best.memory.fits else misfit,
+    )
+
+
 def describe(bounds: Bounds, largest_batch: int | None) -> str:
     """The report of one bounds.
 
@@ -221,9 +250,9 @@ def ranking_as_json(candidates: list[Candidate]) -> list[dict[str, Any]]:
     ]
 
 
-def why(best: Candidate, candidates: list[Candidate]) -> str:
+def why(candidates: list[Candidate]) -> str:
     """One sentence on what makes the best mesh the best."""
-    bounds = best.bounds
+    best, bounds = candidates[0], candidates[0].bounds
     if bounds is None or bounds.times is None or not bounds.memory.fits:
         return "no mesh fits this workload"
     merges = bounds.times.ici + bounds.times.dcn
@@ -242,7 +271,7 @@ def why(best: Candidate, candidates: list[Candidate]) -> str:
     )
 
 
-def better(spec: str, bounds: Bounds, candidates: list[Candidate]) -> str:
+def better_than(spec: str, bounds: Bounds, candidates: list[Candidate]) -> str:
     """A sentence about a mesh that is better than `spec`, if a compiled one is."""
     best = candidates[0].bounds if candidates else None
     none = f"No mesh was found that bounds a step lower than {spec}."

@@ -34,20 +34,7 @@ def one_mesh(
         progress("compiling the largest batch")
         largest = confirm_largest_batch(bounds)
     others = search(work, pod, issue=issue, most=1, progress=progress) if bounds.times else []
-    better = report.better(spec, bounds, others)
-    misfit = None
-    if bounds.memory.fits is False:
-        misfit = (
-            f"{work.batch} sequences of {work.context} tokens do not fit mesh {spec}: "
-            f"{report.size(bounds.memory.total)} of {report.size(bounds.memory.limit)}; "
-            f"{report.room(bounds, largest)}"
-        )
-    return Report(
-        f"{report.describe(bounds, largest)}\n\n{better}",
-        report.as_json(bounds) | {"confirmed_largest_batch": largest, "better": better},
-        [bounds, *(c.bounds for c in others if c.bounds and c.spec != bounds.split.spec)],
-        misfit,
-    )
+    return report.on_one(spec, bounds, largest, others)
 
 
 def all_meshes(
@@ -59,22 +46,12 @@ def all_meshes(
       ValueError: if none is legal, or times are not known; RuntimeError without libtpu.
     """
     candidates = search(work, pod, issue=issue, most=most, compare=compare, progress=progress)
-    ranking, best = report.ranking(candidates), candidates[0]
-    if best.bounds is None:
-        why_not = best.refused or "not compiled"
-        room = _room(work, pod, pod.mesh(best.spec))
-        return Report(ranking, misfit=f"no mesh works; {best.spec}: {why_not}; {room}")
-    why, room = report.why(best, candidates), report.room(best.bounds)
-    return Report(
-        f"{ranking}\n\n{why}.\n\n{report.describe(best.bounds, None)}",
-        {
-            "best": report.as_json(best.bounds),
-            "why": why,
-            "ranking": report.ranking_as_json(candidates),
-        },
-        [c.bounds for c in candidates if c.bounds],
-        None if best.bounds.memory.fits else f"no mesh has enough HBM; {best.spec}: {room}",
-    )
+    best = candidates[0]
+    if best.bounds is not None:
+        return report.on_all(candidates, best.bounds)
+    room = _room(work, pod, pod.mesh(best.spec))
+    misfit = f"no mesh works; {best.spec}: {best.refused or 'not compiled'}; {room}"
+    return Report(report.ranking(candidates), misfit=misfit)
 
 
 def _room(work: Workload, pod: Pod, mesh: Mesh) -> str:

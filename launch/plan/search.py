@@ -73,22 +73,18 @@ def search(
     compare: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Candidate]:
-    """Ranks the meshes of axes data, context and kv that hold a workload.
+    """Ranks the meshes of axes data, context and kv that hold a workload, best first.
 
     Candidates are compiled in the order of the bound from their shapes. Once that bound exceeds
     the best compiled time by more than a tie, no later one can win, and the rest keep it as their
     only figure.
 
     Args:
-      workload: the model and its sequences.
-      pod: the devices; slices go to `data`.
+      workload, pod: what is asked; slices of the pod go to `data`.
       issue: see `estimate`.
       most: compile no more than this many.
       compare: also compile the likeliest mesh of every size of `context`, to be drawn.
       progress: told about each compilation.
-
-    Returns:
-      All candidates, best first.
 
     Raises:
       ValueError: if no mesh is legal, or the rates of the devices are not known.

@@ -137,27 +137,22 @@ class _Attempt:
     def _start(self) -> None:
         gang = self._gang
         address = f"127.0.0.1:{free_port()}"
+        same = ("num_processes", "devices_per_process", "mesh", "step_timeout", "heartbeat_timeout")
+        settings = {name: getattr(gang, name) for name in same} | {
+            "coordinator": address,
+            "bind": address,  # nobody else's business
+            "start_timeout": gang.start_timeout + 5,  # this supervisor knows who is missing
+            "grace": gang.grace / 2,
+            "notes": self._logs,
+            "attempt": self._attempt,
+        }
         for rank in range(gang.num_processes):
-            settings = {
-                "coordinator": address,
-                "bind": address,  # nobody else's business
-                "num_processes": gang.num_processes,
-                "process_id": rank,
-                "devices_per_process": gang.devices_per_process,
-                "mesh": gang.mesh,
-                "start_timeout": gang.start_timeout + 5,  # this supervisor knows who is missing
-                "step_timeout": gang.step_timeout,
-                "heartbeat_timeout": gang.heartbeat_timeout,
-                "grace": gang.grace / 2,
-                "notes": self._logs,
-                "attempt": self._attempt,
-            }
             for old in self._logs.glob(f"rank-{rank}.*"):
                 old.unlink()
             try:
                 process = subprocess.Popen(
                     gang.command,
-                    env=rank_environment(os.environ, settings),
+                    env=rank_environment(os.environ, settings | {"process_id": rank}),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
