@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -15,6 +17,8 @@ from launch.generate.requests import Request
 from launch.processes import doctor, notes
 from launch.processes.supervisor import environment, gang, output, verdict
 from launch.processes.supervisor.verdict import Outcome
+
+from .launcher import ROOT
 
 IDENTITY = {
     "SHARDPAGE_COORDINATOR": "127.0.0.1:1234",
@@ -154,6 +158,16 @@ def test_notes_are_read_back(tmp_path):
     assert (found.state, found.steps) == ("joining", 7)
     assert found.end is not None
     assert found.end[:2] == (75, "hung")
+
+
+def test_scripts_import_the_guard_by_its_short_name_without_jax():
+    program = (
+        "import sys, launch.bootstrap, launch.guard; from launch import bootstrap, guard; "
+        "from launch.processes import guard as same; "
+        "assert launch.guard is guard is same; assert launch.bootstrap is bootstrap; "
+        "assert not {'jax', 'typer', 'launch.generate'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 SETTINGS = {"seed": 0, "temperature": 0.0, "page_size": 16}

@@ -60,7 +60,8 @@ class Job:
             raise ValueError("there is nothing to run; give a job after --, such as -- verify")
         if self.hosts and len(self.hosts) != self.num_hosts:
             raise ValueError(
-                f"{len(self.hosts)} hosts for {self.slices_text}, which has {self.num_hosts}"
+                f"{len(self.hosts)} hosts for {self.slices_text}, which has {self.num_hosts}; "
+                f"name each of them once"
             )
 
     @property
