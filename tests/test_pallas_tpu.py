@@ -222,9 +222,7 @@ class TestMegacore:
 
     @pytest.mark.parametrize("mode", ["kv_head", "batch"])
     def test_one_core_is_refused(self, mode):
-        with pytest.raises(
-            NotImplementedError, match=r"mode=.* is one core: use None or 'auto'"
-        ):
+        with pytest.raises(NotImplementedError, match=r"mode=.* is one core: use None or 'auto'"):
             check(Case("one_core"), megacore_mode=mode)
 
     @pytest.mark.parametrize("mode", ["auto", "off"])
