@@ -131,7 +131,10 @@ class _Call:
 
 @functools.cache
 def _program(call: _Call, donate: bool, formats: PagedKVCache | None) -> Callable[..., Any]:
-    return jax.jit(call, donate_argnums=0 if donate else (), out_shardings=formats)
+    donated = 0 if donate else ()
+    if formats is None:
+        return jax.jit(call, donate_argnums=donated)
+    return jax.jit(call, donate_argnums=donated, out_shardings=formats)
 
 
 def _place(array: Any, spec: PartitionSpec, split: Split, cache: str | None = None) -> Any:
@@ -142,10 +145,10 @@ def _place(array: Any, spec: PartitionSpec, split: Split, cache: str | None = No
     if isinstance(mesh, AbstractMesh):
         return array
     target = NamedSharding(mesh, spec)
-    actual: Any = getattr(array, "sharding", None)
-    if actual == target:
+    actual: Any = getattr(array, "sharding", target)  # NumPy has none
+    if actual == target and isinstance(array, jax.Array):
         return array
-    spread = actual is not None and len(actual.device_set) > 1
+    spread = len(actual.device_set) > 1
     if cache and spread and not actual.is_equivalent_to(target, array.ndim):
         raise _misplaced(cache, actual, spec)
     return jax.device_put(array, target)
