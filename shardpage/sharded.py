@@ -120,7 +120,10 @@ class _Call:
 
 @functools.cache
 def _program(call: _Call, donate: bool, formats: PagedKVCache | None) -> Callable[..., Any]:
-    return jax.jit(call, donate_argnums=0 if donate else (), out_shardings=formats)
+    donated = 0 if donate else ()
+    if formats is None:
+        return jax.jit(call, donate_argnums=donated)
+    return jax.jit(call, donate_argnums=donated, out_shardings=formats)
 
 
 def _place(array: Any, spec: PartitionSpec, split: Split, *, movable: bool = True) -> Any:
@@ -135,12 +138,12 @@ def _place(array: Any, spec: PartitionSpec, split: Split, *, movable: bool = Tru
     elif isinstance(mesh, AbstractMesh):
         return array
     else:
-        actual, wanted = getattr(array, "sharding", None), NamedSharding(mesh, spec)
-        spread = actual is not None and len(actual.device_set) > 1
-        move = jax.device_put
-    if actual == wanted:
+        wanted = NamedSharding(mesh, spec)
+        actual = getattr(array, "sharding", wanted)  # NumPy has none
+        spread, move = len(actual.device_set) > 1, jax.device_put
+    if actual == wanted and isinstance(array, jax.Array):
         return array
-    if actual and spread and not movable and not actual.is_equivalent_to(wanted, array.ndim):
+    if spread and not movable and not actual.is_equivalent_to(wanted, array.ndim):
         raise ValueError(
             f"the cache is spread over devices as {actual}, this call needs {spec}; moving it "
             "would cost its size in traffic per call. Make it with PagedKVCache.zeros(..., mesh=, "

@@ -1,9 +1,10 @@
-"""A small model and its plans, for the tests of `shardpage plan`."""
+"""A small model and its bounds, for the tests of `shardpage plan`."""
 
 import functools
 
 import meshes
-from launch.plan.estimate import Plan, make_plan
+from launch.plan.bound import Bounds
+from launch.plan.estimate import estimate
 from launch.plan.workload import LayerKind, Model, Workload
 
 MODEL = Model("small", num_heads=8, num_kv_heads=4, head_dim=128, layers=(LayerKind(3),))
@@ -13,5 +14,5 @@ V5E = "v5e:2x4"
 
 
 @functools.cache
-def planned(spec: str, work: Workload = WORK, name: str = V5E, num_slices: int = 1) -> Plan:
-    return make_plan(work, meshes.topology(name, spec, num_slices=num_slices))
+def planned(spec: str, work: Workload = WORK, name: str = V5E, num_slices: int = 1) -> Bounds:
+    return estimate(work, meshes.topology(name, spec, num_slices=num_slices))

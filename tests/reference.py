@@ -72,7 +72,8 @@ def page_attention(
                 page, slot = table[position // page_size], position % page_size
                 logit = scale * np.dot(query[seq, head], keys[page, slot, kv_head])
                 logits.append(soft_cap * np.tanh(logit / soft_cap) if soft_cap else logit)
-            every_logit = [*logits, float(sinks[head])] if sinks is not None else logits
+            a_sink = sinks is not None and sinks[head] != -np.inf
+            every_logit = [*logits, float(sinks[head])] if a_sink else logits
             if not every_logit:
                 continue
             peak = max(every_logit)

@@ -11,11 +11,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from launch import checks
 from launch.__main__ import app
-from launch.console import PlainOutput
 from launch.devices import fitting_specs
+from launch.generate.console import PlainOutput
 from launch.jobs.generate import read_prompts
+from launch.verify import checks
 
 from . import tiny_model
 
@@ -194,3 +194,20 @@ def test_verify_is_exact_for_every_backend_and_layout():
     result = run("verify", "--mesh", "data=2,context=2")
     assert result.exit_code == 0, result.output
     assert "0 missed" in result.output
+
+
+def test_says_its_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.startswith("shardpage ")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_leaves_out_progress_and_nothing_else(tiny, quiet):
+    options = ["--quiet"] if quiet else []
+    result = run(
+        "generate", "--mesh", "data=1", "--raw", "--max-new-tokens", 2, "-p", "x", *options
+    )
+    assert result.exit_code == 0, result.output
+    assert ("reading weights" in result.output) == (not quiet)
+    assert "tokens/s" in result.output

@@ -10,9 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.engine import Engine, Pool, Request, num_cached_tokens
-from launch.smollm2 import GGUFFile, MissingWeights, Model, TextStream, find_weights, put_weights
-from launch.smollm2.model import DecodeRows, Sampling
+from launch.generate.engine import Engine
+from launch.generate.requests import Pool, Request, num_cached_tokens
+from launch.generate.smollm2 import (
+    GGUFFile,
+    MissingWeights,
+    Model,
+    TextStream,
+    find_weights,
+    put_weights,
+)
+from launch.generate.smollm2.model import DecodeRows, Sampling
 
 from . import tiny_model
 from .cases import build_mesh

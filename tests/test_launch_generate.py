@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.smollm2 import MissingWeights, find_weights
+from launch.generate.smollm2 import MissingWeights, find_weights
 
 from . import tiny_model
 from .launcher import ROOT, launching

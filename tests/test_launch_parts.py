@@ -3,16 +3,22 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from launch import bootstrap, doctor, guard, notes, resume
+from launch import bootstrap, guard
 from launch.__main__ import app
-from launch.engine import Request
-from launch.supervisor import environment, gang, output, verdict
-from launch.supervisor.verdict import Outcome
+from launch.generate import resume
+from launch.generate.requests import Request
+from launch.processes import doctor, notes
+from launch.processes.supervisor import environment, gang, output, verdict
+from launch.processes.supervisor.verdict import Outcome
+
+from .launcher import ROOT
 
 IDENTITY = {
     "SHARDPAGE_COORDINATOR": "127.0.0.1:1234",
@@ -154,6 +160,16 @@ def test_notes_are_read_back(tmp_path):
     assert found.end[:2] == (75, "hung")
 
 
+def test_scripts_import_the_guard_by_its_short_name_without_jax():
+    program = (
+        "import sys, launch.bootstrap, launch.guard; from launch import bootstrap, guard; "
+        "from launch.processes import guard as same; "
+        "assert launch.guard is guard is same; assert launch.bootstrap is bootstrap; "
+        "assert not {'jax', 'typer', 'launch.generate'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 SETTINGS = {"seed": 0, "temperature": 0.0, "page_size": 16}
 
 
@@ -280,16 +296,16 @@ def test_simulate_with_no_place_for_its_logs(tmp_path):
 
 def test_rank_that_ends_between_two_looks_at_it(monkeypatch, tmp_path):
     """It is then no child that could be stopped, which must not be taken for an error."""
-    reap = gang._Gang._reap
+    reap = gang._Attempt._reap
 
     def reap_and_wait(self):
         reap(self)
         for _, process in self._running():
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
-    monkeypatch.setattr(gang._Gang, "_reap", reap_and_wait)
+    monkeypatch.setattr(gang._Attempt, "_reap", reap_and_wait)
     monkeypatch.setattr(gang, "_NOTES_SECONDS", 0.0)
-    assert gang.run(gang.Plan(["true"], log_dir=tmp_path)) == 0
+    assert gang.run(gang.Gang(["true"], log_dir=tmp_path)) == 0
 
 
 def test_simulate_refuses_other_ranks():

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from shardpage import ShardLayout
 
-from .. import oracle
-from ..checks import FLOOR, MULTIPLE
+from ..verify import oracle
+from ..verify.checks import FLOOR, MULTIPLE
 from .shapes import Shape
 
 _AXES = {"blocks_first": (0, 1, 2, 3), "heads_first": (1, 0, 2, 3)}

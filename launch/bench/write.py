@@ -1,6 +1,5 @@
 """Writes of new tokens: `write_kv` beside a plain scatter, both into a donated cache."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,9 +22,7 @@ def _scatter(cache, key, value, seq_ids, positions, tables):
     """One XLA scatter each for keys and values, without checks of any id."""
     page_size = cache.key.shape[2]
     at = (tables[seq_ids, positions // page_size], slice(None), positions % page_size)
-    return dataclasses.replace(
-        cache, key=cache.key.at[at].set(key), value=cache.value.at[at].set(value)
-    )
+    return cache.replace((cache.key.at[at].set(key), cache.value.at[at].set(value)))
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., PagedKVCache]] = {OURS: write_kv, "scatter": _scatter}

@@ -1,13 +1,15 @@
-"""`shardpage bench`: how fast, against what else, and how near to what memory allows?"""
+"""`shardpage bench`: how fast, compared with what, and how near to what memory allows?"""
 
 import enum
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from . import options
 
 if TYPE_CHECKING:
     from ..bench.report import Row
@@ -37,51 +39,36 @@ def bench(
         ),
     ] = Kind.all,
     suite: Annotated[Size, typer.Option(help="A few shapes, or all.")] = Size.quick,
-    simulate: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Simulate N devices on the CPU, to split over."),
-    ] = None,
-    topology: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Ask the TPU compiler instead, for this slice (v5e:2x2, ...); may be repeated. "
-            "The same as `shardpage schedule`."
-        ),
-    ] = None,
-    json_file: Annotated[
-        pathlib.Path | None,
-        typer.Option("--json", help="Keep all figures here; after each shape, so nothing is lost."),
-    ] = None,
-    plot: Annotated[
-        pathlib.Path | None, typer.Option(help="Draw them here (PNG), a picture a kind.")
-    ] = None,
+    simulate: options.Simulate = None,
+    topology: Annotated[list[str] | None, options.TOPOLOGY] = None,
+    json_file: options.Json = None,
+    plot: options.Plot = None,
     compare: Annotated[
-        pathlib.Path | None, typer.Option(help="Say what changed since this earlier --json.")
+        pathlib.Path | None,
+        typer.Option(metavar="FILE", help="Say what changed since this earlier --json."),
     ] = None,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure page attention beside what a user would pick instead, in one run.
 
     Every answer is compared with an exact oracle before it is timed. Implementations take turns;
     figures are medians, with the spread between the quartiles. GB/s are keys and values that had
     to be read (written, for writes); "of copy" is their share of what a plain copy reads and
-    writes on the same device.
+    writes on the same device. --json is rewritten after each row; --plot draws a picture per kind.
+    With --topology (may be repeated) the TPU compiler is asked, as `shardpage schedule` does.
     """
-    from ..signals import Stopped, stop_on_signals
-
     if topology:
         from .schedule import schedule
 
-        schedule(topology=topology, json_file=json_file, png=plot)
+        schedule(topology=topology, json_file=json_file, plot=plot, quiet=quiet)
         return
     old = _read(compare) if compare is not None else None
-    try:
-        with stop_on_signals():
-            _run(kind, suite, simulate, json_file, plot, old)
-    except Stopped as stopped:
-        raise typer.Exit(stopped.exit_code) from None
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    with options.stoppable():
+        try:
+            _run(kind, suite, simulate, json_file, plot, old, options.progress(quiet))
+        except RuntimeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
 
 
 def _run(
@@ -91,28 +78,28 @@ def _run(
     json_file: pathlib.Path | None,
     plot: pathlib.Path | None,
     old: "list[Row] | None",
+    say: Callable[[str], None],
 ) -> None:
     import jax
 
     import meshes
 
     from ..bench import compare, draw, report, timing
-    from ..results import write_json
+    from ..json_file import write_json
 
     if simulate is not None:
         meshes.simulate(simulate)
     platform = jax.devices()[0].platform
     roof_gbps, roof = timing.copy_roof(platform)
-    command = f"shardpage bench {kind.value} --suite {suite.value}"
-    if simulate is not None:
-        command += f" --simulate {simulate}"
+    simulated = "" if simulate is None else f" --simulate {simulate}"
+    command = f"shardpage bench {kind.value} --suite {suite.value}{simulated}"
     about = report.environment(command, roof_gbps, roof)
     print(
         f"{about['num_devices']} x {about['device']}, a copy makes {roof_gbps:.0f} GB/s", flush=True
     )
     rows: list[report.Row] = []
     try:
-        for row in _rows(kind, suite, platform, roof_gbps):
+        for row in _rows(kind, suite, platform, roof_gbps, say):
             rows.append(row)
             if json_file is not None:
                 write_json(json_file, about | {"rows": [row.to_json() for row in rows]})
@@ -126,24 +113,23 @@ def _run(
         _print(compare.table(compare.changes(old, rows)))
 
 
-def _rows(kind: Kind, suite: Size, platform: str, roof_gbps: float) -> "Iterator[Row]":
+def _rows(
+    kind: Kind, suite: Size, platform: str, roof_gbps: float, say: Callable[[str], None]
+) -> "Iterator[Row]":
     import jax
 
     from ..bench import decode, shapes, sharded, write
 
-    def say(what: str) -> None:
-        print(f"measuring {what} ...", file=sys.stderr, flush=True)
-
     if kind in (Kind.decode, Kind.all):
         for shape in shapes.decode_shapes(platform, suite.value):
-            say(shape.name)
+            say(f"measuring {shape.name} ...")
             yield from decode.rows([shape], platform, roof_gbps)
     if kind in (Kind.write, Kind.all):
         for shape in shapes.write_shapes(suite.value):
-            say(shape.name)
+            say(f"measuring {shape.name} ...")
             yield from write.rows([shape], roof_gbps)
     if kind in (Kind.sharded, Kind.all):
-        say(f"splits over {jax.device_count()} devices")
+        say(f"measuring splits over {jax.device_count()} devices ...")
         work = shapes.sharded_shapes(platform, suite.value, jax.device_count())
         yield from sharded.rows(work, suite.value, platform, roof_gbps)
 

@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
+from . import options
+
 
 def doctor(
-    mesh: Annotated[
-        str | None,
-        typer.Option(metavar="AXES", envvar="SHARDPAGE_MESH", help="A mesh that should fit."),
-    ] = None,
+    mesh: options.Mesh = None,
     devices: Annotated[
         int | None, typer.Option(min=1, help="Devices that this host should have.")
     ] = None,
@@ -21,8 +20,11 @@ def doctor(
         ),
     ] = False,
 ) -> None:
-    """Check this host before a run: versions, devices, ports, leftovers of other runs."""
-    from ..doctor import examine
+    """Check this host before a run: versions, devices, ports, leftovers of other runs.
+
+    With --mesh also whether the devices make that mesh.
+    """
+    from ..processes.doctor import examine
 
     findings = list(examine(mesh=mesh, num_devices=devices, across=across))
     for finding in findings:

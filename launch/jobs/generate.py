@@ -6,67 +6,65 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
-from ..devices import MeshOption, SimulateOption
+from . import options
 
 
 def generate(
-    mesh: MeshOption = None,
-    simulate: SimulateOption = None,
+    mesh: options.Mesh = None,
+    simulate: options.Simulate = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
+        list[str] | None, Option("--prompt", "-p", help="A prompt; may be repeated.")
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="A file with a prompt on each line, or FILE.json with a list of prompts; - is "
             "standard input, which is also read if there is no other prompt.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")] = 128,
+    max_new_tokens: Annotated[int, Option(min=1, help="Length of an answer, at most.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the likeliest token; higher is more varied.")
+        float, Option(min=0.0, help="0 takes the likeliest token; higher is more varied.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="For a temperature above 0.")] = 0,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page.")] = 16,
+    seed: Annotated[int, Option(min=0, help="Seed for a temperature above 0.")] = 0,
+    page_size: Annotated[int, Option(min=1, help="Tokens per page.")] = 16,
     num_pages: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Pages of the pool, over all devices. Default: enough for the batch."
-        ),
+        Option(min=1, help="Pages of the pool, over all devices. Default: enough for the batch."),
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Prompts that run at the same time, rounded up to the data shards."
-        ),
+        Option(min=1, help="Prompts that run at the same time, rounded up to the data shards."),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of the weights and the cache.")
+        Literal["float32", "bfloat16"], Option(help="Dtype of the weights and the cache.")
     ] = "float32",
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the results here, as they come."),
-    ] = None,
+    json_file: options.Json = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Prompts are in chat form already, or no chat at all.")
+        bool, Option("--raw", help="Prompts are in chat form already, or no chat at all.")
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--resume",
             help="Keep the answers that the --json file has whole. Restarts of shardpage simulate "
             "do so by themselves.",
         ),
     ] = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Answer prompts with SmolLM2-135M, its KV cache in pages over a mesh of devices."""
-    from .. import serve
-    from ..signals import Stopped, stop_on_signals
-    from ..smollm2 import MissingWeights
+    """Answer prompts with SmolLM2-135M, its KV cache in pages over a mesh of devices.
 
-    options = serve.Options(
+    Without --mesh all devices go to context. A machine that has only a CPU simulates as many
+    devices as --mesh asks for. --json is written as prompts finish, each time whole.
+    """
+    from ..generate import serve
+    from ..generate.smollm2 import MissingWeights
+
+    chosen = serve.Options(
         mesh=mesh,
         simulate=simulate,
         prompts=read_prompts(prompt or [], prompts),
@@ -80,15 +78,13 @@ def generate(
         json_file=json_file,
         raw=raw,
         resume=resume,
+        quiet=quiet,
     )
     if resume and json_file is None:
         raise typer.BadParameter("needs the --json FILE to resume", param_hint="--resume")
     try:
-        with stop_on_signals():
-            all_finished = serve.run(options)
-    except Stopped as stopped:
-        print(f"stopped by {stopped.signal_name}", file=sys.stderr)
-        raise typer.Exit(stopped.exit_code) from None
+        with options.stoppable():
+            all_finished = serve.run(chosen)
     except MissingWeights as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

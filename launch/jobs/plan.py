@@ -1,103 +1,109 @@
 """`shardpage plan`: does a decode step's attention fit a pod, what moves, how long at least?"""
 
-import pathlib
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from ..plan.workload import KVLayoutName, LayerKind, Model, Workload, preset_names
+from . import options
+
+if TYPE_CHECKING:
+    from ..plan.report import Report
 
 NOT_FIT, USAGE = 1, 2
 
 
 def plan(
-    topology: Annotated[
-        str | None, typer.Option(help="TPU slice to compile for: v5p:8x8x8, v5e:4x4, v5p-128.")
-    ] = None,
-    simulate: Annotated[
-        int | None, typer.Option(help="Plan on so many simulated CPU devices instead.")
-    ] = None,
-    slices: Annotated[int, typer.Option(help="How many such slices, joined by DCN.")] = 1,
-    mesh: Annotated[
-        str | None, typer.Option(help='Axes: "data=8,context=8,kv=8". Without it, --search.')
-    ] = None,
-    search: Annotated[bool, typer.Option("--search", help="Rank all legal meshes.")] = False,
-    model: Annotated[str | None, typer.Option(help=f"One of {', '.join(preset_names())}.")] = None,
-    layers: Annotated[int, typer.Option(help="Layers, without --model.")] = 32,
-    heads: Annotated[int, typer.Option(help="Query heads, without --model.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="KV heads, without --model.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Size of a head, without --model.")] = 128,
-    window: Annotated[
-        int | None, typer.Option(help="Sliding window of all layers, without --model.")
-    ] = None,
-    soft_cap: Annotated[float | None, typer.Option(help="Soft cap, without --model.")] = None,
-    sinks: Annotated[bool, typer.Option(help="A sink per head, without --model.")] = False,
-    batch: Annotated[int, typer.Option(help="Sequences over all devices.")] = 256,
-    context: Annotated[int, typer.Option(help="Tokens of each.")] = 8192,
-    page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 64,
-    dtype: Annotated[str, typer.Option(help="Of the cache.")] = "bfloat16",
-    query_dtype: Annotated[str, typer.Option(help="Of queries and outputs.")] = "bfloat16",
+    topology: Annotated[str | None, options.TOPOLOGY] = None,
+    simulate: options.Simulate = None,
+    slices: Annotated[int, Option(help="How many such slices, joined by DCN.")] = 1,
+    mesh: options.Mesh = None,
+    search: Annotated[bool, Option("--search", help="Rank all legal meshes.")] = False,
+    model: Annotated[str | None, Option(help=f"One of {', '.join(preset_names())}.")] = None,
+    layers: Annotated[int, Option(help="Layers, without --model.")] = 32,
+    heads: Annotated[int, Option(help="Query heads, without --model.")] = 32,
+    kv_heads: Annotated[int, Option(help="KV heads, without --model.")] = 8,
+    head_dim: Annotated[int, Option(help="Elements of a head, without --model.")] = 128,
+    window: Annotated[int | None, Option(help="Sliding window, without --model.")] = None,
+    soft_cap: Annotated[float | None, Option(help="Soft cap, without --model.")] = None,
+    sinks: Annotated[bool, Option(help="A sink per head, without --model.")] = False,
+    batch: Annotated[int, Option(help="Sequences over all devices.")] = 256,
+    context: Annotated[int, Option(help="Tokens of each sequence.")] = 8192,
+    page_size: Annotated[int, Option(help="Tokens per page.")] = 64,
+    dtype: Annotated[str, Option(help="Dtype of the cache.")] = "bfloat16",
+    query_dtype: Annotated[str, Option(help="Dtype of queries and outputs.")] = "bfloat16",
     kv_layout: Annotated[
-        KVLayoutName | None, typer.Option(help="Of the cache; by default what suits the devices.")
+        KVLayoutName | None, Option(help="Of the cache; by default the one that suits the devices.")
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="xla or pallas_tpu; by default what the devices get.")
+        str | None, Option(help="xla or pallas_tpu; by default the library chooses.")
     ] = None,
     reserve_gib: Annotated[
-        float, typer.Option(help="GiB of each device to leave alone, for weights for example.")
+        float, Option(help="GiB of each device to leave alone, for weights for example.")
     ] = 0.0,
-    confirm: Annotated[
-        bool, typer.Option(help="Compile the largest batch that should fit, too.")
-    ] = True,
+    confirm: Annotated[bool, Option(help="Compile the largest batch that should fit, too.")] = True,
     issue: Annotated[
-        bool, typer.Option(help="Read the kernel's schedule for a bound by its issue cycles, too.")
+        bool, Option(help="Read the kernel's schedule for a bound by its issue cycles, too.")
     ] = True,
     most: Annotated[
-        int | None, typer.Option(help="Compile no more than so many meshes of a search.")
+        int | None, Option(help="Compile at most this many meshes of a search.")
     ] = None,
     growth: Annotated[
-        bool, typer.Option("--growth", help="Only show how cost grows from 1 to 6144 chips of v5p.")
+        bool, Option("--growth", help="Only show how cost grows from 1 to 6144 chips of v5p.")
     ] = False,
-    json_file: Annotated[
-        pathlib.Path | None, typer.Option("--json", help="Write all figures here.")
-    ] = None,
-    png: Annotated[
-        pathlib.Path | None, typer.Option(help="Draw memory and time bounds by mesh here.")
-    ] = None,
+    json_file: options.Json = None,
+    plot: options.Plot = None,
+    quiet: options.Quiet = False,
 ) -> None:
     """Plan a pod without one: compile paged attention for it, read memory, traffic and bounds.
 
     Compiles write_kv and page_attention of one layer for the whole mesh with libtpu, which needs
-    no TPU, and reports what the compiler says.
+    no TPU, and reports what the compiler says. Without --mesh it ranks all legal meshes.
     """
-    from ..plan.run import NotEnoughMemoryError, Request, run, run_growth
+    from ..plan import growth as growths
+    from ..plan import run
+    from ..plan.estimate import Pod
 
+    say = options.progress(quiet)
+    progress = lambda line: say(f"... {line}")
     try:
         if growth:
-            return run_growth(json_file, backend)
-        if model is not None:
-            shape = Model.preset(model)
+            report = growths.report(backend, progress)
         else:
+            shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
             kinds = (LayerKind(layers, window),)
-            shape = Model("a model", heads, kv_heads, head_dim, kinds, None, soft_cap, sinks)
-        work = Workload(shape, batch, context, page_size, dtype, query_dtype, kv_layout, backend)
-        run(
-            Request(
-                work,
-                topology,
-                simulate,
-                slices,
-                mesh=None if search else mesh,
-                reserved_bytes=int(reserve_gib * 2**30),
-                confirm=confirm,
-                issue=issue,
-                most=most,
-                json_file=json_file,
-                png=png,
-            )
-        )
-    except (ValueError, RuntimeError, NotEnoughMemoryError) as error:
+            given = Model("a model", **shape, layers=kinds, soft_cap=soft_cap, sinks=sinks)
+            cache = {"page_size": page_size, "dtype": dtype, "kv_layout": kv_layout}
+            work = Workload(
+                given if model is None else Model.preset(model),
+                batch=batch, context=context, **cache, query_dtype=query_dtype, backend=backend,
+            )  # fmt: skip
+            pod = Pod(topology, simulate, slices, reserved_bytes=int(reserve_gib * 2**30))
+            how = {"issue": issue, "progress": progress}
+            if mesh is None or search:
+                report = run.all_meshes(work, pod, most=most, compare=plot is not None, **how)
+            else:
+                report = run.one_mesh(work, pod, mesh, confirm=confirm, **how)
+        _deliver(report, json_file, plot)
+    except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = NOT_FIT if isinstance(error, NotEnoughMemoryError) else USAGE
-        raise typer.Exit(code) from None
+        raise typer.Exit(USAGE) from None
+    if report.misfit is not None:
+        print(f"error: {report.misfit}", file=sys.stderr)
+        raise typer.Exit(NOT_FIT)
+
+
+def _deliver(report: "Report", json_file: Path | None, plot: Path | None) -> None:
+    """Prints, writes and draws."""
+    from ..json_file import write_json
+    from ..plan import picture
+
+    if report.text:
+        print(report.text, flush=True)
+    if json_file is not None and report.figures is not None:
+        write_json(json_file, report.figures)
+    if plot is not None and report.meshes:
+        picture.draw(report.meshes, plot)

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
+
+from . import options
 
 
 def render(
@@ -20,24 +23,21 @@ def render(
         ),
     ] = None,
     pod_slice: Annotated[
-        str, typer.Option("--slice", help="The slice: v5p:2x2x2, v5p-16, v6e:8x8.")
+        str, Option("--slice", help="The slice: v5p:2x2x2, v5p-16, v6e:8x8.")
     ] = "v5p:2x2x2",
-    slices: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
-    mesh: Annotated[
-        str | None, typer.Option(metavar="AXES", help="The mesh over all devices.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="Of the job.")] = "shardpage",
-    max_restarts: Annotated[int, typer.Option(min=0, help="After a failure.")] = 3,
+    slices: Annotated[int, Option(min=1, help="How many such slices.")] = 1,
+    mesh: options.Mesh = None,
+    name: Annotated[str, Option(help="Name of the job.")] = "shardpage",
+    max_restarts: Annotated[int, Option(min=0, help="Restarts after a failure.")] = 3,
     image: Annotated[
-        str | None, typer.Option(help="Container image, for jobset.", show_default=False)
+        str | None, Option(help="Container image, for jobset.", show_default=False)
     ] = None,
-    zone: Annotated[str | None, typer.Option(help="For gcloud.", show_default=False)] = None,
+    zone: Annotated[str | None, Option(help="Zone, for gcloud.", show_default=False)] = None,
     hosts: Annotated[
-        str | None,
-        typer.Option(metavar="A,B", help="Host names, for mpirun.", show_default=False),
+        str | None, Option(metavar="A,B", help="Host names, for mpirun.", show_default=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write here; default standard output.")
+        Path | None, Option("--output", "-o", help="Write here; default standard output.")
     ] = None,
 ) -> None:
     """Write a script or manifest, with comments, that starts a job on a slice."""

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
-# Jobs of `shardpage` that run as several processes; anything else is a command.
-JOBS = ("generate", "verify", "doctor")
+from ..processes import JOBS
+from . import options
 
 
 def simulate(
@@ -20,52 +21,46 @@ def simulate(
             show_default=False,
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="How many processes.")] = 2,
+    processes: Annotated[int, Option(min=1, help="How many processes.")] = 2,
     devices_per_process: Annotated[
-        int, typer.Option(min=1, help="CPU devices that each process simulates.")
+        int, Option(min=1, help="CPU devices that each process simulates.")
     ] = 4,
-    mesh: Annotated[
-        str | None,
-        typer.Option(metavar="AXES", help="The mesh over all of them: data=2,context=4."),
-    ] = None,
+    mesh: options.Mesh = None,
     ranks: Annotated[
-        str, typer.Option(help="Whose output to show: 0, or all with the rank before each line.")
+        str, Option(help="Whose output to show: 0, or all with the rank before each line.")
     ] = "0",
     log_dir: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Keep each rank's log here. Default: kept if the job fails."
-        ),
+        Option(metavar="DIR", help="Keep each rank's log here. Default: kept if the job fails."),
     ] = None,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Start all processes again after a failure, so many times.")
+        int, Option(min=0, help="Times to start all processes again after a failure.")
     ] = 0,
     step_timeout: Annotated[
-        float | None,
-        typer.Option(help="Seconds a step may take, compilation included. Default: 600."),
+        float | None, Option(help="Seconds a step may take, compilation included. Default: 600.")
     ] = None,
     start_timeout: Annotated[
-        float, typer.Option(help="Seconds until all processes must have joined.")
+        float, Option(help="Seconds until all processes must have joined.")
     ] = 60.0,
     heartbeat_timeout: Annotated[
-        float, typer.Option(help="Seconds after which a silent process counts as dead.")
+        float, Option(help="Seconds after which a silent process counts as dead.")
     ] = 20.0,
     grace: Annotated[
-        float, typer.Option(help="Seconds from asking processes to end to killing them.")
+        float, Option(help="Seconds from asking processes to end to killing them.")
     ] = 10.0,
 ) -> None:
     """Run a job as several processes on this machine, joined by jax.distributed.
 
     Exits with 0, or the code of the process that failed first: 75 if it hung, 137 if it was killed.
     """
-    from ..supervisor import CannotStart, Plan, run
+    from ..processes.supervisor import CannotStart, Gang, run
 
     if ranks not in ("0", "all"):
         raise typer.BadParameter(f"{ranks!r} is neither 0 nor all", param_hint="--ranks")
     words = command or ["verify"]
     if words[0] in JOBS:
         words = [sys.executable, "-m", "launch", *words]
-    plan = Plan(
+    gang = Gang(
         command=words,
         num_processes=processes,
         devices_per_process=devices_per_process,
@@ -79,7 +74,7 @@ def simulate(
         max_restarts=max_restarts,
     )
     try:
-        code = run(plan)
+        code = run(gang)
     except CannotStart as error:
         print(f"error: cannot start {error}", file=sys.stderr)
         raise typer.Exit(127) from None

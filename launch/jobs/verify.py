@@ -6,26 +6,25 @@ from typing import Annotated
 
 import typer
 
-from ..devices import MeshOption, SimulateOption
+from . import options
 
 SHORT = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def verify(
-    mesh: MeshOption = None,
-    simulate: SimulateOption = None,
+    mesh: options.Mesh = None,
+    simulate: options.Simulate = None,
     backend: Annotated[
         str | None, typer.Option(help="Check this one only: xla or pallas_tpu.")
     ] = None,
 ) -> None:
-    """Compare page attention with an exact oracle: backends x layouts x options."""
-    from ..signals import Stopped, stop_on_signals
+    """Compare page attention with an exact oracle: backends x layouts x options.
 
-    try:
-        with stop_on_signals():
-            num_missed = _run(mesh, simulate, backend)
-    except Stopped as stopped:
-        raise typer.Exit(stopped.exit_code) from None
+    Without --mesh all devices go to context. A machine that has only a CPU simulates as many
+    devices as --mesh asks for.
+    """
+    with options.stoppable():
+        num_missed = _run(mesh, simulate, backend)
     if num_missed:
         print(f"error: {num_missed} result(s) miss the oracle", file=sys.stderr)
         raise typer.Exit(1)
@@ -38,8 +37,9 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
     from rich.table import Table
     from rich.text import Text
 
-    from .. import bootstrap, checks, guard
     from ..devices import describe_mesh, is_simulated, open_mesh
+    from ..processes import bootstrap, guard
+    from ..verify import checks
 
     rows = [row for row in checks.ROWS if backend in (None, row.backend)]
     if not rows:
@@ -51,7 +51,6 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
     for column in table.columns:
         column.no_wrap = True
     console = Console(quiet=not bootstrap.initialize().is_main)
-    refusals: dict[str, None] = {}
     done: list[checks.Check] = []
     console.print(Text(f"mesh {describe_mesh(mesh, is_simulated(mesh))}"))
     with Live(table, console=console, auto_refresh=console.is_terminal) as live:
@@ -63,15 +62,13 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
             table.add_row(row.backend, f"{row.kv_layout} {SHORT[row.dtype]}", *shown)
             if console.is_terminal:
                 live.refresh()
-            refusals |= {
-                f"{row.backend}: {check.refusal}": None for check in found if check.refusal
-            }
             done += found
     guard.disarm()
-    console.print()
-    for refusal in refusals:
-        console.print(Text(f"refused by {refusal}", style="yellow"))
     missed = [check for check in done if not check.ok]
+    refused = [f"{check.row.backend}: {check.refusal}" for check in done if check.refusal]
+    console.print()
+    for refusal in dict.fromkeys(refused):
+        console.print(Text(f"refused by {refusal}", style="yellow"))
     for check in missed:
         where = f"{check.row.backend} {check.row.kv_layout} {check.row.dtype} {check.column}"
         console.print(
@@ -79,9 +76,9 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
         )
     console.print(
         Text(
-            f"{sum(check.ok and not check.refusal for check in done)} exact up to rounding, "
-            f"{sum(bool(check.refusal) for check in done)} refused, {len(missed)} missed, in "
-            f"{time.perf_counter() - began:.0f} s; cells are the largest error of outputs and lse"
+            f"{len(done) - len(refused) - len(missed)} exact up to rounding, {len(refused)} "
+            f"refused, {len(missed)} missed, in {time.perf_counter() - began:.0f} s; cells are the "
+            f"largest error of outputs and lse"
         )
     )
     return len(missed)

@@ -1,1 +1,1 @@
-"""The pod planner behind `shardpage plan`: compile one decode step's attention, read the result."""
+"""What is behind `shardpage plan`: compile a decode step's attention, read, bound, report."""

@@ -3,10 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 
+import jax
+
 import meshes
 
-from .compiled import compile_layer, split_for
-from .estimate import sent_bytes
+from .bound import sent_bytes
+from .compile import compile_layer, split_for
+from .read import read_layer
+from .report import Report
 from .workload import LayerKind, Model, Workload
 
 SLICES = {1: "1x1x1", 8: "2x2x2", 64: "4x4x4", 512: "8x8x8", 6144: "16x16x24"}
@@ -37,7 +41,7 @@ def point(series: str, chips: int) -> tuple[str, int, int]:
 
     From 8 chips on, "more sequences" and "longer context" give every chip the same: two of the
     eight KV heads of 4 sequences, 4096 tokens of each. "same work" is 768 sequences of 8192 tokens
-    on however many chips there are.
+    on any number of chips.
     """
     if series == "same work":
         kv = min(chips, 8)
@@ -63,23 +67,13 @@ def measure(
         for chips in sizes:
             spec, batch, context = point(name, chips)
             progress(f"compiling {name} on {chips} chips: {spec}")
-            work = Workload(_MODEL, batch, context, backend=backend).checked()
+            work = Workload(_MODEL, batch, context, backend=backend)
             split = split_for(work, meshes.topology(f"v5p:{SLICES[chips]}", spec))
-            layer = compile_layer(work, split, _MODEL.layers[0])
-            rows.append(
-                Row(
-                    series=name,
-                    chips=chips,
-                    mesh=spec,
-                    batch=batch,
-                    context=context,
-                    cache_bytes=layer.cache_bytes,
-                    temp_bytes=layer.temp_bytes,
-                    sent_bytes=round(sum(map(sent_bytes, layer.collectives))),
-                    num_collectives=len(layer.collectives),
-                    compile_s=layer.compile_s,
-                )
-            )
+            layer = read_layer(compile_layer(work, split, _MODEL.layers[0]))
+            sent = round(sum(map(sent_bytes, layer.collectives)))
+            same = {key: getattr(layer, key) for key in ("cache_bytes", "temp_bytes", "compile_s")}
+            sending = {"sent_bytes": sent, "num_collectives": len(layer.collectives)}
+            rows.append(Row(name, chips, spec, batch, context, **same, **sending))
     return rows
 
 
@@ -97,3 +91,10 @@ def as_markdown(rows: Iterable[Row]) -> str:
             f"| {row.sent_bytes / 1024:.1f} | {row.num_collectives} | {row.compile_s:.1f} |"
         )
     return "\n".join(lines)
+
+
+def report(backend: str | None, progress: Callable[[str], None]) -> Report:
+    """The table of all points."""
+    jax.config.update("jax_platforms", "cpu")  # compiling needs no TPU: leave it alone
+    rows = measure(backend=backend, progress=progress)
+    return Report(as_markdown(rows), [dataclasses.asdict(row) for row in rows])

@@ -1,44 +1,43 @@
-"""Plans side by side as a picture: bytes of each device, and what a step waits for."""
+"""Meshes side by side as a picture: bytes of each device, and what a step waits for."""
 
 import pathlib
+from collections.abc import Sequence
 
-from .estimate import Plan, Times
+from ..schedule.report import new_figure
+from .bound import Bounds, Times
 
 GIB = 2**30
 
 
-def draw(plans: list[Plan], path: pathlib.Path, title: str) -> None:
-    """Writes a PNG with one bar a mesh: memory to the left, bounds on time to the right.
+def draw(meshes: Sequence[Bounds], path: pathlib.Path) -> None:
+    """Writes a PNG: memory to the left, bounds on time to the right, a bar each for 16 meshes.
 
     Raises:
       RuntimeError: without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("pictures need matplotlib: pip install 'shardpage[plot]'") from error
-    figure = Figure(figsize=(11, 2.1 + 0.36 * len(plans)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
+    meshes = meshes[:16]
+    figure = new_figure(11, 2.1 + 0.36 * len(meshes))
+    work, device = meshes[0].workload, meshes[0].device.kind
+    title = f"{work.model.name}, {work.batch} x {work.context} tokens on"
+    figure.suptitle(f"{title} {meshes[0].split.mesh.size} {device}", fontsize=10)
     memory, time = figure.subplots(1, 2, sharey=True)
-    names = [plan.split.spec for plan in plans]
+    names = [mesh.split.spec for mesh in meshes]
     _stack(
         memory,
         names,
         {
-            "KV pages": [plan.memory.cache / GIB for plan in plans],
-            "scratch": [plan.memory.temp / GIB for plan in plans],
-            "arguments": [plan.memory.other / GIB for plan in plans],
+            "KV pages": [mesh.memory.cache / GIB for mesh in meshes],
+            "scratch": [mesh.memory.temp / GIB for mesh in meshes],
+            "arguments": [mesh.memory.other / GIB for mesh in meshes],
         },
     )
-    limit = plans[0].memory.limit
+    limit = meshes[0].memory.limit
     room = "" if limit is None else f" (of {limit / GIB:.3g})"
-    if limit is not None and max(plan.memory.total for plan in plans) > 0.3 * limit:
+    if limit is not None and max(mesh.memory.total for mesh in meshes) > 0.3 * limit:
         memory.axvline(limit / GIB, color="black", linestyle="--")
     _label(memory, f"GiB on each device{room}")
-    times = [plan.times for plan in plans if plan.times]
-    if len(times) == len(plans):
+    times = [mesh.times for mesh in meshes if mesh.times]
+    if len(times) == len(meshes):
         parts = {"HBM": "hbm", "issue beyond HBM": "issue", "ICI": "ici", "DCN": "dcn"}
         _stack(
             time,

@@ -1,4 +1,4 @@
-"""What is planned: a model's attention, how many sequences, how long, in what pages."""
+"""What is asked: a model's attention, for how many sequences, how long, in what pages."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ class LayerKind:
 
     Attributes:
       count: how many there are.
-      window: tokens that they look back; None for all.
+      window: how many tokens they look back; None for all.
     """
 
     count: int
@@ -31,7 +31,7 @@ class Model:
       scale: factor on the logits; None for `head_dim ** -0.5`.
       soft_cap: of the logits, or None.
       sinks: whether each query head has a sink logit.
-      source: where the numbers are from.
+      source: where these figures are from.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Workload:
       model: whose attention.
       batch: sequences over all devices.
       context: tokens of each, the new one included.
-      page_size: tokens a page.
+      page_size: tokens per page.
       dtype: of the cache.
       query_dtype: of queries and outputs.
       kv_layout: of the cache; None for what suits the devices.
@@ -105,12 +105,7 @@ class Workload:
     kv_layout: KVLayoutName | None = None
     backend: str | None = None
 
-    def checked(self) -> Self:
-        """The workload itself.
-
-        Raises:
-          ValueError: if a size makes no sense.
-        """
+    def __post_init__(self) -> None:
         sizes = {"batch": self.batch, "context": self.context, "page size": self.page_size}
         sizes |= {"layers": self.model.num_layers, "head_dim": self.model.head_dim}
         for name, size in sizes.items():
@@ -122,16 +117,14 @@ class Workload:
         if self.kv_layout not in (None, *get_args(KVLayoutName)):
             known = ", ".join(get_args(KVLayoutName))
             raise ValueError(f"KV layout {self.kv_layout!r} is none of {known}")
-        return self
 
     @property
-    def max_blocks(self) -> int:
-        """Pages a sequence."""
+    def pages_per_seq(self) -> int:
+        """Pages of a sequence."""
         return -(-self.context // self.page_size)
 
-    def window_blocks(self, kind: LayerKind) -> int:
-        """Pages of a sequence that these layers look at."""
+    def window_pages(self, kind: LayerKind) -> int:
+        """Pages of a sequence that these layers read."""
         if kind.window is None or kind.window >= self.context:
-            return self.max_blocks
-        first = (self.context - kind.window) // self.page_size
-        return self.max_blocks - first
+            return self.pages_per_seq
+        return self.pages_per_seq - (self.context - kind.window) // self.page_size

@@ -10,10 +10,10 @@ import tomllib
 
 from meshes import PodSlice
 
-# Jobs of `shardpage`; anything else is a command of its own.
-JOBS = ("generate", "verify", "doctor")
+from ..processes import JOBS
+
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-# Characters of a host, an image, a zone: no quoting makes others right there.
+# Characters that a host, an image or a zone may have: quoting would not make others right.
 _PLAIN = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.:/@\[\]]*")
 
 
@@ -60,7 +60,8 @@ class Job:
             raise ValueError("there is nothing to run; give a job after --, such as -- verify")
         if self.hosts and len(self.hosts) != self.num_hosts:
             raise ValueError(
-                f"{len(self.hosts)} hosts for {self.slices_text}, which has {self.num_hosts}"
+                f"{len(self.hosts)} hosts for {self.slices_text}, which has {self.num_hosts}; "
+                f"name each of them once"
             )
 
     @property
@@ -70,7 +71,7 @@ class Job:
 
     @property
     def hosts_per_slice(self) -> int:
-        """Host machines of a slice, a process each."""
+        """Host machines per slice; each runs one process."""
         return self.pod.num_chips // self.chips_per_host
 
     @property

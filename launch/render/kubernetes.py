@@ -1,4 +1,4 @@
-"""A JobSet for GKE: one replicated Job a slice, an indexed pod a host."""
+"""A JobSet for GKE: one replicated Job per slice, one indexed pod per host."""
 
 import re
 from typing import Any
@@ -15,7 +15,7 @@ COMMENTS = {
     "resize.",
     "rules": "Exit code 2 is a mistake in the command; see podFailurePolicy.",
     "replicas": "Slices.",
-    "parallelism": "Hosts of a slice, all at the same time, each with an index that GKE turns into "
+    "parallelism": "Hosts per slice, all at the same time, each with an index that GKE turns into "
     "TPU_WORKER_ID.",
     "backoffLimit": "No pod is replaced alone: the others would wait for ever for the old one.",
     "nodeSelector": "The slice.",
@@ -23,7 +23,7 @@ COMMENTS = {
     "this is for one that does not.",
     "command": "A list, no shell: nothing in it is interpreted.",
     "ports": "8482: JAX's coordinator on the first host. 8471: libtpu.",
-    "google.com/tpu": "Chips of a host: all of them.",
+    "google.com/tpu": "All chips of a host.",
 }
 
 
@@ -37,7 +37,8 @@ def jobset(job: Job) -> str:
 
     content = manifest(job)
     text = yaml.dump(content, Dumper=_dumper(yaml), sort_keys=False, width=10_000)
-    text = _with_comments(text, slices=job.slices_text, selector=_selector(job))
+    selector = f"jobset.sigs.k8s.io/jobset-name={job.name}"
+    text = _with_comments(text, slices=job.slices_text, selector=selector)
     assert yaml.safe_load(text) == content, "comments must not change a manifest"
     return text
 
@@ -122,10 +123,6 @@ def _literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _selector(job: Job) -> str:
-    return f"jobset.sigs.k8s.io/jobset-name={job.name}"
-
-
 def _with_comments(text: str, **values: str) -> str:
     """Puts each comment before the first line with its key. A value never spans lines here."""
     left = dict(COMMENTS)
@@ -134,13 +131,10 @@ def _with_comments(text: str, **values: str) -> str:
         found = re.match(r"( *(?:- )?)([\w./-]+):", line)
         if found and found[2] in left:
             indent = " " * len(found[1])
-            lines += [f"{indent}# {part}" for part in _comment(left.pop(found[2]), values)]
+            comment = left.pop(found[2]).format(**values)
+            lines += [f"{indent}# {part}" for part in comment.splitlines()]
         lines.append(line)
     return "\n".join(lines) + "\n"
-
-
-def _comment(template: str, values: dict[str, str]) -> list[str]:
-    return template.format(**values).splitlines()
 
 
 def _dumper(yaml: Any) -> Any:

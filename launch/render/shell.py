@@ -19,8 +19,8 @@ def slurm(job: Job) -> str:
 #
 #   sbatch slurm.sbatch      then: tail -f {job.name}-JOBID.log
 #
-# One process a host. srun tells each of them who it is, and JAX reads that by itself. If one fails,
-# srun ends the others. SHARDPAGE_COORDINATOR and the like, if set, would win over Slurm.
+# One process per host. srun tells each of them who it is, and JAX reads that by itself. If one
+# fails, srun ends the others. SHARDPAGE_COORDINATOR and the like, if set, would win over Slurm.
 #SBATCH --job-name={job.name}
 #SBATCH --nodes={job.num_hosts}
 #SBATCH --ntasks-per-node=1
@@ -112,7 +112,7 @@ def mpirun(job: Job) -> str:
 #!/usr/bin/env bash
 # shardpage on {job.slices_text}, under Open MPI.
 #
-# One process a host. JAX reads from Open MPI 4 who it is; with Open MPI 5 install mpi4py as well.
+# One process per host. JAX reads from Open MPI 4 who it is; with Open MPI 5 install mpi4py as well.
 # When one process fails, mpirun ends the others and exits with its code.
 set -euo pipefail
 hosts={places}

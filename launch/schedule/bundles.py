@@ -1,7 +1,7 @@
 """Reads the compiler's schedule of a TPU kernel: loops, and how many bundles each has.
 
 A TensorCore issues one bundle of instructions a cycle. libtpu writes the final bundles of every
-kernel as text, one a line, with the depth of the loop that it is in:
+kernel as text, one per line, with the depth of the loop that it is in:
 
     0x2c LB: >> { %113 = dma.hbm_to_vmem ...  ;;  ... }
 
@@ -22,7 +22,7 @@ _OPERATIONS = {
     "dma_out": re.compile(r"= dma\.vmem_to_hbm"),
     "matmul": re.compile(r"= vmatmul"),
 }
-# Kernels that libtpu adds to every program, not ours to look at.
+# Kernels that libtpu adds to every program; they are not looked into.
 _INTERNAL = ("<", "TLP")
 
 
@@ -89,7 +89,7 @@ def block_loop(kernel: Loop) -> tuple[Loop, Loop]:
     """The loop over blocks, and the outermost loop that it is in: that over sequences.
 
     The block loop is the innermost that both fetches pages and multiplies, itself or inside. A
-    kernel whose blocks are grid steps has no such loop: all of it runs once a block.
+    kernel whose blocks are grid steps has no such loop: all of it runs once per block.
     """
     block = sequences = kernel
     for outer in kernel.children:

@@ -16,7 +16,7 @@ from shardpage.page_format import PACKED_ROW, KVLayout, PageFormat
 
 Kernel = Literal["fused", "separate", "stock"]
 KERNELS: tuple[Kernel, ...] = ("fused", "separate", "stock")
-# Pages that a block of JAX's kernel gets: so many tokens at page 16, and in proportion.
+# Pages of a block of JAX's kernel.
 _STOCK_BLOCK_PAGES = 32
 
 
@@ -28,8 +28,8 @@ class Case:
       name: as in the table.
       queries: query heads that share a KV head.
       num_kv_heads: local KV heads.
-      page_size: tokens a page.
-      head_dim: numbers a key.
+      page_size: tokens per page.
+      head_dim: elements of a key.
       num_seqs: sequences.
       context: tokens of each.
       limit: most issue cycles over HBM cycles of the block loop that the better layout should
@@ -94,7 +94,7 @@ class Program:
 
     Attributes:
       block_pages: pages of one block.
-      copies: DMAs a page.
+      copies: DMAs per page.
       copy_bytes: bytes of each.
       ring_blocks: blocks that the kernel has room for; all but one are on their way.
       heads_a_block: KV heads that a block holds.

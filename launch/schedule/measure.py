@@ -1,6 +1,6 @@
 """Compiles cases for a chip with the compiler's schedule written out, and reads it.
 
-The compiler is told where to write when libtpu loads, once a process: `measure` starts a process
+The compiler is told where to write when libtpu loads, once per process: `measure` starts a process
 for each chip, which this file is the program of.
 """
 
@@ -16,7 +16,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
+import meshes
+
 from .bundles import block_loop, read_dump
+from .cases import CASES, KERNELS, Case, Kernel, Program, limit, lower, program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Measured:
       per_sequence: bundles of the loop over sequences that are not in the loop over blocks.
       per_call: bundles of the kernel that are in neither.
       around: bundles of the program's other kernels.
-      copies: DMAs a block; copy_bytes: bytes of each.
+      copies: DMAs per block; copy_bytes: bytes of each.
       bytes_in_flight: on their way while a block is worked on.
       bytes_needed: to cover 2 us of latency at the chip's bandwidth.
       temp_bytes: scratch of the whole program in HBM.
@@ -61,7 +67,7 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Below 1 the block loop waits for memory, above it is what is waited for."""
+        """Below 1 the block loop waits for memory; above 1 memory waits for it."""
         return self.issue_cycles / self.hbm_cycles
 
     @property
@@ -105,69 +111,70 @@ def dumping_to(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _measure_here(topology: str, dump: pathlib.Path, cases, kernels) -> list[Measured]:
-    import jax
-    import numpy as np
-
-    import meshes
-
-    from .cases import CASES, KERNELS, limit, lower, program
-
+    """Every chosen case with every chosen kernel that has its shape."""
     device = meshes.topology(topology).devices.flat[0]
-    mesh = jax.sharding.Mesh(np.array([device]), ("data",))
+    chosen = (
+        _measure_one(topology, device, case, kernel, dump)
+        for case in CASES
+        for kernel in KERNELS
+        if (not cases or case.name in cases) and (not kernels or kernel in kernels)
+    )
+    return [row for row in chosen if row is not None]
+
+
+def _measure_one(
+    topology: str, device: Any, case: Case, kernel: Kernel, dump: pathlib.Path
+) -> Measured | None:
+    """One kernel for one device; None if it is JAX's and does not have the shape."""
+    for path in dump.iterdir():
+        path.unlink()
+    started = time.monotonic()
+    try:
+        compiled, sizes = _compile(case, kernel, device)
+    except ValueError:
+        if kernel == "stock":
+            return None
+        raise
+    elapsed = time.monotonic() - started
+    trees = list(read_dump(dump).values())
+    tree = max(trees, key=lambda tree: tree.count("matmul"))
+    loop, sequences = block_loop(tree)
     clock_hz, bytes_per_s = core_rates(device.device_kind)
-    rows = []
-    for case in CASES:
-        for kernel in KERNELS:
-            if (cases and case.name not in cases) or (kernels and kernel not in kernels):
-                continue
-            for path in dump.iterdir():
-                path.unlink()
-            started = time.monotonic()
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                try:
-                    compiled = lower(case, kernel, mesh).compile()
-                except ValueError:
-                    if kernel == "stock":
-                        continue
-                    raise
-                sizes = program(case, kernel)
-            elapsed = time.monotonic() - started
-            by_name = read_dump(dump)
-            tree = max(by_name.values(), key=lambda tree: tree.count("matmul"))
-            loop, sequences = block_loop(tree)
-            rows.append(
-                Measured(
-                    topology=topology,
-                    device_kind=device.device_kind,
-                    case=case.name,
-                    kernel=kernel,
-                    block_pages=sizes.block_pages,
-                    block_bytes=sizes.block_bytes,
-                    issue_cycles=loop.bundles,
-                    hbm_cycles=sizes.block_bytes / bytes_per_s * clock_hz,
-                    per_sequence=sequences.bundles - loop.bundles,
-                    per_call=tree.bundles - sequences.bundles,
-                    around=sum(t.bundles for t in by_name.values()) - tree.bundles,
-                    copies=sizes.copies * sizes.block_pages,
-                    copy_bytes=sizes.copy_bytes,
-                    bytes_in_flight=(sizes.ring_blocks - 1) * sizes.block_bytes,
-                    bytes_needed=int(2e-6 * bytes_per_s),
-                    temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
-                    compile_s=round(elapsed, 2),
-                    limit=limit(case, kernel, newest=device.device_kind == "TPU7x"),
-                )
-            )
-    return rows
+    return Measured(
+        topology=topology,
+        device_kind=device.device_kind,
+        case=case.name,
+        kernel=kernel,
+        block_pages=sizes.block_pages,
+        block_bytes=sizes.block_bytes,
+        issue_cycles=loop.bundles,
+        hbm_cycles=sizes.block_bytes / bytes_per_s * clock_hz,
+        per_sequence=sequences.bundles - loop.bundles,
+        per_call=tree.bundles - sequences.bundles,
+        around=sum(tree.bundles for tree in trees) - tree.bundles,
+        copies=sizes.copies * sizes.block_pages,
+        copy_bytes=sizes.copy_bytes,
+        bytes_in_flight=(sizes.ring_blocks - 1) * sizes.block_bytes,
+        bytes_needed=int(2e-6 * bytes_per_s),
+        temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        compile_s=round(elapsed, 2),
+        limit=limit(case, kernel, newest=device.device_kind == "TPU7x"),
+    )
+
+
+def _compile(case: Case, kernel: Kernel, device: Any) -> tuple[Any, Program]:
+    """A case compiled for one device, and the sizes that its kernel has there."""
+    mesh = jax.sharding.Mesh(np.array([device]), ("data",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return lower(case, kernel, mesh).compile(), program(case, kernel)
 
 
 def core_rates(device_kind: str) -> tuple[float, float]:
     """Clock in Hz and HBM bytes/s of one TensorCore.
 
-    The clock follows from the peak rate: 4 MXUs a core, each 128 or (from v6e on) 256 square, and
-    2 flops a place and cycle.
+    The clock follows from the peak rate: 4 MXUs per core, each 128 or (from v6e on) 256 square, and
+    2 flops per place and cycle.
     """
-    import meshes
-
     chip = meshes.Chip.of_kind(device_kind)
     assert chip is not None
     side = 256 if device_kind in ("TPU v6 lite", "TPU7x") else 128

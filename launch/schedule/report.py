@@ -1,7 +1,9 @@
 """Schedules as a table, and as a picture."""
 
+import itertools
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from .cases import KERNELS
 from .measure import Measured
@@ -14,47 +16,32 @@ _LABELS = {
 }
 _TICKS = (0.1, 0.3, 1, 3, 10)
 HEADER = (
-    "kernel",
-    "block",
-    "issue",
-    "HBM",
-    "issue/HBM",
-    "limit",
-    "DMAs x KiB",
-    "in flight/needed MB",
-    "a sequence",
-    "a call",
-    "temp MB",
+    *("kernel", "block", "issue", "HBM", "issue/HBM", "limit", "DMAs x KiB"),
+    *("in flight/needed MB", "per sequence", "per call", "temp MB"),
 )
-NOTE = (
-    "issue: bundles of the loop over blocks; HBM: cycles in which memory delivers a block. Below 1 "
-    "the loop waits\nfor memory. 'a sequence', 'a call': bundles outside that loop, counted once "
-    "each (this library's\nkernel works on a sequence of a single block there). Bounds from below: "
-    "stalls, DMA latency and trip counts\nare not in them."
-)
+NOTE = """\
+issue: bundles of the loop over blocks; HBM: cycles in which memory delivers a block. Below 1 the
+loop waits for memory. 'per sequence', 'per call': bundles outside that loop, counted once each
+(this library's kernel works on a sequence of a single block there). Bounds from below: stalls, DMA
+latency and trip counts are not in them."""
 
 
 def table(rows: Sequence[Measured]) -> str:
-    """One table a chip, a case after the other."""
+    """One table per chip, a case after the other."""
     lines: list[str] = []
     for topology in dict.fromkeys(row.topology for row in rows):
         of_chip = [row for row in rows if row.topology == topology]
-        cells = [[case, *_cells(row)] for row in of_chip for case in [row.case]]
-        widths = [
-            max(len(line[i]) for line in [["", *HEADER], *cells]) for i in range(len(HEADER) + 1)
-        ]
-        lines += ["", f"{of_chip[0].device_kind} ({topology})", _line(["", *HEADER], widths)]
-        before = None
-        for case, *rest in cells:
-            lines.append(_line([case if case != before else "", *rest], widths))
-            before = case
+        cases = [""] + [row.case for row in of_chip]
+        shown = [case if case != before else "" for before, case in itertools.pairwise(cases)]
+        cells = [("", *HEADER)] + [(c, *_cells(row)) for c, row in zip(shown, of_chip, strict=True)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines += ["", f"{of_chip[0].device_kind} ({topology})", *(_line(c, widths) for c in cells)]
     return "\n".join([*lines, "", NOTE])
 
 
 def _cells(row: Measured) -> list[str]:
-    verdict = "" if row.limit is None else f"{row.limit:.2f}"
-    if row.limit is not None and not row.within_limit:
-        verdict += " over"
+    over = "" if row.within_limit else " over"
+    verdict = "" if row.limit is None else f"{row.limit:.2f}{over}"
     return [
         row.kernel,
         f"{row.block_bytes >> 10} KiB",
@@ -71,17 +58,15 @@ def _cells(row: Measured) -> list[str]:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
+    padded = [
         cell.ljust(width) if i < 2 else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *rest]).rstrip()
+    ]
+    return "  ".join(padded).rstrip()
 
 
-def draw(rows: Sequence[Measured], path: pathlib.Path) -> None:
-    """Writes a PNG: issue cycles over HBM cycles, a panel a chip.
-
-    Of the cases that have a target: short sequences hardly enter the loop over blocks.
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of this size in inches.
 
     Raises:
       RuntimeError: without matplotlib.
@@ -90,15 +75,25 @@ def draw(rows: Sequence[Measured], path: pathlib.Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RuntimeError("pictures need matplotlib: pip install matplotlib") from error
+        raise RuntimeError("pictures need matplotlib: pip install 'shardpage[plot]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw(rows: Sequence[Measured], path: pathlib.Path) -> None:
+    """Writes a PNG: issue cycles over HBM cycles, a panel per chip.
+
+    Of the cases that have a target: short sequences hardly enter the loop over blocks.
+
+    Raises:
+      RuntimeError: without matplotlib.
+    """
     aimed = {row.case for row in rows if row.limit is not None}
     rows = [row for row in rows if row.case in aimed or not aimed]
     topologies = list(dict.fromkeys(row.topology for row in rows))
     cases = list(dict.fromkeys(row.case for row in rows))
-    figure = Figure(
-        figsize=(3 + 2.6 * len(topologies), 1.6 + 0.5 * len(cases)), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(3 + 2.6 * len(topologies), 1.6 + 0.5 * len(cases))
     figure.suptitle("Issue cycles of the block loop over the HBM cycles of its bytes (log scale)")
     panels = figure.subplots(1, len(topologies), sharex=True, sharey=True, squeeze=False)[0]
     kernels = [kernel for kernel in KERNELS if any(row.kernel == kernel for row in rows)]

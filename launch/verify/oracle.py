@@ -26,7 +26,7 @@ def attend(
       values: as keys.
       precision: float64 for the exact result; float32 for what honest low precision makes of it,
         softmax weights and results rounded to the dtype of values and query.
-      window: attend to the last so many tokens only.
+      window: attend to the last this many tokens only.
       soft_cap: bound of the logits.
       sinks: [num_heads], logits without a value.
 

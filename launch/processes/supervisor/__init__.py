@@ -8,5 +8,5 @@
 """
 
 from .gang import CannotStart as CannotStart
-from .gang import Plan as Plan
+from .gang import Gang as Gang
 from .gang import run as run

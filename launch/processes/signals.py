@@ -26,7 +26,7 @@ class Stopped(BaseException):
 def stop_on_signals(grace_seconds: float = 10.0) -> Iterator[None]:
     """Raises `Stopped` in the main thread at the first SIGINT or SIGTERM; ignores later ones.
 
-    What is cleaned up after the first is thereby not cut short by an impatient second. A main
+    An impatient second signal thereby does not cut short the cleaning up after the first. A main
     thread that is stuck outside Python (in a compilation, or a collective that never ends) cannot
     see the exception: the process then ends at once after `grace_seconds`.
     """

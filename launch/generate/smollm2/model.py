@@ -136,7 +136,7 @@ class Model:
         return WeightSplit(self.mesh)
 
     def empty_cache(self, num_pages: int, page_size: int, dtype) -> PagedKVCache:
-        """An empty cache of `num_pages` pages a layer, in its sharding."""
+        """An empty cache of `num_pages` pages per layer, in its sharding."""
         config = self.config
         return PagedKVCache.zeros(
             config.num_layers * num_pages,

@@ -1,4 +1,4 @@
-"""What ranks print: everything to a log file each, and what should be seen to the foreground."""
+"""What ranks print: all of it to a log file per rank, and to the foreground what helps."""
 
 import os
 import re

@@ -4,6 +4,7 @@ Values of environment variables are shown only where they are settings of launch
 sounds like a secret never is.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -27,7 +28,7 @@ _MARK = {"ok": "ok  ", "note": "note", "problem": "FAIL"}
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was examined.
 
     Attributes:
       kind: "ok", a "note" that may matter, or a "problem" that will.
@@ -55,7 +56,7 @@ def examine(
     across: bool = False,
     environ: Mapping[str, str] = os.environ,
 ) -> Iterator[Finding]:
-    """Looks at everything.
+    """Examines everything.
 
     Args:
       mesh: a mesh that should fit all devices.
@@ -94,10 +95,8 @@ def installed() -> dict[str, str | None]:
     """Versions by package; None if it is not installed."""
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 

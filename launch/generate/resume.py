@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import typer
 
-from .bootstrap import Processes
-from .engine import Request
+from ..processes.bootstrap import Processes
+from .requests import Request
 
 # Settings that may differ: they change how fast answers come, not what they are.
 _HARMLESS = ("page_size", "num_pages", "batch")

@@ -1,6 +1,6 @@
-"""What a rank leaves for its supervisor to read: how far it is, and why it ended.
+"""What a rank leaves for its supervisor to read: how far it has come, and why it ended.
 
-Two small files a rank in a folder of the supervisor's. Without a supervisor nothing is written.
+Small files per rank in a folder of the supervisor. Without a supervisor nothing is written.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Notes:
         self._write("state", {"state": state})
 
     def step(self, count: int) -> None:
-        """So many steps have begun."""
+        """This many steps have begun."""
         if self._steps is not None:
             os.pwrite(self._steps, f"{count:<{_STEP_WIDTH}}".encode(), 0)
 

@@ -47,6 +47,6 @@ def wait_at_barrier(name: str, timeout_seconds: float) -> None:
 
 
 def _missing(message: str) -> list[int]:
-    """The ranks that the service's message lists, one a line, as not having come."""
+    """The ranks that the service's message lists, one per line, as not having come."""
     _, _, names = message.partition("timed out task names:")
     return sorted({int(rank) for rank in re.findall(r"^(?:\S*task:)?(\d+)$", names, re.MULTILINE)})

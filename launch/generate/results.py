@@ -1,9 +1,5 @@
-"""What a run leaves behind: the --json file, and the tables at the end."""
+"""What a run has to show at its end: rates, and tables of prompts and devices."""
 
-import json
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,32 +7,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .devices import describe_mesh, is_simulated
-from .engine import Engine, Request
+from ..devices import describe_mesh, is_simulated
+from .engine import Engine
+from .requests import Request
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 MOST_DEVICES_SHOWN = 16
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaces a file at once: a reader, or a crash, finds the old content or all of the new."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False
-    ) as file:
-        try:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(file.name, 0o666 & ~mask)  # as open() would have made it
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def rates(engine: Engine) -> dict[str, float | int | None]:
@@ -58,15 +36,12 @@ def prompt_table(requests: list[Request]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("ended")
     for number, request in enumerate(requests, 1):
-        wait = None
-        if request.first_token is not None and request.started is not None:
-            wait = request.first_token - request.started
-        speed = request.tokens_per_second
+        started, first, speed = request.started, request.first_token, request.tokens_per_second
         table.add_row(
             str(number),
             str(len(request.prompt_ids)),
             str(len(request.ids)),
-            f"{wait:.2f} s" if wait is not None else "-",
+            "-" if started is None or first is None else f"{first - started:.2f} s",
             f"{speed:.1f}" if speed is not None else "-",
             request.ending or "-",
         )
@@ -75,18 +50,17 @@ def prompt_table(requests: list[Request]) -> Table:
 
 def devices(engine: Engine, mesh: "Mesh") -> list[dict[str, Any]]:
     """Per device: its place in the mesh, its pages, and the bytes of cache and weights."""
-    names = mesh.axis_names
-    position_of = dict(zip(mesh.devices.flat, np.ndindex(mesh.devices.shape), strict=True))
     pages = engine.pool.num_pages // engine.peak_pages.size
     rows = []
-    for device, position in position_of.items():
-        place = dict(zip(names, map(int, position), strict=True))
+    for index, device in np.ndenumerate(mesh.devices):
+        place = dict(zip(mesh.axis_names, index, strict=True))
+        peak = engine.peak_pages[place.get("data", 0), place.get("context", 0)]
         rows.append(
             {
                 "device": str(device),
                 "position": place,
                 "pages": pages,
-                "peak_pages": int(engine.peak_pages[place.get("data", 0), place.get("context", 0)]),
+                "peak_pages": int(peak),
                 "kv_bytes": engine.cache_bytes_per_device,
                 "weight_bytes": engine.weight_bytes_per_device,
             }
@@ -117,21 +91,19 @@ def device_table(engine: Engine, mesh: "Mesh") -> Table:
 
 def print_summary(engine: Engine, mesh: "Mesh", requests: list[Request], console: Console) -> None:
     """The tables at the end of a run, and its rates."""
+    found = rates(engine)
+    prefill, decode = (
+        f" at {rate} tokens/s" if rate else ""
+        for rate in (found["prefill_tokens_per_second"], found["decode_tokens_per_second"])
+    )
+    num_made = sum(len(request.ids) for request in requests)
     console.print()
     console.print(prompt_table(requests))
     console.print(device_table(engine, mesh))
     console.print(Text(f"mesh {describe_mesh(mesh, is_simulated(mesh))}"))
-    found = rates(engine)
-    prefill, decode = found["prefill_tokens_per_second"], found["decode_tokens_per_second"]
-    console.print(
-        Text(
-            f"read {engine.stats.prefill_tokens} prompt tokens"
-            + (f" at {prefill} tokens/s" if prefill else "")
-            + f", made {sum(len(request.ids) for request in requests)} new ones"
-            + (f" at {decode} tokens/s" if decode else "")
-            + f"; compiled for {found['compile_seconds']} s"
-        )
-    )
+    read = f"read {engine.stats.prefill_tokens} prompt tokens{prefill}"
+    made = f"made {num_made} new ones{decode}"
+    console.print(Text(f"{read}, {made}; compiled for {found['compile_seconds']} s"))
 
 
 def _megabytes(num_bytes: int) -> str:

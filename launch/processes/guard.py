@@ -1,4 +1,4 @@
-"""No rank outlives its usefulness: every way in which one can fail ends it, soon, with a reason.
+"""Every way in which a rank can fail ends it soon, with a reason.
 
 By itself a rank that fails waits for the others at exit, while the others wait for it: for ever.
 `install`, which `launch.bootstrap.initialize` calls when there are several processes, sees to this:
@@ -29,7 +29,7 @@ from .signals import Stopped, stop_on_signals
 
 FAILED, HUNG = 1, 75
 # The watchdog is a thread. If something holds the interpreter's lock, a timer outside Python ends
-# the process so many seconds later.
+# the process this many seconds later.
 _LAST_RESORT_SECONDS = 5.0
 
 
@@ -47,7 +47,7 @@ class _Guard:
         self._last_resort_set: float | None = None
 
     def arm(self, seconds: float | None, what: str) -> None:
-        """Ends the process if `arm` is not called again within so many seconds; None: never."""
+        """Ends the process if `arm` is not called again within this many seconds; None: never."""
         with self._lock:
             self.deadline = None if seconds is None else time.monotonic() + seconds
             self._what = what
@@ -109,8 +109,8 @@ def install(
       notes: where to say how far it is and why it ended.
       step_timeout: the longest that a step may take, in seconds, compilation included. The clock
         starts with the first `step()`.
-      grace_seconds: SIGTERM and Ctrl-C raise `launch.signals.Stopped` in the main thread, so that
-        what was done so far can be kept; if it is stuck, the process ends after this time.
+      grace_seconds: SIGTERM and Ctrl-C raise `signals.Stopped` in the main thread, so that what was
+        done so far can be kept; if it is stuck, the process ends after this time.
     """
     global _guard, _rank
     _guard, _rank = _Guard(notes, step_timeout), rank
@@ -121,7 +121,7 @@ def install(
 
 
 def step() -> None:
-    """A step begins: the previous one ended in time. Without a guard this does nothing."""
+    """A step begins, so the previous one ended in time. Without a guard this does nothing."""
     if _guard is None:
         return
     _guard.num_steps += 1
@@ -161,7 +161,7 @@ def barrier(name: str, timeout_seconds: float) -> None:
     """Waits until all ranks are here. A name serves once.
 
     Raises:
-      launch.coordination.MissingRanksError: naming the ranks that have not come in time.
+      launch.processes.coordination.MissingRanksError: naming the ranks that have not come in time.
     """
     if _guard is not None:
         from . import coordination  # not above: it imports JAX, which the command line does not

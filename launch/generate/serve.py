@@ -11,10 +11,13 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from . import bootstrap, guard, results, resume, smollm2
+from ..devices import describe_mesh, is_simulated, mesh_text, open_mesh
+from ..json_file import write_json
+from ..processes import bootstrap, guard
+from . import results, resume, smollm2
 from .console import open_output
-from .devices import describe_mesh, is_simulated, mesh_text, open_mesh
-from .engine import Engine, Pool, Request, num_cached_tokens
+from .engine import Engine
+from .requests import Pool, Request, num_cached_tokens
 
 # The widest batch of sequences on one data shard, unless the options say otherwise.
 ROWS_PER_SHARD = 8
@@ -37,6 +40,7 @@ class Options:
     json_file: Path | None = None
     raw: bool = False
     resume: bool = False
+    quiet: bool = False
 
 
 def run(options: Options) -> bool:
@@ -47,7 +51,7 @@ def run(options: Options) -> bool:
 
     Raises:
       typer.BadParameter: if options do not fit each other, the model or the devices.
-      launch.smollm2.MissingWeights: if there is no model.
+      launch.generate.smollm2.MissingWeights: if there is no model.
     """
     began = time.perf_counter()
     file = smollm2.GGUFFile(smollm2.find_weights())
@@ -56,14 +60,9 @@ def run(options: Options) -> bool:
     tokenizer = file.tokenizer()
     encode = tokenizer.encode if options.raw else tokenizer.encode_chat
     requests = [
-        Request(
-            key,
-            encode(prompt),
-            options.max_new_tokens,
-            options.temperature,
-            seed=prompt_seed(options.seed, key),
-        )
+        Request(key, encode(prompt), options.max_new_tokens, options.temperature, seed)
         for key, prompt in enumerate(options.prompts)
+        for seed in [prompt_seed(options.seed, key)]
     ]
     processes = bootstrap.initialize()
     report = _Report(options, mesh, requests, tokenizer, processes.is_main)
@@ -81,7 +80,9 @@ def run(options: Options) -> bool:
     engine = None
     progress = lambda: report.progress(engine)
     try:
-        with open_output(options.prompts, progress, quiet=not processes.is_main) as output:
+        with open_output(
+            options.prompts, progress, speaks=processes.is_main, quiet=options.quiet
+        ) as output:
             if num_done:
                 output.status(f"{num_done} of {len(requests)} prompts were answered before")
             output.status(f"mesh {describe_mesh(mesh, is_simulated(mesh))}")
@@ -96,7 +97,7 @@ def run(options: Options) -> bool:
                 stop_id=tokenizer.stop_id,
                 on_compile=lambda what: output.status(f"compiling {what} ..."),
             )
-            report.engine, report.load_seconds = engine, time.perf_counter() - began
+            report.engine, report.load_seconds = engine, round(time.perf_counter() - began, 2)
             _show(engine, waiting, tokenizer, output, report)
     finally:
         guard.disarm()
@@ -144,11 +145,9 @@ def choose_pool(
     blocks = sorted(
         (-(-n // options.page_size) for n in num_tokens if n <= max_context_len), reverse=True
     ) or [1]
-    num_pages = options.num_pages
-    if num_pages is None:
-        per_pool = -(-sum(blocks[:rows_per_shard]) // num_context_shards)
-        num_pages = _power_of_two(per_pool) * num_context_shards * num_seq_shards
     num_shards = num_seq_shards * num_context_shards
+    per_shard = -(-sum(blocks[:rows_per_shard]) // num_context_shards)
+    num_pages = options.num_pages or _power_of_two(per_shard) * num_shards
     if num_pages % num_shards:
         below = num_pages // num_shards * num_shards
         nearest = " or ".join(str(n) for n in (below, below + num_shards) if n)
@@ -178,11 +177,8 @@ def _power_of_two(least: int) -> int:
 class _Report:
     """The --json file, and the line of progress."""
 
-    def __init__(
-        self, options: Options, mesh, requests: list[Request], tokenizer, is_main: bool = True
-    ):
-        self._is_main = is_main
-        self._options, self._mesh = options, mesh
+    def __init__(self, options: Options, mesh, requests: list[Request], tokenizer, is_main: bool):
+        self._options, self._mesh, self._is_main = options, mesh, is_main
         self._requests, self._tokenizer = requests, tokenizer
         self.engine: Engine | None = None
         self.load_seconds: float | None = None
@@ -193,7 +189,7 @@ class _Report:
         if path is None or not self._is_main:
             return
         try:
-            results.write_json(path, self._content())
+            write_json(path, self._content())
         except OSError as error:
             raise typer.BadParameter(f"{path}: {error.strerror}", param_hint="--json") from None
 
@@ -204,10 +200,11 @@ class _Report:
         stats, rates = engine.stats, results.rates(engine)
         num_ended = sum(request.ending is not None for request in self._requests)
         parts = [f"{num_ended} of {len(self._requests)} prompts done"]
-        for count, what, rate in (
-            (stats.prefill_tokens, "prompt tokens read", rates["prefill_tokens_per_second"]),
-            (stats.decode_tokens, "tokens made", rates["decode_tokens_per_second"]),
+        for count, step, what in (
+            (stats.prefill_tokens, "prefill", "prompt tokens read"),
+            (stats.decode_tokens, "decode", "tokens made"),
         ):
+            rate = rates[f"{step}_tokens_per_second"]
             parts.append(f"{count} {what}" + (f" ({rate}/s)" if rate else ""))
         used = engine.pool.num_pages - engine.allocator.num_free()
         return ", ".join([*parts, f"{used} of {engine.pool.num_pages} pages in use"])
@@ -215,23 +212,22 @@ class _Report:
     def settings(self) -> dict[str, Any]:
         """The options on which the answers may depend."""
         settings = dataclasses.asdict(self._options)
-        for name in ("prompts", "json_file", "mesh", "simulate", "resume"):
+        for name in ("prompts", "json_file", "mesh", "simulate", "resume", "quiet"):
             del settings[name]
         return settings
 
     def _content(self) -> dict[str, Any]:
         engine = self.engine
-        load_seconds = self.load_seconds
         return {
             "prompts": [self._prompt(request) for request in self._requests],
             "mesh": mesh_text(self._mesh),
             "simulated": is_simulated(self._mesh),
             "settings": self.settings(),
             "rates": {
-                "load_seconds": None if load_seconds is None else round(load_seconds, 2),
-                **({} if engine is None else results.rates(engine)),
+                "load_seconds": self.load_seconds,
+                **(results.rates(engine) if engine else {}),
             },
-            "devices": [] if engine is None else results.devices(engine, self._mesh),
+            "devices": results.devices(engine, self._mesh) if engine else [],
         }
 
     def _prompt(self, request: Request) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 Answers go to standard output; progress and what the program is doing go to standard error.
 """
 
+import io
 import sys
 import textwrap
 import time
 from collections.abc import Callable
+from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,8 +27,17 @@ class PlainOutput:
     with the number of its prompt, so that `grep '^\\[2\\]'` has one answer.
     """
 
-    def __init__(self, titles: list[str], progress: Callable[[], str]):
+    def __init__(
+        self,
+        titles: list[str],
+        progress: Callable[[], str],
+        out: TextIO | None = None,  # for answers
+        err: TextIO | None = None,  # for what went wrong
+        said: TextIO | None = None,  # for what is being done; err unless given
+    ):
         self._titles, self._progress = titles, progress
+        self._out, self._err = out or sys.stdout, err or sys.stderr
+        self._said = said or self._err
         self._lines = [""] * len(titles)
         self._shown = time.monotonic()
 
@@ -39,18 +50,18 @@ class PlainOutput:
 
     def status(self, text: str) -> None:
         """Says what is being done."""
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=self._said, flush=True)
 
     def started(self, index: int) -> None:
         """A prompt has joined."""
         if len(self._titles) > 1:
-            print(f"[{index + 1}] > {_one_line(self._titles[index])}", flush=True)
+            self._print(index, f"> {_one_line(self._titles[index])}")
 
     def write(self, index: int, text: str) -> None:
         """More of an answer."""
         if len(self._titles) == 1:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            self._out.write(text)
+            self._out.flush()
             self._lines[index] = (self._lines[index] + text)[-1:]
             return
         self._lines[index] += text
@@ -66,24 +77,25 @@ class PlainOutput:
         """A prompt has left; `note` says what went wrong, if something did."""
         self._flush(index)
         if note:
-            print(f"[{index + 1}] {note}", file=sys.stderr, flush=True)
+            print(f"[{index + 1}] {note}", file=self._err, flush=True)
 
     def tick(self) -> None:
         """Shows progress, if it is time."""
         if time.monotonic() - self._shown > PROGRESS_EVERY_S:
             self._shown = time.monotonic()
             if len(self._titles) > 1 or not self._lines[0]:  # nothing in the midst of a text
-                print(self._progress(), file=sys.stderr, flush=True)
+                self.status(self._progress())
 
     def _flush(self, index: int) -> None:
         if self._lines[index] and len(self._titles) == 1:
-            print("" if self._lines[index] == "\n" else "\n", end="", flush=True)
+            self._out.write("" if self._lines[index] == "\n" else "\n")
+            self._out.flush()
         elif self._lines[index]:
             self._print(index, self._lines[index])
         self._lines[index] = ""
 
     def _print(self, index: int, line: str) -> None:
-        print(f"[{index + 1}] {line}", flush=True)
+        print(f"[{index + 1}] {line}", file=self._out, flush=True)
 
 
 class LiveOutput:
@@ -151,40 +163,27 @@ class LiveOutput:
         return Panel(Text(text), title=title, title_align="left", border_style=style)
 
 
-class NoOutput:
-    """Nothing: another process speaks for this one."""
-
-    def __enter__(self) -> "NoOutput":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        """Nothing."""
-
-    def started(self, index: int) -> None:
-        """Nothing."""
-
-    def write(self, index: int, text: str) -> None:
-        """Nothing."""
-
-    def ended(self, index: int, note: str) -> None:
-        """Nothing."""
-
-    def tick(self) -> None:
-        """Nothing."""
+class _Nowhere(io.TextIOBase):
+    def write(self, text: str, /) -> int:
+        return len(text)
 
 
 def open_output(
-    titles: list[str], progress: Callable[[], str], *, quiet: bool = False
-) -> PlainOutput | LiveOutput | NoOutput:
-    """The output that suits standard output and the number of prompts."""
-    if quiet:
-        return NoOutput()
-    several = len(titles) > 1
-    kind = LiveOutput if several and sys.stdout.isatty() else PlainOutput
-    return kind(titles, progress)
+    titles: list[str], progress: Callable[[], str], *, speaks: bool = True, quiet: bool = False
+) -> PlainOutput | LiveOutput:
+    """The output that suits standard output and the number of prompts.
+
+    Args:
+      titles: the prompts.
+      progress: says how far the run is.
+      speaks: False where another process speaks for this one.
+      quiet: answers and errors only.
+    """
+    if not speaks:
+        return PlainOutput(titles, progress, out=_Nowhere(), err=_Nowhere())
+    if len(titles) > 1 and sys.stdout.isatty() and not quiet:
+        return LiveOutput(titles, progress)
+    return PlainOutput(titles, progress, said=_Nowhere() if quiet else None)
 
 
 def _one_line(text: str, width: int = 70) -> str:

@@ -22,58 +22,42 @@ from typing import Any
 from . import guard
 from .notes import Notes
 
-# Where the settings come from: NAME of SHARDPAGE_NAME, and what it is.
-SETTINGS = {
-    "COORDINATOR": "HOST:PORT of rank 0",
-    "NUM_PROCESSES": "how many processes",
-    "PROCESS_ID": "which of them this is, from 0",
-    "BIND": "HOST:PORT where rank 0 listens; default all of its addresses",
-    "DEVICES_PER_PROCESS": "simulate so many CPU devices in each process",
-    "START_TIMEOUT": "seconds until all processes must have come",
-    "HEARTBEAT_TIMEOUT": "seconds after which a silent process counts as dead",
-    "STEP_TIMEOUT": "seconds that a step may take; 0 for any time",
-    "GRACE": "seconds from SIGTERM to the end of a process that is stuck",
-    "PREEMPTION_SERVICE": "1 leaves SIGTERM to JAX's preemption service",
-    "NOTES": "a folder where a supervisor reads how the processes are doing",
-    "ATTEMPT": "0 at first, then how often the job has been started again",
-    "MESH": "the mesh that `shardpage simulate --mesh` asks for",
-}
 PREFIX = "SHARDPAGE_"
 
-# Serving suffers from waiting for what will not come; a slow host is up in a few minutes.
-START_TIMEOUT, HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT, STEP_TIMEOUT = 300.0, 30.0, 15.0, 600.0
+# A server suffers from waiting for what will not come; a slow host is up in a few minutes.
+SHUTDOWN_TIMEOUT = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of `SHARDPAGE_*`; see `SETTINGS`."""
+    """Each comes from the environment variable SHARDPAGE_NAME; times are in seconds."""
 
-    coordinator: str | None = None
+    coordinator: str | None = None  # HOST:PORT of rank 0
     num_processes: int | None = None
-    process_id: int | None = None
-    bind: str | None = None
-    devices_per_process: int | None = None
-    start_timeout: float = START_TIMEOUT
-    heartbeat_timeout: float = HEARTBEAT_TIMEOUT
-    step_timeout: float = STEP_TIMEOUT
-    grace: float = 5.0
-    preemption_service: bool = False
-    notes: str | None = None
-    attempt: int = 0
-    mesh: str | None = None
+    process_id: int | None = None  # which of them this is, from 0
+    bind: str | None = None  # HOST:PORT where rank 0 listens; default all of its addresses
+    devices_per_process: int | None = None  # simulate this many CPU devices in each process
+    start_timeout: float = 300.0  # until all processes must have come
+    heartbeat_timeout: float = 30.0  # after which a silent process counts as dead
+    step_timeout: float = 600.0  # that a step may take; 0 for any time
+    grace: float = 5.0  # from SIGTERM to the end of a process that is stuck
+    preemption_service: bool = False  # leave SIGTERM to JAX's preemption service
+    notes: str | None = None  # a folder where a supervisor reads how the processes are doing
+    attempt: int = 0  # how often the job has been started again
+    mesh: str | None = None  # what `shardpage simulate --mesh` asks for
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> "Settings":
         """Reads them from environment variables.
 
         Raises:
-          ValueError: naming the variable that is no number, unknown, or missing beside others.
+          ValueError: naming the variable that is not a number, or is missing beside others.
         """
         found: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             text = environ.get(PREFIX + field.name.upper())
             if text:  # an empty one, as a manifest may set it, is none
-                found[field.name] = _parse(field.name, text)
+                found[field.name] = _parse(field.name, field.type, text)
         settings = cls(**found)
         identity = ("coordinator", "num_processes", "process_id")
         missing = [name for name in identity if getattr(settings, name) is None]
@@ -101,26 +85,17 @@ class Settings:
             )
 
 
-def _parse(name: str, text: str) -> Any:
-    number = {
-        "num_processes": int,
-        "process_id": int,
-        "attempt": int,
-        "devices_per_process": int,
-        "start_timeout": float,
-        "heartbeat_timeout": float,
-        "step_timeout": float,
-        "grace": float,
-    }
-    if name == "preemption_service":
-        return text not in ("", "0")
-    if name not in number:
-        return text or None
+def _parse(name: str, kind: Any, text: str) -> Any:
+    if kind is bool:
+        return text != "0"
+    number = next((number for number in (int, float) if kind in (number, number | None)), None)
+    if number is None:
+        return text
     try:
-        return number[name](text)
+        return number(text)
     except ValueError:
-        kind = "a whole number" if number[name] is int else "a number of seconds"
-        raise ValueError(f"{PREFIX}{name.upper()}={text!r} must be {kind}") from None
+        what = "a whole number" if number is int else "a number of seconds"
+        raise ValueError(f"{PREFIX}{name.upper()}={text!r} must be {what}") from None
 
 
 @dataclasses.dataclass(frozen=True)

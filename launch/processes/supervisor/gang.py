@@ -28,8 +28,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A job of several processes on this machine.
+class Gang:
+    """Several processes that are one job on this machine.
 
     Attributes:
       command: what each rank runs.
@@ -62,8 +62,8 @@ class CannotStart(Exception):
     """The command of a job is not there, or may not be run; the message says which and why."""
 
 
-def run(plan: Plan) -> int:
-    """Runs a job to its end, restarting it if the plan says so.
+def run(gang: Gang) -> int:
+    """Runs a job to its end, restarting it if that is wanted.
 
     Returns:
       The exit code: 0; that of the rank that failed first, as a shell shows it; 75 for hangs; 130
@@ -73,38 +73,37 @@ def run(plan: Plan) -> int:
       CannotStart: if there is no such command.
       OSError: if the folder of the log files cannot be made or written.
     """
-    folder = _log_folder(plan)
+    folder = _log_folder(gang)
     code = FAILED
     with _caught_signals() as received:
         keeper = Keeper()
         try:
-            for attempt in range(plan.max_restarts + 1):
+            for attempt in range(gang.max_restarts + 1):
                 logs = folder if not attempt else folder / f"restart-{attempt}"
                 logs.mkdir(mode=0o700, exist_ok=True)
-                gang = _Gang(plan, logs, keeper, received, attempt)
-                code = gang.run()
+                code = _Attempt(gang, logs, keeper, received, attempt).run()
                 if received or not may_restart(code):
                     break
-                if attempt < plan.max_restarts:
-                    say(f"restart {attempt + 1} of {plan.max_restarts}: all ranks, on a new port")
+                if attempt < gang.max_restarts:
+                    say(f"restart {attempt + 1} of {gang.max_restarts}: all ranks, on a new port")
         finally:
             keeper.close()
-    if code == 0 and plan.log_dir is None:
+    if code == 0 and gang.log_dir is None:
         shutil.rmtree(folder, ignore_errors=True)
     else:
         say(f"logs: {folder}")
     return code
 
 
-class _Gang:
+class _Attempt:
     """One attempt."""
 
     def __init__(
-        self, plan: Plan, logs: Path, keeper: Keeper, received: list[int], attempt: int
+        self, gang: Gang, logs: Path, keeper: Keeper, received: list[int], attempt: int
     ) -> None:
-        self._plan, self._logs, self._keeper, self._received = plan, logs, keeper, received
+        self._gang, self._logs, self._keeper, self._received = gang, logs, keeper, received
         self._attempt = attempt
-        self._outcomes = [Outcome(rank) for rank in range(plan.num_processes)]
+        self._outcomes = [Outcome(rank) for rank in range(gang.num_processes)]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._files = contextlib.ExitStack()
         self._selector = self._files.enter_context(selectors.DefaultSelector())
@@ -136,48 +135,43 @@ class _Gang:
         return self._report()
 
     def _start(self) -> None:
-        plan = self._plan
+        gang = self._gang
         address = f"127.0.0.1:{free_port()}"
-        for rank in range(plan.num_processes):
-            settings = {
-                "coordinator": address,
-                "bind": address,  # nobody else's business
-                "num_processes": plan.num_processes,
-                "process_id": rank,
-                "devices_per_process": plan.devices_per_process,
-                "mesh": plan.mesh,
-                "start_timeout": plan.start_timeout + 5,  # this supervisor knows who is missing
-                "step_timeout": plan.step_timeout,
-                "heartbeat_timeout": plan.heartbeat_timeout,
-                "grace": plan.grace / 2,
-                "notes": self._logs,
-                "attempt": self._attempt,
-            }
+        same = ("num_processes", "devices_per_process", "mesh", "step_timeout", "heartbeat_timeout")
+        settings = {name: getattr(gang, name) for name in same} | {
+            "coordinator": address,
+            "bind": address,  # nobody else's business
+            "start_timeout": gang.start_timeout + 5,  # this supervisor knows who is missing
+            "grace": gang.grace / 2,
+            "notes": self._logs,
+            "attempt": self._attempt,
+        }
+        for rank in range(gang.num_processes):
             for old in self._logs.glob(f"rank-{rank}.*"):
                 old.unlink()
             try:
                 process = subprocess.Popen(
-                    plan.command,
-                    env=rank_environment(os.environ, settings),
+                    gang.command,
+                    env=rank_environment(os.environ, settings | {"process_id": rank}),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     process_group=0,
                 )
             except OSError as error:
-                raise CannotStart(f"{plan.command[0]}: {error.strerror}") from error
+                raise CannotStart(f"{gang.command[0]}: {error.strerror}") from error
             self._keeper.started(process.pid)
             self._processes.append(process)
             self._attach(rank, process)
 
     def _attach(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         log = self._files.enter_context(open_log(self._logs / f"rank-{rank}.log"))
-        prefix = f"[{rank}] " if self._plan.show_all else ""
+        prefix = f"[{rank}] " if self._gang.show_all else ""
         targets = (sys.stdout.buffer, sys.stderr.buffer)
         for source, target in zip((process.stdout, process.stderr), targets, strict=True):
             assert source is not None
             self._files.enter_context(source)
-            seen = rank == 0 or self._plan.show_all
+            seen = rank == 0 or self._gang.show_all
             stream = Stream(source, log, target if seen else None, prefix)
             self._selector.register(source, selectors.EVENT_READ, stream)
 
@@ -233,7 +227,7 @@ class _Gang:
             self._stopped_since.pop(outcome.rank, None)
             return
         since = self._stopped_since.setdefault(outcome.rank, now)
-        most = self._plan.heartbeat_timeout / 2  # sooner than the others give up on it
+        most = self._gang.heartbeat_timeout / 2  # sooner than the others give up on it
         if now - since > most:
             name = signal.Signals(what.si_status).name
             outcome.problem = (HUNG, f"stopped by {name} for more than {most:g} s")
@@ -249,9 +243,9 @@ class _Gang:
             if outcome.found.state == "starting" and outcome.status == 0:
                 outcome.problem = (FAILED, "ended without having joined the others")
             elif outcome.found.state == "starting" and (
-                now - self._joining_since > self._plan.start_timeout
+                now - self._joining_since > self._gang.start_timeout
             ):
-                late = f"has not joined the others within {self._plan.start_timeout:g} s"
+                late = f"has not joined the others within {self._gang.start_timeout:g} s"
                 outcome.problem = (HUNG, late)
 
     def _decide(self) -> None:
@@ -267,7 +261,7 @@ class _Gang:
             settle = _SETTLE_SECONDS if blamed.status == HUNG else 0.0
             if now - self._failed_at >= settle:
                 self._stop(signal.SIGTERM)
-        if self._stop_at is not None and now > self._stop_at + self._plan.grace:
+        if self._stop_at is not None and now > self._stop_at + self._gang.grace:
             self._kill()
 
     def _stop(self, number: signal.Signals) -> None:
@@ -304,18 +298,18 @@ class _Gang:
         else:
             code = blamed.code
             say(f"rank {blamed.rank} failed first: {blamed.why}")
-            if blamed.rank != 0 and not self._plan.show_all:
+            if blamed.rank != 0 and not self._gang.show_all:
                 for line in tail(self._logs / f"rank-{blamed.rank}.log"):
                     print(f"[{blamed.rank}] {line}", file=sys.stderr)
         print(table(self._outcomes, blamed), file=sys.stderr, flush=True)
         return code
 
 
-def _log_folder(plan: Plan) -> Path:
-    if plan.log_dir is None:
+def _log_folder(gang: Gang) -> Path:
+    if gang.log_dir is None:
         return Path(tempfile.mkdtemp(prefix="shardpage-"))  # for this user only
-    plan.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return plan.log_dir.absolute()
+    gang.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return gang.log_dir.absolute()
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """The environment of a rank: the supervisor's, without what belongs to other runs or clusters."""
 
+import dataclasses
 import os
 import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..bootstrap import PREFIX, SETTINGS
+from ..bootstrap import PREFIX, Settings
 
 # Left over from another job, or from the cluster on which this is only a simulation, these would
 # send JAX or libtpu looking for machines that are not part of this run.
@@ -24,7 +25,7 @@ _STALE = (
     "PMI_",
     "PMIX_",
 )
-_OURS = tuple(PREFIX + name for name in SETTINGS)
+_OURS = tuple(PREFIX + field.name.upper() for field in dataclasses.fields(Settings))
 _NEVER = ("NPROC",)  # XLA's threads, for as many devices as the supervisor's own process may have
 _FORCED_DEVICES = re.compile(r"--xla_force_host_platform_device_count=\S*\s*")
 
@@ -39,15 +40,14 @@ def rank_environment(environ: Mapping[str, str], settings: Mapping[str, object])
 
     Args:
       environ: the supervisor's environment.
-      settings: names of `launch.bootstrap.SETTINGS` in lower case and their values; None leaves
-        one out.
+      settings: values by the name of a field of `launch.bootstrap.Settings`; None leaves one out.
     """
     stale = set(stale_names(environ))
     clean = {name: value for name, value in environ.items() if name not in stale}
     if "XLA_FLAGS" in clean:
         clean["XLA_FLAGS"] = _FORCED_DEVICES.sub("", clean["XLA_FLAGS"])
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    root = str(Path(__file__).parents[2])  # so that a script anywhere can import this package
+    root = str(Path(__file__).parents[3])  # so that a script anywhere can import this package
     if "site-packages" not in root:
         inherited = clean.get("PYTHONPATH")
         clean["PYTHONPATH"] = root if not inherited else f"{root}{os.pathsep}{inherited}"

@@ -19,7 +19,7 @@ class Outcome:
       rank: its number.
       status: as `subprocess` gives it: an exit code, or minus a signal; None while it runs.
       seconds: how long it ran.
-      order: the when-th to be seen to have ended.
+      order: its place among those seen to have ended; 1 is the first.
       stopped: the supervisor had told it to stop before it ended.
       problem: what the supervisor noticed while it ran, and the code that goes with it.
       found: what it noted itself.
@@ -75,7 +75,7 @@ def first_failure(outcomes: list[Outcome]) -> Outcome | None:
     if first is None or not _gave_up(first):
         return first
     # All of them hang where one does, and the watchdog of any may be first. To blame is one that
-    # does not wait for others, or else the one that is least far.
+    # does not wait for others, or else the one that has come least far.
     blame = lambda outcome: (outcome.found.waiting, outcome.found.steps or 0)
     return min(filter(_gave_up, failed), key=blame)
 
@@ -103,7 +103,7 @@ def may_restart(code: int) -> bool:
 
 
 def table(outcomes: list[Outcome], blamed: Outcome | None) -> str:
-    """The ranks, a line each."""
+    """The ranks, one per line."""
     lines = [f"{'rank':>4}  {'exit':>4}  {'seconds':>7}  {'steps':>6}  what happened"]
     for outcome in outcomes:
         steps = "-" if outcome.found.steps is None else str(outcome.found.steps)

@@ -13,15 +13,15 @@ from jax.sharding import Mesh, NamedSharding
 import shardpage
 from shardpage import PageAllocator, PagedKVCache, ShardLayout
 
+from ..devices import fetch, is_simulated
 from . import oracle
-from .devices import fetch, is_simulated
 
 PAGE_SIZE, HEAD_DIM, QUERIES_PER_KV_HEAD = 16, 64, 3
 # Tokens of the sequences on each data shard: none, one, a full page, and ragged ones.
 CONTEXT_LENS = (0, 1, 16, 37, 90)
 MAX_BLOCKS = 6
 
-# An error of so many times that of a plain computation in the same dtype is still rounding.
+# An error this many times that of a plain computation in the same dtype is still rounding.
 MULTIPLE, FLOOR = 4.0, 1e-6
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,6 @@ class Problem:
     sinks: np.ndarray  # [num_heads]
     tables: np.ndarray  # [num_seqs, max_blocks]
     num_pages: int
-    num_seq_shards: int
 
     @property
     def context_lens(self) -> np.ndarray:
@@ -112,7 +111,6 @@ def make_problem(mesh: Mesh, dtype: str) -> Problem:
         sinks=np.asarray(rng.standard_normal(num_kv_heads * QUERIES_PER_KV_HEAD), np.float32),
         tables=allocator.block_tables(range(len(lens))),
         num_pages=num_pages,
-        num_seq_shards=shards.seqs,
     )
 
 
@@ -187,21 +185,17 @@ def answer(
     """The library's (out, lse)."""
     layout = ShardLayout.of(mesh)
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-    options = options | {"sinks": problem.sinks if options.get("sinks") else None}
-    attend = functools.partial(
-        shardpage.page_attention,
-        kv_layout=cache.kv_layout,
-        mesh=mesh,
-        backend=row.backend,
-        return_lse=True,
-        **options,
-    )
-    out, lse = attend(
+    out, lse = shardpage.page_attention(
         place(problem.query, layout.spec("seqs", "heads", None)),
         cache.key,
         cache.value,
         place(problem.context_lens, layout.spec("seqs")),
         place(problem.tables, layout.spec("seqs", None)),
+        kv_layout=cache.kv_layout,
+        mesh=mesh,
+        backend=row.backend,
+        return_lse=True,
+        **options | {"sinks": problem.sinks if options.get("sinks") else None},
     )
     return fetch(out).astype(np.float64), fetch(lse).astype(np.float64)
 

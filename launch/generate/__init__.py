@@ -1,0 +1,1 @@
+"""What is behind `shardpage generate`: a language model served with continuous batching."""

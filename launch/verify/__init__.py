@@ -1,0 +1,1 @@
+"""What is behind `shardpage verify`: attention of whole problems, compared with an oracle."""
