@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -86,7 +86,9 @@ def plan_heads(
       ValueError: if the KV heads do not divide the query heads, or if `surplus="refuse"` and the
         KV axis does not divide the KV heads.
     """
-    if num_kv_heads < 1 or num_q_heads % num_kv_heads:
+    if surplus not in get_args(Surplus):
+        raise ValueError(f"{surplus=} is none of {get_args(Surplus)}")
+    if min(num_q_heads, num_kv_heads) < 1 or num_q_heads % num_kv_heads:
         raise ValueError(
             f"{num_q_heads=} must be a multiple of {num_kv_heads=}: each KV head serves equally "
             f"many query heads"

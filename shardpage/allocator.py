@@ -1,12 +1,13 @@
 """`PageAllocator`: who owns which page of the cache. Host side, plain Python, deterministic."""
 
 import heapq
-import operator
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
+
+from .arguments import integer
 
 Placement = Literal["round_robin", "contiguous"]
 
@@ -84,11 +85,11 @@ class PageAllocator:
           ValueError: if a number is not positive, `num_pages` does not divide over the shards,
             or `placement` is unknown or lacks `max_blocks`.
         """
-        self.num_pages = _at_least(1, num_pages=num_pages)
-        self.page_size = _at_least(1, page_size=page_size)
-        self.num_seq_shards = _at_least(1, num_seq_shards=num_seq_shards)
-        self.num_context_shards = _at_least(1, num_context_shards=num_context_shards)
-        self.max_blocks = None if max_blocks is None else _at_least(1, max_blocks=max_blocks)
+        self.num_pages = integer("num_pages", num_pages)
+        self.page_size = integer("page_size", page_size)
+        self.num_seq_shards = integer("num_seq_shards", num_seq_shards)
+        self.num_context_shards = integer("num_context_shards", num_context_shards)
+        self.max_blocks = None if max_blocks is None else integer("max_blocks", max_blocks)
         self.placement = placement
         if placement not in get_args(Placement):
             raise ValueError(f"{placement=} is not one of {', '.join(get_args(Placement))}")
@@ -127,7 +128,7 @@ class PageAllocator:
           ValueError: if the sequence exists, or an argument is out of range.
         """
         self._check_new(seq_id)
-        num_tokens = _at_least(0, num_tokens=num_tokens)
+        num_tokens = integer("num_tokens", num_tokens, least=0)
         seq_shard = self._check_index("seq_shard", seq_shard, self.num_seq_shards)
         free = [len(pool) for pool in self._pools_of(seq_shard)]
         sequence = _Sequence(seq_shard, free.index(max(free)))
@@ -146,7 +147,7 @@ class PageAllocator:
           ValueError: if the sequence is unknown, `num_tokens` is negative, or the sequence would
             have more than `max_blocks` pages.
         """
-        return self._grow(seq_id, self._get(seq_id), _at_least(0, num_tokens=num_tokens))
+        return self._grow(seq_id, self._get(seq_id), integer("num_tokens", num_tokens, least=0))
 
     def free(self, seq_id: Hashable) -> None:
         """Ends a sequence; pages that no other sequence shares are free again.
@@ -185,7 +186,7 @@ class PageAllocator:
         self._check_new(child)
         if num_tokens is None:
             num_tokens = original.num_tokens
-        elif _at_least(0, num_tokens=num_tokens) > original.num_tokens:
+        elif integer("num_tokens", num_tokens, least=0) > original.num_tokens:
             raise ValueError(
                 f"cannot fork the first {num_tokens=} of sequence {parent!r}, which has "
                 f"{original.num_tokens}; use at most that"
@@ -216,7 +217,7 @@ class PageAllocator:
           ValueError: if a sequence is unknown or has more pages than the table is wide.
         """
         rows = [[] if seq_id is None else self._get(seq_id).pages for seq_id in seq_ids]
-        width = self.max_blocks if max_blocks is None else _at_least(1, max_blocks=max_blocks)
+        width = self.max_blocks if max_blocks is None else integer("max_blocks", max_blocks)
         if width is None:
             width = max((len(row) for row in rows), default=0) or 1
         tables = np.full((len(rows), width), -1, np.int32)
@@ -330,9 +331,9 @@ class PageAllocator:
 
     @staticmethod
     def _check_index(what: str, value: int, count: int) -> int:
-        if not 0 <= operator.index(value) < count:
+        if integer(what, value, least=0) >= count:
             raise ValueError(f"{what}={value} is out of range: there are {count}, 0 to {count - 1}")
-        return operator.index(value)
+        return int(value)
 
 
 @dataclass
@@ -364,13 +365,6 @@ class _Pool:
 
     def give(self, page: int) -> None:
         heapq.heappush(self._returned, page)
-
-
-def _at_least(least: int, **argument: int) -> int:
-    ((name, value),) = argument.items()
-    if operator.index(value) < least:
-        raise ValueError(f"{name}={value} must be at least {least}")
-    return operator.index(value)
 
 
 def _some(seq_ids: Iterable[Hashable]) -> str:

@@ -5,21 +5,25 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from . import arguments
+from .arguments import INT32_MAX
 from .cache import PagedKVCache, check_dtype
-from .options import INT32_MAX
 
 
 def rank(name: str, array: Any, dims: str) -> None:
     """Checks that an array has these axes: `"[num_seqs, max_blocks]"`."""
-    if getattr(array, "ndim", None) != len(dims.split(",")):
-        raise ValueError(f"{name} must be {dims}; got {getattr(array, 'shape', type(array))}")
+    arguments.array(name, array)
+    if array.ndim != len(dims.split(",")):
+        raise ValueError(f"{name} must be {dims}; got {array.shape}")
 
 
 def cache_arrays(key_cache: Any, value_cache: Any) -> None:
     """Checks that the arrays of a cache have a supported dtype and belong together."""
+    arguments.array("key_cache", key_cache)
     check_dtype("key_cache.dtype", key_cache.dtype)
     if value_cache is None:
         return
+    arguments.array("value_cache", value_cache)
     if (value_cache.shape, value_cache.dtype) != (key_cache.shape, key_cache.dtype):
         raise ValueError(
             f"key_cache is {key_cache.dtype}{list(key_cache.shape)} but value_cache "
@@ -42,6 +46,7 @@ def attention(
             )
     num_heads, num_kv_heads = query.shape[1], cache.format.num_kv_heads
     if sinks is not None:
+        arguments.array("sinks", sinks)
         if sinks.shape != (num_heads,):
             raise ValueError(
                 f"sinks has shape {sinks.shape}; pass one logit per query head: ({num_heads},)"
@@ -62,6 +67,8 @@ def write(
     cache: PagedKVCache, key: Any, value: Any, seq_ids: Any, positions: Any, block_tables: Any
 ) -> None:
     """Checks the arrays of `write_kv` against each other."""
+    what = "a PagedKVCache: make one with .zeros(), or with .of() from arrays of your own"
+    arguments.instance("cache", cache, PagedKVCache, what)
     cache_arrays(cache.key, cache.value)
     page_format, dims = cache.format, "[num_tokens, num_kv_heads, head_dim]"
     if page_format.num_arrays != len(cache.arrays):
@@ -69,6 +76,7 @@ def write(
     rank("key", key, dims)
     wanted = (key.shape[0], page_format.num_kv_heads, page_format.key_dim)
     for name, array in (("key", key), ("value", value)):
+        arguments.array(name, array)
         if array.shape != wanted:
             raise ValueError(
                 f"{name} has shape {array.shape}; a cache of {page_format.num_kv_heads} KV heads "
@@ -85,7 +93,9 @@ def write(
 def _table(block_tables: Any, cache: PagedKVCache) -> None:
     """Checks a table, every position of which must be an int32."""
     _integers("block_tables", block_tables, "[num_seqs, max_blocks]")
-    columns, page_size = block_tables.shape[1], cache.format.page_size
+    (rows, columns), page_size = block_tables.shape, cache.format.page_size
+    if rows == 0:
+        raise ValueError("block_tables has 0 rows; it needs one per sequence, and at least one")
     if columns == 0:
         raise ValueError("block_tables has 0 columns; it needs at least one, -1 if nothing is used")
     if columns * page_size > INT32_MAX:
@@ -110,3 +120,5 @@ def _integers(name: str, array: Any, dims: str) -> None:
     rank(name, array, dims)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must hold integers, int32 best; got {array.dtype}")
+    if jnp.iinfo(array.dtype).bits < 8:
+        raise ValueError(f"{name} has dtype {array.dtype}, which holds too little; use int32")

@@ -12,9 +12,12 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from .arguments import array, integer, shown
 from .page_format import PACKED_ROW, KVLayout, KVLayoutName, PageFormat
 from .shard_layout import ShardLayout, Split
 
+# XLA counts bytes in 63 bits, and ends the process where they are more.
+_MAX_ELEMENTS = 2**60
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -44,6 +47,7 @@ class PagedKVCache:
         Raises:
           ValueError: if a row of theirs neither is one token's head nor packed with several.
         """
+        array("key", key)
         row = key.shape[-1]
         if row != head_dim and (row != PACKED_ROW or head_dim < 1 or PACKED_ROW % head_dim):
             raise ValueError(
@@ -100,13 +104,13 @@ class PagedKVCache:
         """
         sizes = {"num_pages": num_pages, "num_kv_heads": num_kv_heads, "page_size": page_size}
         for name, size in (sizes | {"head_dim": head_dim}).items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
+            integer(name, size, most=_MAX_ELEMENTS)
         check_dtype("dtype", dtype)
         split = Split.of(mesh, layout)
         sharding: Any = SingleDeviceSharding(jax.local_devices()[0])
         on_tpu = ((split and split.platform) or jax.default_backend()) == "tpu"
-        kv = KVLayout.named(kv_layout or ("fused" if on_tpu else "blocks_first"))
+        best = "fused" if on_tpu else "blocks_first"
+        kv = KVLayout.named(best if kv_layout is None else kv_layout)
         page_format = PageFormat(
             kv, num_kv_heads, page_size, head_dim, head_dim, np.dtype(dtype)
         ).packed(packed, on_tpu)
@@ -114,11 +118,12 @@ class PagedKVCache:
             split.check_cache(page_format, num_pages)
             sharding = NamedSharding(split.mesh, split.layout.cache_spec(page_format))
         shape = page_format.array_shape(num_pages)
+        integer("the cache's number of elements", math.prod(shape), most=_MAX_ELEMENTS)
         # Left to itself, a TPU keeps rows that are no multiple of 128 transposed, and every kernel
         # call would begin with a copy of the cache into row-major order.
         order = Layout(tuple(range(len(shape)))) if on_tpu else None
-        array = jax.ShapeDtypeStruct(shape, page_format.dtype, sharding=Format(order, sharding))
-        return cls((array,) * page_format.num_arrays, (), kv, head_dim)
+        pages = jax.ShapeDtypeStruct(shape, page_format.dtype, sharding=Format(order, sharding))
+        return cls((pages,) * page_format.num_arrays, (), kv, head_dim)
 
     @property
     def key(self) -> Any:
@@ -173,8 +178,12 @@ class PagedKVCache:
 
 def check_dtype(name: str, dtype: Any) -> None:
     """Checks that there are caches of this dtype; `name` is what the caller calls it."""
-    if str(jnp.dtype(dtype)) not in DTYPES:
-        raise ValueError(f"{name}={jnp.dtype(dtype)} is no cache's; choose one of {DTYPES}")
+    try:
+        named = jnp.dtype(dtype).name
+    except TypeError:
+        named = shown(dtype)
+    if named not in DTYPES:
+        raise ValueError(f"{name}={named} is no cache's; choose one of {DTYPES}")
 
 
 @functools.cache

@@ -1,19 +1,14 @@
 """The options of a call: `Attention` is what is computed, `Tuning` is how. Each checks itself."""
 
 import dataclasses
-import math
 import typing
 from typing import Any, Literal
 
-import numpy as np
-from jax.core import Tracer
+from .arguments import instance, integer, number, shown
 
 BackendName = Literal["xla", "pallas_tpu"]
 CoresMode = Literal["auto", "off", "kv_head", "batch"]
 
-INT32_MAX = 2**31 - 1
-# What float32 holds without being flushed to 0, with room for a factor log2(e).
-_FLOAT32_RANGE = (2.0**-126, 2.0**127)
 # `cap * tanh(logit / cap)` is the logit, to float32's last digit, where the quotient is below
 # `UNCAPPED`. Only beyond this cap could such a quotient be flushed to 0, and be told by it.
 HUGE_SOFT_CAP = 2.0**64
@@ -40,16 +35,12 @@ class Attention:
     max_context_len: int | None = None
 
     def __post_init__(self):
-        self._set("scale", _finite("scale", self.scale, "or None for head_dim ** -0.5"))
-        self._set("soft_cap", _finite("soft_cap", self.soft_cap, "above 0, or None for no cap"))
+        _set(self, "scale", number, "or None for head_dim ** -0.5")
+        _set(self, "soft_cap", number, "above 0, or None for no cap")
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ValueError(f"soft_cap={self.soft_cap} must be above 0, or None for no cap")
-        self._set("window", _positive("window", self.window, "tokens, or None for all"))
-        width = "tokens, or None for the table's width"
-        self._set("max_context_len", _positive("max_context_len", self.max_context_len, width))
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # as Python's own number, which hashes and is exact
+        _set(self, "window", integer, "tokens, or None for all")
+        _set(self, "max_context_len", integer, "tokens, or None for the table's width")
 
     def scale_of(self, key_dim: int) -> float:
         """The factor on the logits."""
@@ -83,54 +74,22 @@ class Tuning:
     def __post_init__(self):
         names = typing.get_args(BackendName)
         if self.backend is not None and self.backend not in names:
-            raise ValueError(f"backend={self.backend!r} is none of {names}; None follows the mesh")
-        if not _is_int(self.num_splits) or self.num_splits < 0:
             raise ValueError(
-                f"num_splits={self.num_splits!r} must be an integer >= 0: 0 chooses, 1 never "
-                "splits a sequence, n splits each into at most n parts"
+                f"backend={shown(self.backend)} is none of {names}; None follows the mesh"
             )
-        object.__setattr__(self, "num_splits", _int32("num_splits", self.num_splits))
-        pages = _positive("pages_per_block", self.pages_per_block, "pages, or None to choose")
-        object.__setattr__(self, "pages_per_block", pages)
+        meaning = "0 chooses, 1 never splits a sequence, n splits each into at most n parts"
+        num_splits = integer("num_splits", self.num_splits, meaning, least=0)
+        object.__setattr__(self, "num_splits", num_splits)
+        _set(self, "pages_per_block", integer, "pages, or None to choose")
         if self.cores not in (modes := (None, *typing.get_args(CoresMode))):
-            raise ValueError(f"cores={self.cores!r} must be one of {modes}")
-        if isinstance(self.interpret, str | int) and not isinstance(self.interpret, bool):
-            raise ValueError(
-                f"interpret={self.interpret!r} must be True, False or None (only where there is "
-                "no TPU)"
-            )
+            raise ValueError(f"cores={shown(self.cores)} must be one of {modes}")
+        if type(self.interpret).__name__ != "InterpretParams":  # of Pallas, which takes a second
+            what = "True, False or None (only where there is no TPU)"
+            instance("interpret", self.interpret, bool | None, what)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _positive(name: str, value: Any, meaning: str) -> int | None:
-    if value is None:
-        return None
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer: {meaning}")
-    return _int32(name, value)
-
-
-def _int32(name: str, value: Any) -> int:
-    if value > INT32_MAX:
-        raise ValueError(
-            f"{name}={value!r} must be at most {INT32_MAX}: lengths and positions are int32"
-        )
-    return int(value)
-
-
-def _finite(name: str, value: Any, meaning: str) -> float | None:
-    if isinstance(value, Tracer):
-        raise ValueError(f"{name} is traced; it is a static option: pass a Python number")
-    if value is None:
-        return None
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number {meaning}")
-    low, high = _FLOAT32_RANGE
-    if value and not low <= abs(value) <= high:
-        raise ValueError(
-            f"{name}={value!r} must be 0 or between 2**-126 and 2**127 in size: logits are float32"
-        )
-    return float(value)
+def _set(options: Any, name: str, check: Any, meaning: str) -> None:
+    """Checks an option that is not None, and keeps it as Python's own number: exact, hashable."""
+    value = getattr(options, name)
+    if value is not None:
+        object.__setattr__(options, name, check(name, value, meaning))

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from .arguments import shown
+
 Axis = str | tuple[str, ...] | None
 KVLayoutName = Literal["blocks_first", "heads_first", "fused"]
 
@@ -48,7 +50,7 @@ class KVLayout(enum.Enum):
         """The layout of this name; a ValueError if there is none."""
         names = typing.get_args(KVLayoutName)
         if name not in names:
-            raise ValueError(f"kv_layout={name!r} is unknown; choose one of {names}")
+            raise ValueError(f"kv_layout={shown(name)} is unknown; choose one of {names}")
         return cls[name.upper()]
 
 

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from .arguments import array
+
 
 class Partial(NamedTuple):
     """Attention over some keys, and the log of their softmax denominator."""
@@ -153,6 +155,8 @@ def merge_partials(
     Raises:
       ValueError: if the shapes do not match.
     """
+    for name, value in {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}.items():
+        array(name, value)
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or out_a.shape[:-1] != lse_a.shape:
         raise ValueError(
             f"merge_partials needs out [..., heads, dim] and lse [..., heads] of equal leading "

@@ -5,6 +5,7 @@ import math
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from .arguments import instance, shown
 from .page_format import Axis, PageFormat
 
 
@@ -30,6 +31,14 @@ class ShardLayout:
     seqs: Axis = "data"
     heads: Axis = "kv"
     context: Axis = "context"
+
+    def __post_init__(self):
+        for name, axis in vars(self).items():
+            several = axis if isinstance(axis, tuple) else (axis or "",)
+            if not all(isinstance(each, str) for each in several):
+                raise ValueError(
+                    f"{name}={shown(axis)} must be an axis name, a tuple of them, or None"
+                )
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh) -> "ShardLayout":
@@ -77,10 +86,13 @@ class Split:
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh | None, layout: ShardLayout | None) -> "Split | None":
         """The split that a call asks for; None on one device."""
+        if layout is not None:
+            instance("layout", layout, ShardLayout, "a ShardLayout, or None for the mesh's own")
         if mesh is None:
             if layout is not None:
                 raise ValueError(f"{layout=} names axes of a mesh; pass mesh= as well")
             return None
+        instance("mesh", mesh, Mesh | AbstractMesh, "a jax.sharding.Mesh, or None for one device")
         return cls(mesh, layout or ShardLayout.of(mesh))
 
     def __post_init__(self):
@@ -102,8 +114,9 @@ class Split:
 
     @property
     def platform(self) -> str | None:
-        """The platform of the devices; None of an AbstractMesh, which has none."""
-        return None if isinstance(self.mesh, AbstractMesh) else self.mesh.devices.flat[0].platform
+        """The platform of the devices; None of an AbstractMesh that does not say."""
+        device = self.mesh.abstract_mesh.abstract_device
+        return None if device is None else device.platform
 
     def check_rows(self, name: str, count: int, padding: str) -> None:
         """Checks that sequences, or tokens, split evenly; `padding` is what to pad them with."""

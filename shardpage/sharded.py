@@ -33,15 +33,14 @@ def resolve(tuning: Tuning, split: Split | None, cache: PagedKVCache) -> Tuning:
 
 
 def platform_of(split: Split | None, array: Any) -> str:
-    """The platform of the mesh's devices, or of the array's; JAX's default where neither has any.
-
-    An AbstractMesh has no devices, and a traced array does not know its own.
-    """
+    """The platform of the mesh, of the array, or of the mesh around the call; JAX's default where
+    none is known, as inside a `jax.jit` on one device."""
     if split is not None and split.platform is not None:
         return split.platform
     if split is None and isinstance(array, jax.Array) and not isinstance(array, Tracer):
         return next(iter(array.devices())).platform
-    return jax.default_backend()
+    around = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if around is None else around.platform
 
 
 def as_int32(array: Any) -> jax.Array:
@@ -115,7 +114,8 @@ class _Call:
         if self.split is not None:
             specs = {"in_specs": self.in_specs, "out_specs": self.out_specs}
             here = jax.shard_map(here, mesh=self.split.mesh, check_vma=True, **specs)
-        return here(cache, *inputs)
+        with jax.numpy_rank_promotion("allow"):  # whatever the caller's session forbids itself
+            return here(cache, *inputs)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from .arguments import integer
 from .array_checks import rank
 
 
@@ -39,6 +40,7 @@ def validate_tables(
     num_seqs, max_blocks = tables.shape
     if lens.shape != (num_seqs,):
         raise ValueError(f"context_lens has {lens.shape[0]} entries, block_tables {num_seqs} rows")
+    integer("page_size", page_size)
     _divisible(num_seq_shards, num_seqs=num_seqs, num_pages=num_pages)
     capacity, pages_per_shard = max_blocks * page_size, num_pages // num_seq_shards
     limit = min(capacity, max_context_len or capacity)
@@ -91,6 +93,7 @@ def validate_writes(
     (num_tokens,), (num_seqs, max_blocks) = seq_ids.shape, tables.shape
     if len(positions) != num_tokens:
         raise ValueError(f"positions has {len(positions)} entries, seq_ids {num_tokens}")
+    integer("page_size", page_size)
     _divisible(num_seq_shards, num_seqs=num_seqs, num_pages=num_pages, num_tokens=num_tokens)
     pages_per_shard = num_pages // num_seq_shards
     for token, (seq, position) in enumerate(zip(seq_ids.tolist(), positions.tolist(), strict=True)):
@@ -121,8 +124,7 @@ def validate_writes(
 
 def _divisible(num_seq_shards: int, **counts: int) -> None:
     """Checks that each of these splits evenly over the shards."""
-    if num_seq_shards < 1:
-        raise ValueError(f"{num_seq_shards=} must be at least 1")
+    integer("num_seq_shards", num_seq_shards)
     for name, count in counts.items():
-        if count % num_seq_shards:
+        if integer(name, count, least=0) % num_seq_shards:
             raise ValueError(f"{name}={count} must be divisible by {num_seq_shards=}")

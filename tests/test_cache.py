@@ -267,7 +267,7 @@ def test_bad_writes_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_pages": 0}, "num_pages=0 must be at least 1"),
+        ({"num_pages": 0}, "num_pages=0 must be a positive integer"),
         ({"dtype": jnp.int8}, r"dtype=int8 is no cache's; choose one of \('float32', 'bfloat16"),
         ({"kv_layout": "pages"}, "kv_layout='pages' is unknown; choose one of"),
         ({"packed": True, "head_dim": 80}, "packed=True needs a head_dim below 128 that divides"),

@@ -67,7 +67,7 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """Below 1 the block loop waits for memory; above 1 memory waits for it."""
+        """Of the plain block loop alone, without stalls: a whole call takes more."""
         return self.issue_cycles / self.hbm_cycles
 
     @property

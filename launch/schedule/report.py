@@ -20,8 +20,9 @@ HEADER = (
     *("in flight/needed MB", "per sequence", "per call", "temp MB"),
 )
 NOTE = """\
-issue: bundles of the loop over blocks; HBM: cycles in which memory delivers a block. Below 1 the
-loop waits for memory. 'per sequence', 'per call': bundles outside that loop, counted once each
+issue: bundles of the loop over blocks; HBM: cycles in which memory delivers a block. Stalls
+are left out, and a whole call takes longer: up to 3 times at one KV head, so below 1 does not mean
+that memory is the limit. 'per sequence', 'per call': bundles outside that loop, counted once each
 (this library's kernel works on a sequence of a single block there). Bounds from below: stalls, DMA
 latency and trip counts are not in them."""
 

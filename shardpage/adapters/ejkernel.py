@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from .. import array_checks, sharded
+from ..arguments import instance, shown
 from ..attention import attend
 from ..cache import PagedKVCache
 from ..options import Attention, BackendName, CoresMode, Tuning
@@ -99,7 +100,9 @@ def page_attention(
       ValueError: if arguments contradict each other or the mesh; the message says what would work.
       NotImplementedError: if the backend does not have an option; the message says which does.
     """
-    _check_ends_here(mask_value, inline_seq_dim)
+    _check_ends_here(mask_value)
+    for name, value in {"inline_seq_dim": inline_seq_dim, "return_lse": return_lse}.items():
+        instance(name, value, bool, "True or False")
     array_checks.rank("query", query, "[num_seqs, num_heads, head_dim]")
     array_checks.cache_arrays(key_cache, value_cache)
     kv = _layout(kv_layout, query.shape[1], key_cache, value_cache)
@@ -131,15 +134,15 @@ def page_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_ends_here(mask_value: Any, inline_seq_dim: Any) -> None:
+def _check_ends_here(mask_value: Any) -> None:
     """Checks the options that no result and no backend depends on."""
-    if mask_value is None or not _FLOAT32_MIN <= mask_value <= _MASK_VALUE_LIMIT:
+    real = isinstance(mask_value, int | float)
+    if not real or not _FLOAT32_MIN <= mask_value <= _MASK_VALUE_LIMIT:
         raise ValueError(
-            f"{mask_value=} stands in for -inf: it must lie in float32's range and be at most "
-            f"{_MASK_VALUE_LIMIT}, or it could outweigh a real logit; leave it at its default"
+            f"mask_value={shown(mask_value)} stands in for -inf: it must lie in float32's range "
+            f"and be at most {_MASK_VALUE_LIMIT}, or it could outweigh a real logit; leave it at "
+            "its default"
         )
-    if not isinstance(inline_seq_dim, bool):
-        raise ValueError(f"{inline_seq_dim=} must be True or False")
 
 
 def _layout(name: str | None, num_heads: int, key_cache: Any, value_cache: Any) -> KVLayout:

@@ -19,6 +19,7 @@ from .chip import chip_of, interpreter
 from .config import Config, configure
 from .geometry import LANES
 from .softmax import Logits
+from .transforms import as_kernel
 
 
 class Work(NamedTuple):
@@ -48,7 +49,8 @@ def attend(
     config = configure(cache.format, query.shape[1], *_sizes(reads), tuning)
     logits = Logits(attention.scale_of(cache.format.key_dim), attention.soft_cap)
     query_rows = rows.query_rows(config, query)
-    result = _call(config, logits, tuning, work.walk, reads.ids_by_query(), query_rows, cache)
+    call = as_kernel(functools.partial(_call, config, logits, tuning))
+    result = call(work.walk, reads.ids_by_query(), query_rows, cache)
     return rows.merged_partial(config, result, work.held)
 
 

@@ -1,6 +1,7 @@
 """The chip that kernels are compiled for, and what stands in for one."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -51,11 +52,21 @@ def chip_of(tuning: Tuning) -> Chip:
     )
 
 
+def _num_threads() -> int:
+    """Threads of XLA's CPU client: one per core, or NPROC, and at least one per device."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    named = os.environ.get("NPROC", "")
+    num_devices = len(jax.local_devices(backend="cpu"))
+    return max(int(named) if named.isdigit() else cores, num_devices)
+
+
 def interpreter(tuning: Tuning) -> Any:
     """What `pallas_call` takes as `interpret`.
 
     Raises:
-      NotImplementedError: in several processes, where an interpreted kernel would never end.
+      NotImplementedError: where an interpreted kernel would never end: in several processes, and
+        on so many devices that they take all threads in which their kernels are interpreted.
     """
     if not tuning.interpret:
         return False
@@ -63,5 +74,12 @@ def interpreter(tuning: Tuning) -> Any:
         raise NotImplementedError(
             "Pallas kernels are interpreted where there is no TPU, and JAX's interpreter knows one "
             f"process, not {jax.process_count()}: it would wait for ever; use backend='xla'"
+        )
+    devices = jax.sharding.get_abstract_mesh().size
+    if devices > 1 and devices >= (threads := _num_threads()):
+        raise NotImplementedError(
+            f"interpreted kernels of {devices} CPU devices wait for each other in XLA's {threads} "
+            f"threads, for ever: start Python with NPROC={2 * devices} in its environment, "
+            "simulate more devices than the mesh uses, or use backend='xla'"
         )
     return pltpu.InterpretParams() if tuning.interpret is True else tuning.interpret

@@ -17,6 +17,7 @@ from ...varying import vary_together
 from . import write_kernel
 from .chip import interpreter
 from .config import check_format
+from .transforms import as_kernel
 
 # Bounds what a call takes besides the cache: scalar memory for its schedule, tokens in float32.
 _TOKENS_PER_CALL = 1 << 13
@@ -35,12 +36,13 @@ def write(
     for start in range(0, key.shape[0], _TOKENS_PER_CALL):
         part = slice(start, start + _TOKENS_PER_CALL)
         some = Writes(*(x[part] for x in writes))
-        cache = cache.replace(_write(cache, [x[part] for x in tokens], some, tuning))
+        call = as_kernel(functools.partial(_write, tuning))
+        cache = cache.replace(call(cache, [x[part] for x in tokens], some))
     return cache
 
 
 def _write(
-    cache: PagedKVCache, tokens: Sequence[jax.Array], writes: Writes, tuning: Tuning
+    tuning: Tuning, cache: PagedKVCache, tokens: Sequence[jax.Array], writes: Writes
 ) -> tuple[jax.Array, ...]:
     tiles = write_kernel.Tiles(cache.format)
     schedule, order = write_kernel.schedule(tiles, cache.num_pages, *writes)

@@ -1,0 +1,125 @@
+"""Whatever surrounds a call: transformations, settings of JAX, meshes around it, small machines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import meshes
+from shardpage import PagedKVCache, page_attention, write_kv
+from shardpage.backends.pallas_tpu import chip
+from shardpage.options import Tuning
+from shardpage.sharded import platform_of
+
+from . import tolerance
+from .backends import attend, backends, interpret
+from .cases import Case, build_mesh, make, named
+
+CASE = Case("context", num_seqs=2, lens=(40, 64))
+
+
+def written(backend):
+    cache = PagedKVCache.zeros(8, 2, 16, 64, dtype=jnp.float32)
+    tokens = jnp.ones((3, 2, 64), jnp.float32)
+    where = jnp.array([0, 1, 1]), jnp.array([3, 20, 70]), jnp.arange(8).reshape(2, 4)
+    return write_kv(cache, tokens, tokens, *where, backend=backend, interpret=interpret(backend))
+
+
+@backends
+class TestSettings:
+    @pytest.mark.parametrize("name", ["jax_numpy_rank_promotion", "jax_enable_x64"])
+    def test_that_concern_types(self, backend, name):
+        inputs = make(CASE)
+        settings = {
+            "jax_numpy_rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+            "jax_enable_x64": lambda: jax.enable_x64(True),
+        }
+        with settings[name]():
+            out, lse = attend(inputs, backend)
+            cache = written(backend)
+        tolerance.assert_within_rounding(inputs, out, lse)
+        assert cache.key.sum() == 2 * 2 * 64
+
+    def test_no_implicit_transfers(self, backend):
+        inputs = make(CASE)
+        arrays = [jnp.asarray(array) for array in inputs.arrays]
+        call = {"kv_layout": "blocks_first", "backend": backend, "interpret": interpret(backend)}
+        expected = page_attention(*arrays, **call)
+        with jax.transfer_guard("disallow"):
+            out = page_attention(*arrays, **call)
+        np.testing.assert_array_equal(out, expected)
+
+
+@backends
+class TestVmap:
+    def test_over_queries_and_caches(self, backend):
+        layers = [make(CASE, seed=seed) for seed in range(2)]
+        query, key, value = (jnp.stack([layer.arrays[n] for layer in layers]) for n in range(3))
+        lens, tables = (jnp.stack([layer.arrays[n] for layer in layers]) for n in (3, 4))
+        call = lambda *arrays: page_attention(
+            *arrays, kv_layout="blocks_first", backend=backend, interpret=interpret(backend)
+        )
+        for layer, out in zip(layers, jax.vmap(call)(query, key, value, lens, tables), strict=True):
+            tolerance.assert_within_rounding(layer, np.asarray(out))
+
+    def test_over_a_mesh(self, backend):
+        inputs, mesh = make(CASE), build_mesh("kv=2")
+        query = jnp.stack([inputs.query, 2 * inputs.query])
+        call = lambda query: page_attention(
+            query, *inputs.arrays[1:], kv_layout="blocks_first", backend=backend, mesh=mesh,
+            interpret=interpret(backend),
+        )  # fmt: skip
+        tolerance.assert_within_rounding(inputs, np.asarray(jax.vmap(call)(query)[0]))
+
+
+def test_a_gradient_of_a_kernel_is_refused():
+    inputs = make(CASE)
+    with pytest.raises(NotImplementedError, match="no gradients; differentiate through backend='x"):
+        jax.grad(lambda query: page_attention(
+            query, *inputs.arrays[1:], kv_layout="blocks_first", backend="pallas_tpu"
+        ).sum())(inputs.query)  # fmt: skip
+
+
+class TestInterpretedOnMeshes:
+    """Kernels on a mesh wait for each other, each in a thread of XLA's."""
+
+    def test_refused_where_they_would_wait_for_ever(self, monkeypatch):
+        monkeypatch.setenv("NPROC", "2")  # XLA has a thread per device at least: eight
+        inputs = make(named("plain"), num_seq_shards=8)
+        with pytest.raises(NotImplementedError, match=r"8 CPU devices .* with NPROC=16"):
+            attend(inputs, "pallas_tpu", mesh=build_mesh("data=8"))
+
+    @pytest.mark.parametrize(("nproc", "threads"), [("3", 8), ("20", 20)])
+    def test_threads(self, monkeypatch, nproc, threads):
+        monkeypatch.setenv("NPROC", nproc)
+        assert chip._num_threads() == threads
+
+
+class TestPlatform:
+    def test_of_a_traced_array_is_the_surrounding_meshs(self):
+        pytest.importorskip("libtpu", reason="TPU topologies need libtpu")
+        mesh = meshes.topology("v5e:2x2", "data=4").abstract_mesh
+        seen = []
+        jax.make_jaxpr(lambda x: seen.append(platform_of(None, x)))(1.0)
+        with jax.sharding.use_abstract_mesh(mesh):
+            jax.make_jaxpr(lambda x: seen.append(platform_of(None, x)))(1.0)
+        assert seen == [jax.default_backend(), "tpu"]
+
+    def test_a_kernel_in_a_shard_map_of_a_tpu_mesh_is_compiled_not_interpreted(self):
+        pytest.importorskip("libtpu", reason="TPU topologies need libtpu")
+        mesh = meshes.topology("v5e:2x2", "data=4")
+        specs = [jax.sharding.PartitionSpec("data")] * 5
+        shapes = [((4, 8, 128), jnp.bfloat16), *[((8, 2, 16, 128), jnp.bfloat16)] * 2,
+                  ((4,), jnp.int32), ((4, 2), jnp.int32)]  # fmt: skip
+        arrays = [
+            jax.ShapeDtypeStruct(*shape, sharding=jax.sharding.NamedSharding(mesh, spec))
+            for shape, spec in zip(shapes, specs, strict=True)
+        ]
+        call = lambda *arrays: page_attention(*arrays, kv_layout="blocks_first")
+        mapped = jax.shard_map(call, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0])
+        assert "shardpage_decode" in jax.jit(mapped).lower(*arrays).compile().as_text()
+
+
+def test_tuning_knows_what_a_chip_is():
+    assert chip.chip_of(Tuning(chip=chip.UNKNOWN_CHIP)) is chip.UNKNOWN_CHIP
+    assert chip.chip_of(Tuning()) is chip.UNKNOWN_CHIP
