@@ -122,18 +122,10 @@ def test_lines_that_threads_have_mixed_are_noise(line):
     assert shown + lines.feed(b"12\n") == b"12\n"
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"I am",
-        b"Is it",
-        b"[Glow",
-        b"W is a letter",
-        b"I1122 is not",
-        b"42",
-        b"0 is connected to you",
-    ],
-)
+NO_NOISE = (b"I am", b"Is it", b"[Glow", b"W is a letter", b"I1122 is not", b"42", b"0 is here")
+
+
+@pytest.mark.parametrize("line", [*NO_NOISE, b"1" * 99 + b"x"])
 def test_text_that_only_begins_like_noise_is_shown(line):
     lines = output.LineFilter()
     shown = b"".join(lines.feed(bytes([byte])) for byte in line)

@@ -196,6 +196,7 @@ class _Attempt:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     process_group=0,
+                    # safe beside threads: it takes no lock
                     preexec_fn=functools.partial(die_with, os.getpid()),
                 )
             except OSError as error:
