@@ -320,3 +320,13 @@ def settled(condition, within: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < end
         threading.Event().wait(0.01)
+
+
+def test_rank_ends_with_its_code_though_it_cannot_note_why(tmp_path):
+    program = (
+        f"import shutil; from launch.processes import guard, notes; "
+        f"guard.install(0, notes.Notes({str(tmp_path)!r}, 0)); "
+        f"shutil.rmtree({str(tmp_path)!r}); guard.end(7, 'why')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (7, b"")
