@@ -23,11 +23,21 @@ class Launcher:
         self.process: subprocess.Popen[str] | None = None
         self.out = self.err = ""
 
-    def start(self, *command: str, options: tuple[str, ...] = (), devices: int = 1) -> "Launcher":
+    def start(
+        self,
+        *command: str,
+        options: tuple[str, ...] = (),
+        devices: int = 1,
+        shell: tuple[str, ...] = (),
+    ) -> "Launcher":
         """Starts two ranks of a command."""
-        name, _, value = self._tag.partition("=")
         words = [sys.executable, "-m", "launch", "simulate", "--log-dir", str(self._logs)]
         words += ["--devices-per-process", str(devices), *options, "--", *command]
+        return self.spawn(*shell, *words)
+
+    def spawn(self, *words: str) -> "Launcher":
+        """Starts a program in its place."""
+        name, _, value = self._tag.partition("=")
         self.process = subprocess.Popen(
             words,
             cwd=ROOT,
@@ -79,6 +89,11 @@ class Launcher:
             if f"SHARDPAGE_PROCESS_ID={rank}".encode() in variables:
                 return pid
         raise AssertionError(f"rank {rank} is not running")
+
+    def keeper(self) -> int:
+        """The process that is the keeper."""
+        (pid,) = (p for p in self.pids() if b"keeper.py" in Path(f"/proc/{p}/cmdline").read_bytes())
+        return pid
 
     def gone(self, within: float = 5.0) -> list[int]:
         """The processes that are still there after a while."""

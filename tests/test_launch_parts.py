@@ -105,7 +105,27 @@ def test_noise_is_left_out_and_text_comes_at_once():
     assert lines.flush() == b"["
 
 
-@pytest.mark.parametrize("line", [b"I am", b"Is it", b"[Glow", b"W is a letter", b"I1122 is not"])
+PIECES = (b"[Gloo] Rank ", b"0", b" is connected to ", b"1", b" peer ranks. ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"".join(PIECES[1:]) + b"Expected number of connected peer ranks is : 1",
+        b"".join(2 * piece for piece in PIECES),
+        b" peer ranks. ",
+    ],
+)
+def test_lines_that_threads_have_mixed_are_noise(line):
+    lines = output.LineFilter()
+    shown = b"".join(lines.feed(bytes([byte])) for byte in line + b"\n")
+    assert shown + lines.feed(b"12\n") == b"12\n"
+
+
+NO_NOISE = (b"I am", b"Is it", b"[Glow", b"W is a letter", b"I1122 is not", b"42", b"0 is here")
+
+
+@pytest.mark.parametrize("line", [*NO_NOISE, b"1" * 99 + b"x"])
 def test_text_that_only_begins_like_noise_is_shown(line):
     lines = output.LineFilter()
     shown = b"".join(lines.feed(bytes([byte])) for byte in line)
@@ -281,6 +301,10 @@ def test_doctor_as_a_command(monkeypatch):
     assert "SHARDPAGE_COORDINATOR and SHARDPAGE_NUM_PROCESSES must be set too" in result.output
 
 
+FORKS = pytest.mark.filterwarnings(r"ignore:os\.fork\(\)")  # the command itself starts no JAX
+
+
+@FORKS
 def test_simulate_of_a_command_that_is_not_there():
     result = CliRunner().invoke(app, ["simulate", "--", "no-such-command"])
     assert result.exit_code == 127
@@ -294,6 +318,7 @@ def test_simulate_with_no_place_for_its_logs(tmp_path):
     assert "File exists" in result.output
 
 
+@FORKS
 def test_rank_that_ends_between_two_looks_at_it(monkeypatch, tmp_path):
     """It is then no child that could be stopped, which must not be taken for an error."""
     reap = gang._Attempt._reap

@@ -178,7 +178,8 @@ def end(code: int, reason: str = "", *, waiting: bool = False) -> NoReturn:
       waiting: whether it may only have been waiting for another rank.
     """
     if _guard is not None:
-        _guard.notes.ended(code, reason, waiting=waiting)
+        with contextlib.suppress(OSError):  # the folder has gone, or is full
+            _guard.notes.ended(code, reason, waiting=waiting)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

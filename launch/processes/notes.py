@@ -4,6 +4,7 @@ Small files per rank in a folder of the supervisor. Without a supervisor nothing
 """
 
 import dataclasses
+import errno
 import json
 import os
 import time
@@ -22,8 +23,7 @@ class Notes:
         self._rank = rank
         self._steps = None
         if self._folder is not None:
-            flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
-            self._steps = os.open(self._folder / f"rank-{rank}.steps", flags, 0o600)
+            self._steps = open_own(self._folder / f"rank-{rank}.steps")
 
     def state(self, state: State) -> None:
         """The rank is waiting for the others ("joining"), or all have come ("joined")."""
@@ -43,7 +43,8 @@ class Notes:
         if self._folder is not None:
             path = self._folder / f"rank-{self._rank}.{kind}"
             part = path.with_suffix(f".{kind}.part")
-            part.write_text(json.dumps(content))
+            with open(open_own(part), "w") as file:
+                json.dump(content, file)
             part.replace(path)
 
 
@@ -77,8 +78,23 @@ def read(folder: Path, rank: int) -> Found:
     )
 
 
+def open_own(path: Path, flags: int = os.O_WRONLY | os.O_TRUNC) -> int:
+    """Opens a file, or makes one for its owner alone, and follows no link that others put there.
+
+    Raises:
+      OSError: if it is a link, or cannot be opened.
+    """
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(f"{path} is a link, and links are not followed: remove it") from None
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
-    except FileNotFoundError:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            return file.read()
+    except OSError:  # it is not there yet; or is a link, and then no rank's
         return ""

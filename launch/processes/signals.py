@@ -9,6 +9,14 @@ from contextlib import contextmanager
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
+def name_of(number: int) -> str:
+    """The name of a signal; most real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 class Stopped(BaseException):
     """Someone asked this process to end. Not an `Exception`: nothing handles it by accident."""
 

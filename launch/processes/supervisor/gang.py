@@ -2,28 +2,34 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import selectors
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import notes
 from ..guard import FAILED, HUNG
-from .environment import free_port, rank_environment
-from .keeper import Keeper, kill_group
-from .output import Stream, open_log, say, tail
+from ..signals import name_of
+from .environment import PREFIX, free_port, rank_environment
+from .folder import attempt_folder, log_folder
+from .foreground import Foreground, settle
+from .keeper import Keeper, die_with, kill_group, kill_marked
+from .output import Stream, open_log, tail
+from .restarts import MOST_RAPID, RAPID_SECONDS, Restarts, wait
 from .verdict import Outcome, first_failure, may_restart, table
 
 _POLL_SECONDS = 0.05
 _NOTES_SECONDS = 0.25
 # Where one rank hangs, so do the others: their watchdogs may still say where.
 _SETTLE_SECONDS = 1.5
+# What ranks have printed comes before what is said about it, if somebody reads it.
+_ORDER_SECONDS = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -73,36 +79,67 @@ def run(gang: Gang) -> int:
       CannotStart: if there is no such command.
       OSError: if the folder of the log files cannot be made or written.
     """
-    folder = _log_folder(gang)
-    code = FAILED
-    with _caught_signals() as received:
-        keeper = Keeper()
-        try:
-            for attempt in range(gang.max_restarts + 1):
-                logs = folder if not attempt else folder / f"restart-{attempt}"
-                logs.mkdir(mode=0o700, exist_ok=True)
-                code = _Attempt(gang, logs, keeper, received, attempt).run()
-                if received or not may_restart(code):
-                    break
-                if attempt < gang.max_restarts:
-                    say(f"restart {attempt + 1} of {gang.max_restarts}: all ranks, on a new port")
-        finally:
-            keeper.close()
-    if code == 0 and gang.log_dir is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        say(f"logs: {folder}")
+    out, err = streams = Foreground(sys.stdout), Foreground(sys.stderr)
+    with _caught_signals() as received, log_folder(gang.log_dir) as folder:
+        code = _run_attempts(gang, folder, received, streams)
+        settle(streams, gang.grace, received)
+        unread = out.num_unread + err.num_unread
+        if unread:
+            err.say(f"== {unread} bytes of output were not read: see the log files")
+        if code == 0 and gang.log_dir is None and not unread:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            err.say(f"== logs: {folder}")
+        settle((err,), _ORDER_SECONDS, received)
     return code
+
+
+def _run_attempts(
+    gang: Gang, folder: Path, received: list[int], streams: tuple[Foreground, Foreground]
+) -> int:
+    restarts, attempt, (_, err) = Restarts(), 0, streams
+    while True:
+        began = time.monotonic()
+        logs = attempt_folder(folder, attempt)
+        code = _Attempt(gang, logs, received, attempt, streams).run()
+        if received or not may_restart(code) or attempt == gang.max_restarts:
+            return code
+        attempt += 1
+        pause = restarts.pause(time.monotonic() - began)
+        if pause is None:
+            err.say(
+                f"== not restarted: failed {MOST_RAPID} times in a row, each within "
+                f"{RAPID_SECONDS:g} s; mend what the ranks say, then start again"
+            )
+            return code
+        many = f"restart {attempt} of {gang.max_restarts}"
+        err.say(f"== {many}, in {pause:g} s: all ranks, on a new port")
+        wait(pause, received)
+        if received:
+            return _stopped(received[0], err)
+
+
+def _stopped(number: int, err: Foreground) -> int:
+    """Says which signal ended the job; the exit code that goes with it."""
+    err.say(f"== stopped by {name_of(number)}")
+    return 128 + number
 
 
 class _Attempt:
     """One attempt."""
 
     def __init__(
-        self, gang: Gang, logs: Path, keeper: Keeper, received: list[int], attempt: int
+        self,
+        gang: Gang,
+        logs: Path,
+        received: list[int],
+        attempt: int,
+        streams: tuple[Foreground, Foreground],
     ) -> None:
-        self._gang, self._logs, self._keeper, self._received = gang, logs, keeper, received
-        self._attempt = attempt
+        self._gang, self._logs, self._received, self._attempt = gang, logs, received, attempt
+        self._streams, self._err = streams, streams[1]
+        self._mark = f"{PREFIX}NOTES={logs}"  # in the environment of all that ranks start
+        self._keeper = Keeper(self._mark)
         self._outcomes = [Outcome(rank) for rank in range(gang.num_processes)]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._files = contextlib.ExitStack()
@@ -131,6 +168,8 @@ class _Attempt:
                 if process.poll() is None:
                     kill_group(process.pid)
                     process.wait()
+            kill_marked(self._mark)
+            self._keeper.close()
             self._files.close()
         return self._report()
 
@@ -157,6 +196,8 @@ class _Attempt:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     process_group=0,
+                    # safe beside threads: it takes no lock
+                    preexec_fn=functools.partial(die_with, os.getpid()),
                 )
             except OSError as error:
                 raise CannotStart(f"{gang.command[0]}: {error.strerror}") from error
@@ -167,8 +208,8 @@ class _Attempt:
     def _attach(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         log = self._files.enter_context(open_log(self._logs / f"rank-{rank}.log"))
         prefix = f"[{rank}] " if self._gang.show_all else ""
-        targets = (sys.stdout.buffer, sys.stderr.buffer)
-        for source, target in zip((process.stdout, process.stderr), targets, strict=True):
+        sources = (process.stdout, process.stderr)
+        for source, target in zip(sources, self._streams, strict=True):
             assert source is not None
             self._files.enter_context(source)
             seen = rank == 0 or self._gang.show_all
@@ -229,7 +270,7 @@ class _Attempt:
         since = self._stopped_since.setdefault(outcome.rank, now)
         most = self._gang.heartbeat_timeout / 2  # sooner than the others give up on it
         if now - since > most:
-            name = signal.Signals(what.si_status).name
+            name = name_of(what.si_status)
             outcome.problem = (HUNG, f"stopped by {name} for more than {most:g} s")
 
     def _look_for_missing(self, now: float) -> None:
@@ -288,28 +329,20 @@ class _Attempt:
                 yield outcome, process
 
     def _report(self) -> int:
+        settle(self._streams, _ORDER_SECONDS, self._received)
         blamed = first_failure(self._outcomes)
         if self._received:
-            name = signal.Signals(self._received[0]).name
-            say(f"stopped by {name}")
-            code = 128 + self._received[0]
+            code = _stopped(self._received[0], self._err)
         elif blamed is None:
             code = 0
         else:
             code = blamed.code
-            say(f"rank {blamed.rank} failed first: {blamed.why}")
+            self._err.say(f"== rank {blamed.rank} failed first: {blamed.why}")
             if blamed.rank != 0 and not self._gang.show_all:
                 for line in tail(self._logs / f"rank-{blamed.rank}.log"):
-                    print(f"[{blamed.rank}] {line}", file=sys.stderr)
-        print(table(self._outcomes, blamed), file=sys.stderr, flush=True)
+                    self._err.say(f"[{blamed.rank}] {line}")
+        self._err.say(table(self._outcomes, blamed))
         return code
-
-
-def _log_folder(gang: Gang) -> Path:
-    if gang.log_dir is None:
-        return Path(tempfile.mkdtemp(prefix="shardpage-"))  # for this user only
-    gang.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return gang.log_dir.absolute()
 
 
 @contextlib.contextmanager

@@ -2,15 +2,27 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import BinaryIO
+
+from ..notes import open_own
+from .foreground import Foreground
 
 # What JAX's transport and logging say in every process, which helps nobody.
 NOISE = (
     b"[Gloo] Rank ",
     b"WARNING: All log messages before absl::InitializeLog()",
 )
+# Gloo prints its line piece by piece, and two threads that do so at once mix their pieces.
+_GLOO = (
+    b"[Gloo] Rank ",
+    b" is connected to ",
+    b" peer ranks. ",
+    b"Expected number of connected peer ranks is : ",
+)
+_GLOO_PIECES = rb"(?:%s|\d)+" % b"|".join(map(re.escape, _GLOO))
+_GLOO_START = re.compile(_GLOO_PIECES)
+_GLOO_LINE = re.compile(rb"(?=.*[a-z])%s\s*" % _GLOO_PIECES)  # not a number alone
 # Lines of the runtime's log that only repeat that a peer is gone, or that all is well.
 _LOG_NOISE = re.compile(
     rb"^[IW]\d{4} \d\d:\d\d:\d\d\.\d+ .*(coordination|distributed|gloo|cpu_|service_lib|cuda)"
@@ -51,13 +63,15 @@ class LineFilter:
 
 def is_noise(line: bytes) -> bool:
     """Whether a line is left out of the foreground. It is in the log file all the same."""
-    return line.startswith(NOISE) or _LOG_NOISE.match(line) is not None
+    matched = _LOG_NOISE.match(line) or _GLOO_LINE.fullmatch(line)
+    return matched is not None or line.startswith(NOISE)
 
 
 def _may_be_noise(start: bytes) -> bool:
     if any(noise.startswith(start) or start.startswith(noise) for noise in NOISE):
         return True
-    return _LOG_START.match(start) is not None
+    rest = start[match.end() :] if (match := _GLOO_START.match(start)) else start
+    return any(piece.startswith(rest) for piece in _GLOO) or _LOG_START.match(start) is not None
 
 
 class Stream:
@@ -66,7 +80,7 @@ class Stream:
     Without a prefix text is passed on as it comes; with one, line by line.
     """
 
-    def __init__(self, source: BinaryIO, log: BinaryIO, target: BinaryIO | None, prefix: str):
+    def __init__(self, source: BinaryIO, log: BinaryIO, target: Foreground | None, prefix: str):
         self.source, self._log, self._target = source, log, target
         self._prefix = prefix.encode()
         self._filter, self._line = LineFilter(), b""
@@ -89,17 +103,12 @@ class Stream:
         if self._prefix:
             *lines, self._line = (self._line + data).split(b"\n")
             data = b"".join(self._prefix + line + b"\n" for line in lines)
-        try:
-            self._target.write(data)
-            self._target.flush()
-        except BrokenPipeError:  # nobody reads any more; the log file still does
-            self._target = None
+        self._target.write(data)
 
 
 def open_log(path: Path) -> BinaryIO:
     """Makes a log file that only its owner can read."""
-    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-    return open(descriptor, "wb", buffering=0)
+    return open(open_own(path), "wb", buffering=0)
 
 
 def tail(path: Path, num_lines: int = TAIL_LINES) -> list[str]:
@@ -108,8 +117,3 @@ def tail(path: Path, num_lines: int = TAIL_LINES) -> list[str]:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 65536))
         lines = [line for line in file.read().splitlines() if not is_noise(line)]
     return [line.decode(errors="replace") for line in lines[-num_lines:]]
-
-
-def say(text: str) -> None:
-    """The supervisor speaks: on standard error, apart from the ranks."""
-    print(f"== {text}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import signal
 
 from .. import notes
 from ..guard import HUNG
+from ..signals import name_of
 
 USAGE = 2
 # Ranks abort when JAX's coordination service tells them that another one is gone.
@@ -60,7 +61,7 @@ class Outcome:
         if self.status == ABORTED:
             return "aborted (JAX aborts when it loses another process)"
         if self.status < 0:
-            return f"killed by {signal.Signals(-self.status).name}"
+            return f"killed by {name_of(-self.status)}"
         return "done" if self.status == 0 else f"exit code {self.status}"
 
 
