@@ -52,6 +52,7 @@ def run(options: Options) -> bool:
     Raises:
       typer.BadParameter: if options do not fit each other, the model or the devices.
       launch.generate.smollm2.MissingWeights: if there is no model.
+      launch.generate.smollm2.BadGGUF: if its file cannot be used.
     """
     began = time.perf_counter()
     file = smollm2.GGUFFile(smollm2.find_weights())

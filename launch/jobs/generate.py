@@ -62,7 +62,7 @@ def generate(
     devices as --mesh asks for. --json is written as prompts finish, each time whole.
     """
     from ..generate import serve
-    from ..generate.smollm2 import MissingWeights
+    from ..generate.smollm2 import BadGGUF, MissingWeights
 
     chosen = serve.Options(
         mesh=mesh,
@@ -85,7 +85,7 @@ def generate(
     try:
         with options.stoppable():
             all_finished = serve.run(chosen)
-    except MissingWeights as error:
+    except (BadGGUF, MissingWeights) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if not all_finished:
