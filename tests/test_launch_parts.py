@@ -46,6 +46,17 @@ def test_settings_are_read():
         ({"SHARDPAGE_COORDINATOR": "here"}, "must be HOST:PORT"),
         ({"SHARDPAGE_NUM_PROCESSES": "two"}, "must be a whole number"),
         ({"SHARDPAGE_GRACE": "soon"}, "must be a number of seconds"),
+        ({"SHARDPAGE_GRACE": "nan"}, "SHARDPAGE_GRACE='nan' must be a number of seconds from 0 to"),
+        ({"SHARDPAGE_STEP_TIMEOUT": "nan"}, "SHARDPAGE_STEP_TIMEOUT='nan' must be"),
+        ({"SHARDPAGE_STEP_TIMEOUT": "-1"}, "SHARDPAGE_STEP_TIMEOUT='-1' must be"),
+        ({"SHARDPAGE_START_TIMEOUT": "inf"}, "SHARDPAGE_START_TIMEOUT='inf' must be"),
+        ({"SHARDPAGE_HEARTBEAT_TIMEOUT": "1e300"}, "SHARDPAGE_HEARTBEAT_TIMEOUT='1e300' must be"),
+        ({"SHARDPAGE_DEVICES_PER_PROCESS": "0"}, "DEVICES_PER_PROCESS='0' must be .* from 1 to"),
+        ({"SHARDPAGE_DEVICES_PER_PROCESS": "-3"}, "DEVICES_PER_PROCESS='-3' must be .* from 1 to"),
+        ({"SHARDPAGE_ATTEMPT": "-1"}, "SHARDPAGE_ATTEMPT='-1' must be a whole number from 0 to"),
+        ({"SHARDPAGE_COORDINATOR": "h:99999999"}, "COORDINATOR='h:99999999' must be HOST:PORT, "),
+        ({"SHARDPAGE_COORDINATOR": "h:65536"}, "the port up to 65535"),
+        ({"SHARDPAGE_BIND": "nonsense"}, "SHARDPAGE_BIND='nonsense' must be HOST:PORT"),
     ],
 )
 def test_settings_that_contradict(change, message):
@@ -228,6 +239,25 @@ def test_doctor_finds_leftovers_and_shows_no_secrets():
     assert "10.0.0.1:99" in found
     assert "unset MEGASCALE_AUTH_TOKEN MEGASCALE_COORDINATOR_ADDRESS" in found
     assert "hunter2" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MEGASCALE_DB_PWD", "hunter2"),
+        ("MEGASCALE_DB_PASSWORD", "hunter2"),
+        ("MEGASCALE_API_KEY", "hunter2"),
+        ("MEGASCALE_CLIENT_SECRET", "hunter2"),
+        ("MEGASCALE_PROXY", "https://joe:hunter2@proxy:99"),
+        ("JAX_COORDINATOR_ADDRESS", "joe:hunt@hunter2@proxy:99"),
+        ("JAX_COORDINATOR_ADDRESS", "http://proxy/?access_token=hunter2"),
+    ],
+)
+def test_doctor_masks_what_looks_like_a_secret(name, value):
+    found = texts(doctor.stale({name: value}))
+    assert f"{name}=(not shown)" in found
+    assert "hunter2" not in found
+    assert ("proxy:99" in found) == ("@" in value)
 
 
 def test_doctor_knows_half_a_slurm():
