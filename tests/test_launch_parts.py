@@ -1,19 +1,15 @@
 """The parts of the launcher without processes: settings, output, verdicts, the doctor."""
 
-import json
 import os
 import socket
 import subprocess
 import sys
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from launch import bootstrap, guard
 from launch.__main__ import app
-from launch.generate import resume
-from launch.generate.requests import Request
 from launch.processes import doctor, notes
 from launch.processes.supervisor import environment, gang, output, verdict
 from launch.processes.supervisor.verdict import Outcome
@@ -179,54 +175,6 @@ def test_scripts_import_the_guard_by_its_short_name_without_jax():
         "assert not {'jax', 'typer', 'launch.generate'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
-
-
-SETTINGS = {"seed": 0, "temperature": 0.0, "page_size": 16}
-
-
-def saved(path, ids=((1, 2), (3,)), **settings):
-    prompts = [
-        {"prompt_ids": list(x), "ids": [7], "ending": "stop", "finished": not number}
-        for number, x in enumerate(ids)
-    ]
-    path.write_text(json.dumps({"prompts": prompts, "settings": SETTINGS | settings}))
-    return path
-
-
-def requests() -> list[Request]:
-    return [Request(0, [1, 2], 4), Request(1, [3], 4)]
-
-
-def test_finished_answers_are_kept(tmp_path):
-    first, second = found = requests()
-    file = saved(tmp_path / "results.json", page_size=32)  # a size that changes no answer
-    assert resume.restore(file, SETTINGS, found, bootstrap.Processes()) == 1
-    assert (first.ids, first.ending, second.ids, second.ending) == ([7], "stop", [], None)
-
-
-def test_without_a_file_nothing_was_finished(tmp_path):
-    found = requests()
-    assert resume.restore(tmp_path / "none.json", SETTINGS, found, bootstrap.Processes()) == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ids": ((1, 2), (4,))}, "holds results of other prompts"),
-        ({"seed": 1}, "holds results with seed=1, not 0"),
-        ({"dtype": "bfloat16"}, "holds results with dtype=bfloat16, not None"),
-    ],
-)
-def test_results_of_another_run_are_refused(tmp_path, change, message):
-    file = saved(tmp_path / "results.json", **change)
-    with pytest.raises(typer.BadParameter, match=message):
-        resume.restore(file, SETTINGS, requests(), bootstrap.Processes())
-
-
-def test_what_is_no_results_file_is_refused(tmp_path):
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(typer.BadParameter, match="cannot be read as results"):
-        resume.restore(tmp_path / "results.json", SETTINGS, requests(), bootstrap.Processes())
 
 
 def texts(findings) -> str:
