@@ -20,7 +20,8 @@ def write_json(path: Path, content: Any, *, last: bool = True) -> None:
     """Replaces a file at once: a reader, or a crash, finds the old content or all of the new.
 
     A link stays, and the file that it names is replaced. What is no file (a device, a pipe) stays,
-    too, and gets the text, but only once: when it is the `last` of this run.
+    too, and gets the text, but only once: when it is the `last` of this run. Two runs at a time
+    must not have the same file.
     """
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     if is_stream(path):

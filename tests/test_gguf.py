@@ -132,7 +132,7 @@ HEADS = f"{LLAMA}attention.head_count"
         (f"{HEADS}_kv", 4, "96 elements must divide into 6 heads of an even size, .* 4 KV heads"),
         (f"{HEADS}_kv", 1, "attn_k.weight' has the shape .48, 96.; it must be .16, 96."),
         (f"{LLAMA}rope.freq_base", float("nan"), "freq_base = nan must be over 0"),
-        (f"{LLAMA}rope.freq_base", True, "freq_base = True must be a number"),
+        (f"{LLAMA}rope.freq_base", True, "freq_base = True must be a floating"),
         (f"{LLAMA}context_length", "512", "context_length = '512' must be a whole number"),
         (f"{LLAMA}vocab_size", 259, "token_embd.weight' has the shape"),
         ("tokenizer.ggml.tokens", ["a"], "1 tokens, 1 of them different, with 260 types"),

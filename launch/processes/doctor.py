@@ -151,7 +151,8 @@ def stale(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 def _shown(name: str, value: str) -> str:
     _, credentials, host = value.rpartition("@")  # as in https://user:password@host
-    if _SECRET.search(name) or _SECRET.search(host):
+    *named, _ = host.split("=")  # as in https://host/?token=...
+    if any(map(_SECRET.search, [name, *named])):
         return "(not shown)"
     return f"(not shown)@{host!r}" if credentials else repr(value)
 

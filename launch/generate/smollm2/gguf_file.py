@@ -197,7 +197,7 @@ class GGUFFile:
         value = self._header.field(name, kind)
         if not 0 < value <= most:  # not NaN either
             self._header.fail(
-                f"{name} = {value} must be over 0, up to {most:g}", self._header.field_at[name]
+                f"{name} = {value} must be over 0, up to {most}", self._header.field_at[name]
             )
         return value
 

@@ -18,7 +18,12 @@ _TEXT_BYTES, _FIELD_BYTES, _TENSOR_BYTES = 8, 13, 32
 _MAX_HEADER_BYTES = 16 * 2**20
 _MAX_DIMS = 4
 _LENGTH = struct.Struct("<Q")
-_WORDS = {int: "a whole number", float: "a number", list: "texts", np.ndarray: "numbers"}
+_WORDS = {
+    int: "a whole number",
+    float: "a floating-point number",
+    list: "texts",
+    np.ndarray: "numbers",
+}
 
 
 class BadGGUF(ValueError):
