@@ -85,7 +85,7 @@ class JsonOption:
             self._was_written, self._is_lost = True, False
         except OSError as error:
             why = f"{self.path}: {error.strerror}"
-            if not self._was_written and error.errno not in _PASSING:
+            if not (self._was_written or self._is_lost or error.errno in _PASSING):
                 raise typer.BadParameter(why, param_hint="--json") from None
             if not self._is_lost:
                 print(f"error: --json {why}; going on without it", file=sys.stderr, flush=True)
