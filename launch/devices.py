@@ -39,6 +39,8 @@ def open_mesh(
     Raises:
       typer.BadParameter: if the mesh does not fit the devices or the KV heads.
     """
+    with _blaming("SHARDPAGE_*"):
+        bootstrap.Settings.read(os.environ)  # here a mistake in them is one of the user's
     processes = bootstrap.initialize(spare_cpu_devices=spare_cpu_devices)
     with _blaming("--mesh"):
         parsed = meshes.MeshSpec.parse(spec or "context=-1")

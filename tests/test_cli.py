@@ -100,6 +100,13 @@ def test_usage_errors_say_what_would_work(tiny, arguments, message):
     assert message in one_line(result.output)
 
 
+def test_settings_of_the_environment_are_refused_by_name(tiny, monkeypatch):
+    monkeypatch.setenv("SHARDPAGE_ATTEMPT", "-1")
+    result = run("generate", "-p", "x")
+    assert result.exit_code == 2
+    assert "SHARDPAGE_ATTEMPT='-1' must be a whole number" in one_line(result.output)
+
+
 def test_no_prompt_is_a_usage_error(tiny):
     result = run("generate", "--mesh", "data=1")
     assert result.exit_code == 2

@@ -1,19 +1,15 @@
 """The parts of the launcher without processes: settings, output, verdicts, the doctor."""
 
-import json
 import os
 import socket
 import subprocess
 import sys
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from launch import bootstrap, guard
 from launch.__main__ import app
-from launch.generate import resume
-from launch.generate.requests import Request
 from launch.processes import doctor, notes
 from launch.processes.supervisor import environment, gang, output, verdict
 from launch.processes.supervisor.verdict import Outcome
@@ -46,6 +42,17 @@ def test_settings_are_read():
         ({"SHARDPAGE_COORDINATOR": "here"}, "must be HOST:PORT"),
         ({"SHARDPAGE_NUM_PROCESSES": "two"}, "must be a whole number"),
         ({"SHARDPAGE_GRACE": "soon"}, "must be a number of seconds"),
+        ({"SHARDPAGE_GRACE": "nan"}, "SHARDPAGE_GRACE='nan' must be a number of seconds from 0 to"),
+        ({"SHARDPAGE_STEP_TIMEOUT": "nan"}, "SHARDPAGE_STEP_TIMEOUT='nan' must be"),
+        ({"SHARDPAGE_STEP_TIMEOUT": "-1"}, "SHARDPAGE_STEP_TIMEOUT='-1' must be"),
+        ({"SHARDPAGE_START_TIMEOUT": "inf"}, "SHARDPAGE_START_TIMEOUT='inf' must be"),
+        ({"SHARDPAGE_HEARTBEAT_TIMEOUT": "1e300"}, "SHARDPAGE_HEARTBEAT_TIMEOUT='1e300' must be"),
+        ({"SHARDPAGE_DEVICES_PER_PROCESS": "0"}, "DEVICES_PER_PROCESS='0' must be .* from 1 to"),
+        ({"SHARDPAGE_DEVICES_PER_PROCESS": "-3"}, "DEVICES_PER_PROCESS='-3' must be .* from 1 to"),
+        ({"SHARDPAGE_ATTEMPT": "-1"}, "SHARDPAGE_ATTEMPT='-1' must be a whole number from 0 to"),
+        ({"SHARDPAGE_COORDINATOR": "h:99999999"}, "COORDINATOR='h:99999999' must be HOST:PORT, "),
+        ({"SHARDPAGE_COORDINATOR": "h:65536"}, "the port up to 65535"),
+        ({"SHARDPAGE_BIND": "nonsense"}, "SHARDPAGE_BIND='nonsense' must be HOST:PORT"),
     ],
 )
 def test_settings_that_contradict(change, message):
@@ -190,54 +197,6 @@ def test_scripts_import_the_guard_by_its_short_name_without_jax():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-SETTINGS = {"seed": 0, "temperature": 0.0, "page_size": 16}
-
-
-def saved(path, ids=((1, 2), (3,)), **settings):
-    prompts = [
-        {"prompt_ids": list(x), "ids": [7], "ending": "stop", "finished": not number}
-        for number, x in enumerate(ids)
-    ]
-    path.write_text(json.dumps({"prompts": prompts, "settings": SETTINGS | settings}))
-    return path
-
-
-def requests() -> list[Request]:
-    return [Request(0, [1, 2], 4), Request(1, [3], 4)]
-
-
-def test_finished_answers_are_kept(tmp_path):
-    first, second = found = requests()
-    file = saved(tmp_path / "results.json", page_size=32)  # a size that changes no answer
-    assert resume.restore(file, SETTINGS, found, bootstrap.Processes()) == 1
-    assert (first.ids, first.ending, second.ids, second.ending) == ([7], "stop", [], None)
-
-
-def test_without_a_file_nothing_was_finished(tmp_path):
-    found = requests()
-    assert resume.restore(tmp_path / "none.json", SETTINGS, found, bootstrap.Processes()) == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ids": ((1, 2), (4,))}, "holds results of other prompts"),
-        ({"seed": 1}, "holds results with seed=1, not 0"),
-        ({"dtype": "bfloat16"}, "holds results with dtype=bfloat16, not None"),
-    ],
-)
-def test_results_of_another_run_are_refused(tmp_path, change, message):
-    file = saved(tmp_path / "results.json", **change)
-    with pytest.raises(typer.BadParameter, match=message):
-        resume.restore(file, SETTINGS, requests(), bootstrap.Processes())
-
-
-def test_what_is_no_results_file_is_refused(tmp_path):
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(typer.BadParameter, match="cannot be read as results"):
-        resume.restore(tmp_path / "results.json", SETTINGS, requests(), bootstrap.Processes())
-
-
 def texts(findings) -> str:
     return "\n".join(map(str, findings))
 
@@ -248,6 +207,25 @@ def test_doctor_finds_leftovers_and_shows_no_secrets():
     assert "10.0.0.1:99" in found
     assert "unset MEGASCALE_AUTH_TOKEN MEGASCALE_COORDINATOR_ADDRESS" in found
     assert "hunter2" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MEGASCALE_DB_PWD", "hunter2"),
+        ("MEGASCALE_DB_PASSWORD", "hunter2"),
+        ("MEGASCALE_API_KEY", "hunter2"),
+        ("MEGASCALE_CLIENT_SECRET", "hunter2"),
+        ("MEGASCALE_PROXY", "https://joe:hunter2@proxy:99"),
+        ("JAX_COORDINATOR_ADDRESS", "joe:hunt@hunter2@proxy:99"),
+        ("JAX_COORDINATOR_ADDRESS", "http://proxy/?access_token=hunter2"),
+    ],
+)
+def test_doctor_masks_what_looks_like_a_secret(name, value):
+    found = texts(doctor.stale({name: value}))
+    assert f"{name}=(not shown)" in found
+    assert "hunter2" not in found
+    assert ("proxy:99" in found) == ("@" in value)
 
 
 def test_doctor_knows_half_a_slurm():

@@ -18,8 +18,11 @@ def byte_tokens() -> list[str]:
     return [names[byte] for byte in range(256)]
 
 
-def write(path) -> None:
-    """Writes the file. Weights are large enough for clear preferences between tokens."""
+def write(path, change=lambda file: None) -> None:
+    """Writes the file. Weights are large enough for clear preferences between tokens.
+
+    `change` may change the fields of the writer before it writes them.
+    """
     rng = np.random.default_rng(0)
     tokens = [*SPECIAL, *byte_tokens(), "ab"]
     file = gguf.GGUFWriter(path, "llama")
@@ -57,6 +60,7 @@ def write(path) -> None:
         add(f"blk.{layer}.ffn_gate", FFN, HIDDEN)
         add(f"blk.{layer}.ffn_up", FFN, HIDDEN)
         add(f"blk.{layer}.ffn_down", HIDDEN, FFN)
+    change(file)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()

@@ -19,6 +19,16 @@ LINE_WIDTH = 88
 PROGRESS_EVERY_S = 5.0
 LINES_OF_A_PANEL = 6
 
+# A terminal obeys the first two ranges and turns the others around; new lines and tabs are text.
+_CONTROLS = (range(0x20), range(0x7F, 0xA0), range(0x202A, 0x202F), range(0x2066, 0x206A))
+_VISIBLE = {code: ascii(chr(code))[1:-1] for codes in _CONTROLS for code in codes}
+del _VISIBLE[ord("\n")], _VISIBLE[ord("\t")]
+
+
+def visible(text: str) -> str:
+    """The text with its control characters as escapes, as Python writes them."""
+    return text.translate(_VISIBLE)
+
 
 class PlainOutput:
     """Text as it comes, for pipes, files, and a single prompt.
@@ -59,6 +69,7 @@ class PlainOutput:
 
     def write(self, index: int, text: str) -> None:
         """More of an answer."""
+        text = visible(text)
         if len(self._titles) == 1:
             self._out.write(text)
             self._out.flush()
@@ -135,7 +146,7 @@ class LiveOutput:
     def write(self, index: int, text: str) -> None:
         """More of an answer."""
         self._status = ""
-        self._texts[index] += text
+        self._texts[index] += visible(text)
 
     def ended(self, index: int, note: str) -> None:
         """A prompt has left; `note` says what went wrong, if something did."""
@@ -187,4 +198,4 @@ def open_output(
 
 
 def _one_line(text: str, width: int = 70) -> str:
-    return textwrap.shorten(text, width, placeholder=" ...") or "(empty)"
+    return textwrap.shorten(visible(text), width, placeholder=" ...") or "(empty)"

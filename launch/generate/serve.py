@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from ..devices import describe_mesh, is_simulated, mesh_text, open_mesh
-from ..json_file import write_json
+from ..json_file import JsonOption
 from ..processes import bootstrap, guard
 from . import results, resume, smollm2
 from .console import open_output
@@ -52,6 +52,7 @@ def run(options: Options) -> bool:
     Raises:
       typer.BadParameter: if options do not fit each other, the model or the devices.
       launch.generate.smollm2.MissingWeights: if there is no model.
+      launch.generate.smollm2.BadGGUF: if its file cannot be used.
     """
     began = time.perf_counter()
     file = smollm2.GGUFFile(smollm2.find_weights())
@@ -68,10 +69,13 @@ def run(options: Options) -> bool:
     report = _Report(options, mesh, requests, tokenizer, processes.is_main)
     num_done = 0
     if options.json_file and (options.resume or processes.attempt):
-        num_done = resume.restore(options.json_file, report.settings(), requests, processes)
-    report.write()  # before the work: a path that cannot be written to is an error now
+        limits = resume.Limits(config.vocab_size, tokenizer.stop_id)
+        num_done = resume.restore(options.json_file, report.settings(), requests, processes, limits)
     waiting = [request for request in requests if request.ending is None]
+    # before the work: a path that cannot be written to is an error now
+    report.write(last=not waiting)
     if not waiting:
+        report.file.close()
         return True
     model = smollm2.Model(config, mesh)
     shards = model.layout.shards(mesh)
@@ -101,9 +105,10 @@ def run(options: Options) -> bool:
             _show(engine, waiting, tokenizer, output, report)
     finally:
         guard.disarm()
-        report.write()
+        report.write(last=True)
         if engine is not None and processes.is_main:
             results.print_summary(engine, mesh, requests, Console())
+    report.file.close()
     return all(request.finished for request in requests)
 
 
@@ -178,20 +183,16 @@ class _Report:
     """The --json file, and the line of progress."""
 
     def __init__(self, options: Options, mesh, requests: list[Request], tokenizer, is_main: bool):
-        self._options, self._mesh, self._is_main = options, mesh, is_main
+        self._options, self._mesh = options, mesh
         self._requests, self._tokenizer = requests, tokenizer
+        self.file = JsonOption(options.json_file if is_main else None)
         self.engine: Engine | None = None
         self.load_seconds: float | None = None
 
-    def write(self) -> None:
+    def write(self, *, last: bool = False) -> None:
         """Replaces the --json file, if one is wanted, by what is known now."""
-        path = self._options.json_file
-        if path is None or not self._is_main:
-            return
-        try:
-            write_json(path, self._content())
-        except OSError as error:
-            raise typer.BadParameter(f"{path}: {error.strerror}", param_hint="--json") from None
+        if self.file.path is not None:
+            self.file.write(self._content(), last=last)
 
     def progress(self, engine: Engine | None) -> str:
         """One line: how far the run is, and how fast."""

@@ -1,14 +1,14 @@
 """`shardpage bench`: how fast, compared with what, and how near to what memory allows?"""
 
 import enum
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..json_file import JsonOption, read_json
 from . import options
 
 if TYPE_CHECKING:
@@ -63,19 +63,21 @@ def bench(
         schedule(topology=topology, json_file=json_file, plot=plot, quiet=quiet)
         return
     old = _read(compare) if compare is not None else None
+    file = JsonOption(json_file)
     with options.stoppable():
         try:
-            _run(kind, suite, simulate, json_file, plot, old, options.progress(quiet))
+            _run(kind, suite, simulate, file, plot, old, options.progress(quiet))
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
+    file.close()
 
 
 def _run(
     kind: Kind,
     suite: Size,
     simulate: int | None,
-    json_file: pathlib.Path | None,
+    file: JsonOption,
     plot: pathlib.Path | None,
     old: "list[Row] | None",
     say: Callable[[str], None],
@@ -85,7 +87,6 @@ def _run(
     import meshes
 
     from ..bench import compare, draw, report, timing
-    from ..json_file import write_json
 
     if simulate is not None:
         meshes.simulate(simulate)
@@ -98,13 +99,15 @@ def _run(
         f"{about['num_devices']} x {about['device']}, a copy makes {roof_gbps:.0f} GB/s", flush=True
     )
     rows: list[report.Row] = []
+    content = lambda: about | {"rows": [row.to_json() for row in rows]}
     try:
         for row in _rows(kind, suite, platform, roof_gbps, say):
             rows.append(row)
-            if json_file is not None:
-                write_json(json_file, about | {"rows": [row.to_json() for row in rows]})
+            file.write(content())
     finally:
         _print(report.table(rows))
+        if rows:
+            file.write(content(), last=True)
     if plot is not None:
         title = f"{about['num_devices']} x {about['device']}, jax {about['versions']['jax']}"
         for path in draw.draw(rows, title, plot):
@@ -138,8 +141,7 @@ def _read(path: pathlib.Path) -> "list[Row]":
     from ..bench.report import Row
 
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return [Row.from_json(row) for row in content["rows"]]
+        return [Row.from_json(row) for row in read_json(path)["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise typer.BadParameter(f"{path}: {error!r}", param_hint="--compare") from error
 

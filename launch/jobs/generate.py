@@ -1,6 +1,5 @@
 """`shardpage generate`: a real language model answers prompts, its attention paged and sharded."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 from typer import Option
 
+from ..json_file import read_json
 from . import options
 
 
@@ -62,7 +62,7 @@ def generate(
     devices as --mesh asks for. --json is written as prompts finish, each time whole.
     """
     from ..generate import serve
-    from ..generate.smollm2 import MissingWeights
+    from ..generate.smollm2 import BadGGUF, MissingWeights
 
     chosen = serve.Options(
         mesh=mesh,
@@ -85,7 +85,7 @@ def generate(
     try:
         with options.stoppable():
             all_finished = serve.run(chosen)
-    except MissingWeights as error:
+    except (BadGGUF, MissingWeights) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if not all_finished:
@@ -104,22 +104,30 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
             prompts += _read_file(file)
         except (OSError, ValueError) as error:
             raise typer.BadParameter(f"{file}: {error}", param_hint="--prompts") from None
-    elif file is not None or (not prompts and not sys.stdin.isatty()):
-        prompts += _lines(sys.stdin.read())
+    elif file is not None or (not prompts and sys.stdin and not sys.stdin.isatty()):
+        try:
+            prompts += _lines(sys.stdin.read() if sys.stdin else "")
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"standard input: {error}", param_hint="--prompts") from None
     if not prompts:
         raise typer.BadParameter(
             "there is no prompt; give one, e.g. --prompt 'What is the capital of France?', a file "
             "with --prompts FILE, or lines on standard input",
             param_hint="--prompt",
         )
+    for number, prompt in enumerate(prompts, 1):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise typer.BadParameter(
+                f"prompt {number} is no text: {ascii(prompt)[:70]}; write it in UTF-8",
+                param_hint="--prompt",
+            )
     return prompts
 
 
 def _read_file(file: Path) -> list[str]:
-    text = file.read_text(encoding="utf-8")
     if file.suffix != ".json":
-        return _lines(text)
-    prompts = json.loads(text)
+        return _lines(file.read_text(encoding="utf-8"))
+    prompts = read_json(file)
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("a JSON file of prompts must hold a list of texts")
     return prompts

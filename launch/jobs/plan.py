@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
+from ..json_file import JsonOption
 from ..plan.workload import KVLayoutName, LayerKind, Model, Workload, preset_names
 from . import options
 
@@ -67,7 +68,7 @@ def plan(
     from ..plan import run
     from ..plan.estimate import Pod
 
-    say = options.progress(quiet)
+    say, file = options.progress(quiet), JsonOption(json_file)
     progress = lambda line: say(f"... {line}")
     try:
         if growth:
@@ -87,23 +88,23 @@ def plan(
                 report = run.all_meshes(work, pod, most=most, compare=plot is not None, **how)
             else:
                 report = run.one_mesh(work, pod, mesh, confirm=confirm, **how)
-        _deliver(report, json_file, plot)
+        _deliver(report, file, plot)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(USAGE) from None
     if report.misfit is not None:
         print(f"error: {report.misfit}", file=sys.stderr)
         raise typer.Exit(NOT_FIT)
+    file.close()
 
 
-def _deliver(report: "Report", json_file: Path | None, plot: Path | None) -> None:
+def _deliver(report: "Report", file: JsonOption, plot: Path | None) -> None:
     """Prints, writes and draws."""
-    from ..json_file import write_json
     from ..plan import picture
 
     if report.text:
         print(report.text, flush=True)
-    if json_file is not None and report.figures is not None:
-        write_json(json_file, report.figures)
+    if report.figures is not None:
+        file.write(report.figures, last=True)
     if plot is not None and report.meshes:
         picture.draw(report.meshes, plot)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..json_file import JsonOption
 from ..schedule.cases import CASES, KERNELS
 from . import options
 
@@ -28,7 +29,6 @@ def schedule(
     over blocks, over the cycles that HBM needs for a block's bytes, say which waits for which.
     --topology, --case and --kernel may be repeated; the default is all of them.
     """
-    from ..json_file import write_json
     from ..schedule import report
     from ..schedule.measure import measure, to_json
 
@@ -51,5 +51,6 @@ def schedule(
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     print(report.table(rows))
-    if json_file is not None:
-        write_json(json_file, {"schedules": to_json(rows)})
+    file = JsonOption(json_file)
+    file.write({"schedules": to_json(rows)}, last=True)
+    file.close()

@@ -13,6 +13,7 @@ nothing is started.
 import dataclasses
 import importlib.util
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ PREFIX = "SHARDPAGE_"
 
 # A server suffers from waiting for what will not come; a slow host is up in a few minutes.
 SHUTDOWN_TIMEOUT = 15.0
+
+_MOST = 10**8  # of anything counted, and three years in seconds: what all clocks and servers take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Settings:
         """Reads them from environment variables.
 
         Raises:
-          ValueError: naming the variable that is not a number, or is missing beside others.
+          ValueError: naming the variable that is no number, out of range, or missing beside others.
         """
         found: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
@@ -72,12 +75,8 @@ class Settings:
         return settings
 
     def _check_identity(self) -> None:
-        assert self.coordinator is not None
         assert self.num_processes is not None
         assert self.process_id is not None
-        host, colon, port = self.coordinator.rpartition(":")
-        if not (host and colon and port.isdigit()):
-            raise ValueError(f"SHARDPAGE_COORDINATOR={self.coordinator!r} must be HOST:PORT")
         if not 0 <= self.process_id < self.num_processes:
             raise ValueError(
                 f"SHARDPAGE_PROCESS_ID={self.process_id} must be from 0 to "
@@ -86,16 +85,26 @@ class Settings:
 
 
 def _parse(name: str, kind: Any, text: str) -> Any:
+    refuse = lambda rule: ValueError(f"{PREFIX}{name.upper()}={text!r} must be {rule}")
+    if name in ("coordinator", "bind"):
+        address = re.fullmatch(r"\S+:([0-9]{1,5})", text)
+        if address is None or int(address[1]) >= 2**16:
+            raise refuse("HOST:PORT, the port up to 65535")
+        return text
     if kind is bool:
         return text != "0"
     number = next((number for number in (int, float) if kind in (number, number | None)), None)
     if number is None:
         return text
+    least = int(name in ("num_processes", "devices_per_process"))
+    what = "a whole number" if number is int else "a number of seconds"
     try:
-        return number(text)
+        value = number(text)
     except ValueError:
-        what = "a whole number" if number is int else "a number of seconds"
-        raise ValueError(f"{PREFIX}{name.upper()}={text!r} must be {what}") from None
+        raise refuse(what) from None
+    if not least <= value <= _MOST:  # not NaN either
+        raise refuse(f"{what} from {least} to {_MOST}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What can be wrong with a host before a run, found without disturbing what runs on it.
 
-Values of environment variables are shown only where they are settings of launchers; one whose name
-sounds like a secret never is.
+Values of environment variables are shown only where they are settings of launchers, without what
+looks like a secret.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from .supervisor.environment import stale_names
 COORDINATOR_PORT = 8482
 LOCK_FILE = "libtpu_lockfile"
 PACKAGES = ("shardpage", "jax", "jaxlib", "libtpu", "numpy")
-_SECRET = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+_SECRET = re.compile(r"key|token|secret|pass|pwd|credential|auth|signature", re.IGNORECASE)
 _MARK = {"ok": "ok  ", "note": "note", "problem": "FAIL"}
 
 
@@ -150,7 +150,11 @@ def stale(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _shown(name: str, value: str) -> str:
-    return "(not shown)" if _SECRET.search(name) else repr(value)
+    _, credentials, host = value.rpartition("@")  # as in https://user:password@host
+    *named, _ = host.split("=")  # as in https://host/?token=...
+    if any(map(_SECRET.search, [name, *named])):
+        return "(not shown)"
+    return f"(not shown)@{host!r}" if credentials else repr(value)
 
 
 def coordinator_port(environ: Mapping[str, str]) -> Iterator[Finding]:

