@@ -17,6 +17,9 @@ from .page_format import Axis
 from .shard_layout import Split, axis_names
 from .varying import vary_together
 
+# Columns that are looked up at a time in tables with more: work follows the longest context.
+_WIDE = 2048
+
 
 class Reads(NamedTuple):
     """The tokens that each query reads: an interval of one row's pages that this device holds.
@@ -101,28 +104,95 @@ def make_plan(
     invalid = (context_lens < 0) | (context_lens > limit)
     stop = jnp.where(invalid, 0, context_lens)
     start = jnp.zeros_like(stop)
-    if attention.window is not None:
+    if attention.window is not None:  # from here on, tables and tokens begin with its first page
         start = jnp.maximum(stop - attention.window, 0)
-
-    first_of_page = page_size * jnp.arange(block_tables.shape[1], dtype=jnp.int32)
-    filled = jnp.clip(stop[:, None] - first_of_page, 0, page_size)  # tokens in each page
-    skipped = jnp.clip(start[:, None] - first_of_page, 0, page_size)  # before the window
-    needed = filled > skipped
-    usable = _within(block_tables, pages.seqs_first, pages.seqs_num_pages)
-    held = needed & _within(block_tables, pages.first, pages.num_pages)
-    invalid |= jnp.any(needed & ~usable, axis=1)
-
-    ids = block_tables - pages.first
-    if attention.window is not None or pages.num_pages != pages.seqs_num_pages:
-        ids = compact(ids, held)
-
-    def total(tokens: jax.Array) -> jax.Array:
-        held_tokens = jnp.sum(jnp.where(held, tokens, 0), axis=1, dtype=jnp.int32)
-        return jnp.where(invalid, 0, held_tokens)
-
+        first_page, start = start // page_size, start % page_size
+        stop -= first_page * page_size
+        most = -(-(attention.window - 1) // page_size) + 1
+        block_tables = _from_column(block_tables, first_page, most)
+    found = _look_up(start, stop, block_tables, page_size, pages)
+    invalid |= found.bad
     # Of the needed pages only the first has tokens before the window, and only the last has room.
-    reads = Reads(ids, row=None, start=total(skipped), stop=total(filled))
+    start, stop = (jnp.where(invalid, 0, tokens) for tokens in (found.start, found.stop))
+    reads = Reads(found.ids, row=None, start=start, stop=stop)
     return Plan(reads, invalid, prepare(reads))
+
+
+class _Found(NamedTuple):
+    """What the columns of the tables that were looked up say; a row per sequence."""
+
+    bad: jax.Array  # whether a needed page is not of this `seqs` shard
+    start: jax.Array  # tokens before the window, in pages of this device
+    stop: jax.Array  # tokens up to the end, likewise
+    held: jax.Array  # pages of this device
+    ids: jax.Array  # which they are, moved to the left where others lie between them
+
+
+def _look_up(
+    start: jax.Array, stop: jax.Array, tables: jax.Array, page_size: int, pages: PageRange
+) -> _Found:
+    """Looks up the pages with tokens in `[start, stop)`; in a wide table, no columns past those."""
+    rows, columns = tables.shape
+    scattered = pages.num_pages != pages.seqs_num_pages
+
+    def look_up(first_column: jax.Array | int, some: jax.Array, found: _Found) -> _Found:
+        column = first_column + jnp.arange(some.shape[1], dtype=jnp.int32)
+        filled = jnp.clip(stop[:, None] - page_size * column, 0, page_size)  # tokens in each page
+        skipped = jnp.clip(start[:, None] - page_size * column, 0, page_size)
+        needed = filled > skipped
+        usable = _within(some, pages.seqs_first, pages.seqs_num_pages)
+        held = needed & _within(some, pages.first, pages.num_pages)
+        total = lambda x: jnp.sum(jnp.where(held, x, 0), axis=1, dtype=jnp.int32)
+        ids = found.ids
+        if scattered and some.shape[1] == columns:
+            ids = compact(some - pages.first, held)
+        elif scattered:
+            ids = _append(ids, found.held, some - pages.first, held)
+        return _Found(
+            found.bad | jnp.any(needed & ~usable, axis=1),
+            found.start + total(skipped),
+            found.stop + total(filled),
+            found.held + total(1),
+            ids,
+        )
+
+    zeros = jnp.zeros(rows, jnp.int32)
+    nothing = _Found(zeros > 0, zeros, zeros, zeros, tables - pages.first)
+    if columns <= _WIDE:
+        return look_up(0, tables, nothing)
+    nothing, tables = vary_together(nothing, tables)
+    tables = jnp.pad(tables, ((0, 0), (0, -columns % _WIDE)))
+
+    def body(chunk: jax.Array, found: _Found) -> _Found:
+        some = lax.dynamic_slice_in_dim(tables, chunk * _WIDE, _WIDE, axis=1)
+        return look_up(chunk * _WIDE, some, found)
+
+    return lax.fori_loop(0, -(-jnp.max(stop) // (page_size * _WIDE)), body, nothing)
+
+
+def _from_column(tables: jax.Array, first: jax.Array, most: int) -> jax.Array:
+    """Each row from a column of its own on, `most` columns; the last ones may repeat."""
+    columns = tables.shape[1]
+    kept = min(most, columns)
+    tables, first = vary_together(tables, first)
+
+    def by_gather(tables: jax.Array, first: jax.Array) -> jax.Array:
+        column = jnp.minimum(first[:, None] + jnp.arange(kept, dtype=jnp.int32), columns - 1)
+        return jnp.take_along_axis(tables, column, axis=1)
+
+    def by_shifts(tables: jax.Array, first: jax.Array) -> jax.Array:
+        keep = jnp.arange(columns, dtype=jnp.int32) >= first[:, None]
+        return _compact_by_shifts(tables, keep)[:, :kept]
+
+    return lax.platform_dependent(tables, first, tpu=by_shifts, default=by_gather)
+
+
+def _append(ids: jax.Array, count: jax.Array, values: jax.Array, keep: jax.Array) -> jax.Array:
+    """Puts the kept values of each row behind the first `count` ids."""
+    rows, columns = ids.shape
+    column = count[:, None] + jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
+    at = (jnp.arange(rows)[:, None], jnp.where(keep, column, columns))
+    return ids.at[at].set(values, mode="drop")
 
 
 def plan_writes(
@@ -157,10 +227,7 @@ def compact(
 
 
 def _compact_by_scatter(values: jax.Array, keep: jax.Array) -> jax.Array:
-    rows, columns = values.shape
-    column = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1
-    at = (jnp.arange(rows)[:, None], jnp.where(keep, column, columns))
-    return jnp.zeros_like(values).at[at].set(values, mode="drop")
+    return _append(jnp.zeros_like(values), jnp.zeros(len(values), jnp.int32), values, keep)
 
 
 def _compact_by_shifts(values: jax.Array, keep: jax.Array) -> jax.Array:

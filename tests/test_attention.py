@@ -333,6 +333,30 @@ def test_two_calls_merge_to_the_call_over_all_pages(backend):
     tolerance.assert_within_rounding(inputs, *merged)
 
 
+class TestManySequences:
+    """Found by binary search, and on a CPU walked over in two sizes of blocks."""
+
+    LENS = tuple(int(n) for n in np.random.default_rng(0).integers(0, 25, 1100) ** 2 // 24)
+    CASE = Case("many", num_seqs=1100, num_heads=2, num_kv_heads=1, head_dim=8, page_size=4,
+                max_blocks=6, lens=LENS)  # fmt: skip
+
+    @pytest.mark.parametrize("num_splits", [0, 3])
+    def test_match_the_oracle(self, num_splits):
+        inputs = make(self.CASE.replace(num_splits=num_splits))
+        tolerance.assert_within_rounding(inputs, *attend(inputs))
+
+    def test_have_the_gradients_of_one_walk(self):
+        inputs = make(self.CASE, poison=False)
+
+        def gradients(**options):
+            loss = lambda *arrays: jnp.sum(jnp.sin(shardpage.page_attention(
+                *arrays, *inputs.arrays[3:], kv_layout="blocks_first", **options)))  # fmt: skip
+            return jax.grad(loss, argnums=(0, 1, 2))(*inputs.arrays[:3])
+
+        for two, one in zip(gradients(), gradients(pages_per_compute_block=6), strict=True):
+            np.testing.assert_allclose(two, one, atol=1e-5)
+
+
 @backends
 class TestAnyInput:
     """What no one thought of: drawn shapes, lengths, tables."""
@@ -500,6 +524,22 @@ class TestMemory:
             .compile()
         )
         return compiled.memory_analysis().temp_size_in_bytes
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "megabytes"),
+        [
+            ("a table far wider than its contexts", {"max_blocks": 100_000}, 5),
+            ("a window in it", {"max_blocks": 100_000, "sliding_window": 50}, 2),
+            ("many sequences", {"num_seqs": 16384, "max_blocks": 1}, 130),
+            ("many splits", {"max_blocks": 128, "num_splits": 512}, 20),
+        ],
+    )
+    def test_follows_the_work(self, name, changes, megabytes):
+        """8 sequences of 8 / 2 heads of 64, but for the changes; in float32."""
+        del name
+        case = Case("cliff", num_kv_heads=2).replace(**changes)
+        temp_bytes = self.temp_bytes(case, "blocks_first", num_pages=16384)
+        assert temp_bytes < megabytes * 1e6
 
     @kv_layouts
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

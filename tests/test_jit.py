@@ -211,3 +211,11 @@ def test_a_function_that_is_jitted_is_traced_once(calls, spec):
         jax.block_until_ready(jitted(*each))
     with pytest.raises(AssertionError, match="is traced > 1 times"):  # other dtypes are traced anew
         jitted(*(jax.tree.map(lambda x: x.astype(jnp.bfloat16), a) for a in arguments[0]))
+
+
+def test_zeros_compiles_once_for_all_layers():
+    make_cache = lambda: PagedKVCache.zeros(16, 2, 16, 64, kv_layout="heads_first")
+    make_cache()
+    with compilations() as events:
+        make_cache()
+    assert not events

@@ -122,6 +122,16 @@ def test_one_sequences_bad_table_is_nan_for_that_sequence_only():
     assert np.isfinite(out[~bad]).all()
 
 
+@pytest.mark.parametrize("spec", ["data=1", "data=2,context=2"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_tables_that_are_looked_up_in_pieces(spec, window, monkeypatch):
+    monkeypatch.setattr("shardpage.plan._WIDE", 3)
+    mesh = build_mesh(spec)
+    case = cases.Case("in_pieces", max_blocks=11, sliding_window=window)
+    inputs = on(mesh, case)
+    assert_within_rounding(inputs, *attend(inputs, mesh=mesh))
+
+
 @pytest.mark.parametrize("which", ["key_cache", "value_cache"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_that_one_device_reads_is_seen(backend, which):

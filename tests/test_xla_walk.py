@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardpage.backends.xla.walk import make_walk, walk_blocks
+from shardpage.backends.xla.walk import make_walk, prepare, walk_blocks
+from shardpage.options import Tuning
+from shardpage.page_format import KVLayout, PageFormat
 from shardpage.plan import Reads
 
 PAGE_SIZE = 16
@@ -74,3 +76,36 @@ def walked(num_blocks, num_lanes, num_splits):
         jnp.arange(80, dtype=jnp.int32)
     )
     return walk, walk.part_query, steps
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "length", "max_pages", "most"),
+    [
+        (4096, 16, 1, 1.1),
+        (4096, 16, 64, 5),  # of a block of 64 pages one would be read
+        (256, 1000, 64, 1.1),
+        (64, 4096, 256, 1.1),
+    ],
+)
+def test_pages_fetched_follow_the_pages_in_use(num_seqs, length, max_pages, most):
+    """Counted over all steps and lanes of a CPU's walks, for 2 KV heads of 64 in float32."""
+    page_format = PageFormat(KVLayout.BLOCKS_FIRST, 2, PAGE_SIZE, 64, 64, np.dtype(np.float32))
+    stop = jnp.full(num_seqs, length, jnp.int32)
+    reads = Reads(jnp.zeros((num_seqs, max_pages), jnp.int32), None, jnp.zeros_like(stop), stop)
+    walks = prepare(reads, 8, page_format, Tuning(platform="cpu"))
+    steps = [int(jnp.max(walk.cuts[1:] - walk.cuts[:-1])) for walk in walks]
+    fetched = sum(
+        count * walk.num_lanes * walk.block_pages for count, walk in zip(steps, walks, strict=True)
+    )
+    assert fetched <= most * num_seqs * -(-length // PAGE_SIZE)
+
+
+def test_short_and_long_queries_are_walked_over_apart_and_none_twice():
+    page_format = PageFormat(KVLayout.BLOCKS_FIRST, 2, PAGE_SIZE, 64, 64, np.dtype(np.float32))
+    stop = jnp.where(jnp.arange(100) % 3 == 0, 1000, jnp.arange(100)).astype(jnp.int32)
+    reads = Reads(jnp.zeros((100, 64), jnp.int32), None, jnp.zeros_like(stop), stop)
+    few, many = prepare(reads, 8, page_format, Tuning(platform="cpu"))
+    blocks = [walk.last - walk.first for walk in (few, many)]
+    assert few.block_pages < many.block_pages
+    assert not np.any((blocks[0] > 0) & (blocks[1] > 0))
+    assert np.array_equal((blocks[0] > 0) | (blocks[1] > 0), stop > 0)

@@ -33,7 +33,7 @@ def attend(
     query: Float[Array, "queries num_heads key_dim"],
     cache: PagedKVCache,
     reads: Reads,
-    work: Walk,
+    work: tuple[Walk, ...],
     attention: Attention,
     tuning: Tuning,
 ) -> Partial:
@@ -68,7 +68,7 @@ def _attend(
     query: jax.Array,
     cache: PagedKVCache,
     reads: Reads,
-    work: Walk,
+    work: tuple[Walk, ...],
 ) -> Partial:
     def attend_block(items: Items, parts: jax.Array) -> jax.Array:
         key, value = fetch(cache, items)
@@ -76,14 +76,17 @@ def _attend(
         merged = merge(unpack(parts.at[items.part].get(mode="clip")), block)
         return parts.at[items.part].set(pack(merged), mode="drop", unique_indices=True)
 
+    def walk_over(walk: Walk) -> Partial:
+        shape = (walk.num_parts, num_heads)
+        out = jnp.zeros((*shape, cache.format.value_dim), jnp.float32)
+        nothing = Partial(out, jnp.full(shape, -jnp.inf, jnp.float32))
+        parts = vary_over(pack(nothing), varying_axes(query, cache, reads))
+        page_size, on_gpu = cache.format.page_size, platform == "gpu"
+        parts = unpack(walk_blocks(walk, reads, page_size, attend_block, parts, peel_last=on_gpu))
+        return parts if walk.num_lanes == 1 else merge_segments(parts, walk.part_query, num_queries)
+
     num_queries, num_heads, _ = query.shape
-    shape = (work.num_parts, num_heads)
-    out = jnp.zeros((*shape, cache.format.value_dim), jnp.float32)
-    nothing = Partial(out, jnp.full(shape, -jnp.inf, jnp.float32))
-    parts = vary_over(pack(nothing), varying_axes(query, cache, reads))
-    page_size, on_gpu = cache.format.page_size, platform == "gpu"
-    parts = unpack(walk_blocks(work, reads, page_size, attend_block, parts, peel_last=on_gpu))
-    return parts if work.num_lanes == 1 else merge_segments(parts, work.part_query, num_queries)
+    return functools.reduce(merge, map(walk_over, work))
 
 
 def _forward(attention, platform, query, cache, reads, work):

@@ -22,7 +22,7 @@ def gradients(
     query: jax.Array,
     cache: PagedKVCache,
     reads: Reads,
-    work: Walk,
+    work: tuple[Walk, ...],
     partial: Partial,
     cotangent: Partial,
 ) -> tuple[jax.Array, PagedKVCache]:
@@ -61,6 +61,7 @@ def gradients(
 
     axes = varying_axes(query, cache, reads)
     zero = lambda x: vary_over(jnp.zeros(x.shape, jnp.float32), axes)
-    zeros = jax.tree.map(zero, (query, cache))
-    grads = walk_blocks(work, reads, cache.format.page_size, add_block, zeros)
+    grads = jax.tree.map(zero, (query, cache))
+    for walk in work:
+        grads = walk_blocks(walk, reads, cache.format.page_size, add_block, grads)
     return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (query, cache))

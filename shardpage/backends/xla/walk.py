@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,15 @@ _STEP_BYTES = {"cpu": 2 << 20, "gpu": 256 << 20}
 _STEP_BYTES_ELSEWHERE = 64 << 20
 # Tokens of one lane's block, where a step holds several lanes.
 _LANE_TOKENS = 512
+
+
+# Up to this many queries, which one an item is of is found by looking at all of them.
+_FEW = 1024
+
+
+# From this many queries on, those that fit a block so many times smaller are walked over apart.
+_MANY = 64
+_SMALLER = 16
 
 
 class Items(NamedTuple):
@@ -62,16 +71,14 @@ class Walk:
     @property
     def part_query(self) -> Int[Array, " parts"]:
         """The query that each part is of; any, where no partial is kept."""
-        last_lane = jnp.sum(self.cuts[1:-1] < self.last[:, None], axis=1, dtype=jnp.int32)
+        last_lane = _rank(self.cuts[1:-1], self.last, "left")
         last_part = jnp.arange(self.last.shape[0], dtype=jnp.int32) + last_lane
-        part = jnp.arange(self.num_parts, dtype=jnp.int32)
-        query = jnp.sum(last_part < part[:, None], axis=1, dtype=jnp.int32)
+        query = _rank(last_part, jnp.arange(self.num_parts, dtype=jnp.int32), "left")
         return jnp.minimum(query, self.last.shape[0] - 1)
 
     def query_of(self, item: Int[Array, "..."]) -> Int[Array, "..."]:
         """The query of an item; the last one past the end of the list."""
-        query = jnp.sum(item[..., None] >= self.last, axis=-1, dtype=jnp.int32)
-        return jnp.minimum(query, self.last.shape[0] - 1)
+        return jnp.minimum(_rank(self.last, item, "right"), self.last.shape[0] - 1)
 
     def items(self, step: Int[Array, ""], reads: Reads, page_size: int) -> Items:
         """What the lanes work on in a step."""
@@ -90,19 +97,46 @@ class Walk:
         return Items(query, jnp.where(live, part, self.num_parts), ids, valid)
 
 
-def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Walk:
-    """Lists the work, in steps of about `_STEP_BYTES` of keys and values."""
+def _rank(ordered: jax.Array, values: jax.Array, side: Literal["left", "right"]) -> jax.Array:
+    """How many entries of an ordered array are below each value ("right": or equal to it)."""
+    if ordered.shape[0] > _FEW:
+        return jnp.searchsorted(ordered, values, side=side, method="scan_unrolled")
+    # One fused reduction, where a search is many small steps.
+    below = ordered <= values[..., None] if side == "right" else ordered < values[..., None]
+    return jnp.sum(below, axis=-1, dtype=jnp.int32)
+
+
+def prepare(
+    reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning
+) -> tuple[Walk, ...]:
+    """Lists the work, in steps of about `_STEP_BYTES` of keys and values.
+
+    Where a CPU has many queries and large blocks, those that read little have a walk of their own,
+    in smaller blocks: of a block all pages are fetched, read or not.
+    """
     num_queries, max_pages = reads.start.shape[0], reads.ids.shape[1]
     step_bytes = _STEP_BYTES.get(tuning.platform or "", _STEP_BYTES_ELSEWHERE)
     step_pages = max(step_bytes // page_format.page_bytes, 1)
     lane_pages = max(_LANE_TOKENS // page_format.page_size, 1)
     if tuning.platform == "cpu":  # one lane
         lane_pages = step_pages
+    splits = min(tuning.num_splits, num_queries * max_pages)
+    if splits > 1:  # more lanes, of as many bytes together
+        lane_pages = min(lane_pages, max(step_pages // splits, 1))
     pages = tuning.pages_per_block or min(step_pages, lane_pages)
     pages = max(min(pages, max_pages), 1)
-    lanes = max(step_pages // pages, tuning.num_splits, 1)
-    lanes = max(min(lanes, num_queries * -(-max_pages // pages)), 1)
-    return make_walk(reads, pages, pages * page_format.page_size, lanes, tuning.num_splits)
+
+    def walk(pages: int, stop: jax.Array) -> Walk:
+        lanes = max(step_pages // pages, splits, 1)
+        lanes = max(min(lanes, num_queries * -(-max_pages // pages)), 1)
+        tokens = pages * page_format.page_size
+        return make_walk(reads._replace(stop=stop), pages, tokens, lanes, tuning.num_splits)
+
+    few = max(pages // _SMALLER, 1)
+    if tuning.platform != "cpu" or tuning.pages_per_block or num_queries < _MANY or few == pages:
+        return (walk(pages, reads.stop),)
+    short = reads.stop <= few * page_format.page_size
+    return walk(few, jnp.where(short, reads.stop, 0)), walk(pages, jnp.where(short, 0, reads.stop))
 
 
 def make_walk(
