@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 from .options import Attention
 from .page_format import Axis
 from .shard_layout import Split, axis_names
-from .varying import vary_together
+from .varying import vary_over, vary_together, varying_axes
 
 # Columns that are looked up at a time in tables with more: work follows the longest context.
 _WIDE = 2048
@@ -160,7 +160,11 @@ def _look_up(
     nothing = _Found(zeros > 0, zeros, zeros, zeros, tables - pages.first)
     if columns <= _WIDE:
         return look_up(0, tables, nothing)
-    nothing, tables = vary_together(nothing, tables)
+    # All devices that share a sequence come to the same verdict; the rest is each device's own.
+    axes = varying_axes(tables, stop)
+    own = axes | varying_axes(nothing.ids)
+    bad, *others = nothing
+    nothing = _Found(vary_over(bad, axes), *(vary_over(x, own) for x in others))
     tables = jnp.pad(tables, ((0, 0), (0, -columns % _WIDE)))
 
     def body(chunk: jax.Array, found: _Found) -> _Found:
