@@ -23,24 +23,30 @@ from .shard_layout import Split
 
 
 def resolve(tuning: Tuning, split: Split | None, cache: PagedKVCache) -> Tuning:
-    """Decides what `tuning` leaves open: the platform, the backend, and whether to interpret."""
-    platform = tuning.platform or platform_of(split, cache.key)
+    """Decides what `tuning` leaves open: the platform, the backend, and whether to interpret.
+
+    That stays open, for the compiler to decide, where only it knows the platform.
+    """
+    known = tuning.platform or platform_of(split, cache.key)
+    platform = known or jax.default_backend()
     backend = tuning.backend or backends.default_for(platform)
     interpret = tuning.interpret
-    if interpret is None:
-        interpret = backend in backends.INTERPRETABLE and platform != "tpu"
+    if backend not in backends.INTERPRETABLE:
+        interpret = interpret or False
+    elif interpret is None and known:
+        interpret = platform != "tpu"
     return dataclasses.replace(tuning, platform=platform, backend=backend, interpret=interpret)
 
 
-def platform_of(split: Split | None, array: Any) -> str:
-    """The platform of the mesh, of the array, or of the mesh around the call; JAX's default where
-    none is known, as inside a `jax.jit` on one device."""
+def platform_of(split: Split | None, array: Any) -> str | None:
+    """The platform of the mesh, of the array, or of the mesh around the call; None where none is
+    known, as inside a `jax.jit` on one device."""
     if split is not None and split.platform is not None:
         return split.platform
     if split is None and isinstance(array, jax.Array) and not isinstance(array, Tracer):
         return next(iter(array.devices())).platform
     around = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if around is None else around.platform
+    return None if around is None else around.platform
 
 
 def as_int32(array: Any) -> jax.Array:

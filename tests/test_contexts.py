@@ -103,7 +103,21 @@ class TestPlatform:
         jax.make_jaxpr(lambda x: seen.append(platform_of(None, x)))(1.0)
         with jax.sharding.use_abstract_mesh(mesh):
             jax.make_jaxpr(lambda x: seen.append(platform_of(None, x)))(1.0)
-        assert seen == [jax.default_backend(), "tpu"]
+        assert seen == [None, "tpu"]
+
+    def test_a_kernel_that_is_named_is_compiled_for_a_tpu_that_is_not_there(self):
+        """Nothing but the lowering knows the platform; on CPUs the same function is interpreted."""
+        pytest.importorskip("libtpu", reason="TPU topologies need libtpu")
+        device = meshes.topology("v5e:2x2").devices.flat[0]
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        inputs = make(CASE.replace(head_dim=128, dtype="bfloat16"))
+        call = jax.jit(lambda *arrays: page_attention(
+            *arrays, kv_layout="blocks_first", backend="pallas_tpu"))  # fmt: skip
+        abstract = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in inputs.arrays
+        ]
+        assert "shardpage_decode" in call.lower(*abstract).compile().as_text()
+        tolerance.assert_within_rounding(inputs, np.asarray(call(*inputs.arrays)))
 
     def test_a_kernel_in_a_shard_map_of_a_tpu_mesh_is_compiled_not_interpreted(self):
         pytest.importorskip("libtpu", reason="TPU topologies need libtpu")

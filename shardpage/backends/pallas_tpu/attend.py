@@ -49,7 +49,7 @@ def attend(
     config = configure(cache.format, query.shape[1], *_sizes(reads), tuning)
     logits = Logits(attention.scale_of(cache.format.key_dim), attention.soft_cap)
     query_rows = rows.query_rows(config, query)
-    call = as_kernel(functools.partial(_call, config, logits, tuning))
+    call = as_kernel(functools.partial(_call, config, logits), tuning)
     result = call(work.walk, reads.ids_by_query(), query_rows, cache)
     return rows.merged_partial(config, result, work.held)
 

@@ -36,7 +36,7 @@ def write(
     for start in range(0, key.shape[0], _TOKENS_PER_CALL):
         part = slice(start, start + _TOKENS_PER_CALL)
         some = Writes(*(x[part] for x in writes))
-        call = as_kernel(functools.partial(_write, tuning))
+        call = as_kernel(_write, tuning)
         cache = cache.replace(call(cache, [x[part] for x in tokens], some))
     return cache
 
