@@ -56,7 +56,10 @@ def _attend_here(
     with jax.named_scope("plan"):
         pages = PageRange.here(cache.num_pages, split)
         page_size = cache.format.page_size
-        plan = make_plan(context_lens, block_tables, page_size, pages, attention, prepare)
+        in_pieces = tuning.platform != "tpu"  # where scatters and loops are slow
+        plan = make_plan(
+            context_lens, block_tables, page_size, pages, attention, prepare, in_pieces=in_pieces
+        )
     with jax.named_scope("attend"):
         partial = backend.attend(query, cache, plan.reads, plan.work, attention, tuning)
     with jax.named_scope("merge"):

@@ -17,8 +17,8 @@ from .page_format import Axis
 from .shard_layout import Split, axis_names
 from .varying import vary_over, vary_together, varying_axes
 
-# Columns that are looked up at a time in tables with more: work follows the longest context.
-_WIDE = 2048
+# Columns that are looked up at a time in tables with more.
+_PIECE = 2048
 
 
 class Reads(NamedTuple):
@@ -87,6 +87,8 @@ def make_plan(
     pages: PageRange,
     attention: Attention,
     prepare: Callable[[Reads], Any],
+    *,
+    in_pieces: bool = True,
 ) -> Plan:
     """Plans a decode step: one query per sequence, its last token.
 
@@ -95,7 +97,8 @@ def make_plan(
     its table, or if a needed entry is not a page that its `seqs` shard holds. All devices that
     share a sequence come to the same verdict, without communication: they see the same table.
 
-    `prepare` is the backend's, which makes its work of the reads.
+    `prepare` is the backend's, which makes its work of the reads. With `in_pieces`, wide tables are
+    looked up a piece at a time, as far as the longest context goes; that takes loops and scatters.
     """
     limit = block_tables.shape[1] * page_size
     if attention.max_context_len is not None:
@@ -110,7 +113,8 @@ def make_plan(
         stop -= first_page * page_size
         most = -(-(attention.window - 1) // page_size) + 1
         block_tables = _from_column(block_tables, first_page, most)
-    found = _look_up(start, stop, block_tables, page_size, pages)
+    piece = _PIECE if in_pieces else block_tables.shape[1]
+    found = _look_up(start, stop, block_tables, page_size, pages, piece)
     invalid |= found.bad
     # Of the needed pages only the first has tokens before the window, and only the last has room.
     start, stop = (jnp.where(invalid, 0, tokens) for tokens in (found.start, found.stop))
@@ -129,7 +133,12 @@ class _Found(NamedTuple):
 
 
 def _look_up(
-    start: jax.Array, stop: jax.Array, tables: jax.Array, page_size: int, pages: PageRange
+    start: jax.Array,
+    stop: jax.Array,
+    tables: jax.Array,
+    page_size: int,
+    pages: PageRange,
+    piece: int,
 ) -> _Found:
     """Looks up the pages with tokens in `[start, stop)`; in a wide table, no columns past those."""
     rows, columns = tables.shape
@@ -158,20 +167,20 @@ def _look_up(
 
     zeros = jnp.zeros(rows, jnp.int32)
     nothing = _Found(zeros > 0, zeros, zeros, zeros, tables - pages.first)
-    if columns <= _WIDE:
+    if columns <= piece:
         return look_up(0, tables, nothing)
     # All devices that share a sequence come to the same verdict; the rest is each device's own.
     axes = varying_axes(tables, stop)
     own = axes | varying_axes(nothing.ids)
     bad, *others = nothing
     nothing = _Found(vary_over(bad, axes), *(vary_over(x, own) for x in others))
-    tables = jnp.pad(tables, ((0, 0), (0, -columns % _WIDE)))
+    tables = jnp.pad(tables, ((0, 0), (0, -columns % piece)))
 
     def body(chunk: jax.Array, found: _Found) -> _Found:
-        some = lax.dynamic_slice_in_dim(tables, chunk * _WIDE, _WIDE, axis=1)
-        return look_up(chunk * _WIDE, some, found)
+        some = lax.dynamic_slice_in_dim(tables, chunk * piece, piece, axis=1)
+        return look_up(chunk * piece, some, found)
 
-    return lax.fori_loop(0, -(-jnp.max(stop) // (page_size * _WIDE)), body, nothing)
+    return lax.fori_loop(0, -(-jnp.max(stop) // (page_size * piece)), body, nothing)
 
 
 def _from_column(tables: jax.Array, first: jax.Array, most: int) -> jax.Array:

@@ -33,7 +33,7 @@ class Logits:
     def __call__(self, dots: jax.Array) -> jax.Array:
         if self.soft_cap is None:
             logits = dots * (self.scale * LOG2_E)
-            return jnp.where(jnp.abs(logits) <= FLOAT32_MAX, logits, jnp.nan)
+            return jnp.where(logits > -jnp.inf, logits, jnp.nan)  # inf makes NaN by itself
         ratio = dots * (self.scale / self.soft_cap)
         logits = jnp.tanh(ratio) * (self.soft_cap * LOG2_E)
         if self.soft_cap > HUGE_SOFT_CAP:
