@@ -11,9 +11,11 @@ from .partial import add_sinks, merge_over_axis, spread_nan
 from .plan import PageRange, make_plan
 from .shard_layout import Split, axis_names
 
+# Columns of a wide table that are looked up at a time, as far as the longest context goes. A loop
+# costs a GPU a wait of its host, and on TPUs loops and scatters are slow: all at once there.
+_PIECES = {"cpu": 1 << 11, "gpu": 1 << 16}
 # A collective costs a GPU some 30 us, in which NVLink would move more than this.
 _GATHER_UP_TO_BYTES = {"gpu": 1 << 20}
-
 
 _INPUT_DIMS = (("seqs", "heads", None), ("seqs",), ("seqs", None), ("heads",))
 _OUTPUT_DIMS = (("seqs", "heads", None), ("seqs", "heads"))
@@ -56,9 +58,9 @@ def _attend_here(
     with jax.named_scope("plan"):
         pages = PageRange.here(cache.num_pages, split)
         page_size = cache.format.page_size
-        in_pieces = tuning.platform != "tpu"  # where scatters and loops are slow
+        piece = _PIECES.get(str(tuning.platform))
         plan = make_plan(
-            context_lens, block_tables, page_size, pages, attention, prepare, in_pieces=in_pieces
+            context_lens, block_tables, page_size, pages, attention, prepare, piece=piece
         )
     with jax.named_scope("attend"):
         partial = backend.attend(query, cache, plan.reads, plan.work, attention, tuning)

@@ -17,9 +17,6 @@ from .page_format import Axis
 from .shard_layout import Split, axis_names
 from .varying import vary_over, vary_together, varying_axes
 
-# Columns that are looked up at a time in tables with more.
-_PIECE = 2048
-
 
 class Reads(NamedTuple):
     """The tokens that each query reads: an interval of one row's pages that this device holds.
@@ -88,7 +85,7 @@ def make_plan(
     attention: Attention,
     prepare: Callable[[Reads], Any],
     *,
-    in_pieces: bool = True,
+    piece: int | None = None,
 ) -> Plan:
     """Plans a decode step: one query per sequence, its last token.
 
@@ -97,8 +94,8 @@ def make_plan(
     its table, or if a needed entry is not a page that its `seqs` shard holds. All devices that
     share a sequence come to the same verdict, without communication: they see the same table.
 
-    `prepare` is the backend's, which makes its work of the reads. With `in_pieces`, wide tables are
-    looked up a piece at a time, as far as the longest context goes; that takes loops and scatters.
+    `prepare` is the backend's, which makes its work of the reads. Tables of more than `piece`
+    columns are looked up that many at a time, as far as the longest context goes.
     """
     limit = block_tables.shape[1] * page_size
     if attention.max_context_len is not None:
@@ -113,7 +110,7 @@ def make_plan(
         stop -= first_page * page_size
         most = -(-(attention.window - 1) // page_size) + 1
         block_tables = _from_column(block_tables, first_page, most)
-    piece = _PIECE if in_pieces else block_tables.shape[1]
+    piece = piece or block_tables.shape[1]
     found = _look_up(start, stop, block_tables, page_size, pages, piece)
     invalid |= found.bad
     # Of the needed pages only the first has tokens before the window, and only the last has room.

@@ -411,6 +411,8 @@ class TestMemory:
         del name
         case = Case("cliff", num_kv_heads=2).replace(**changes)
         temp_bytes = self.temp_bytes(case, "blocks_first", num_pages=16384)
+        if jax.default_backend() == "gpu":  # takes larger steps
+            megabytes += 256
         assert temp_bytes < megabytes * 1e6
 
     @kv_layouts
