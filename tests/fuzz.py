@@ -102,12 +102,14 @@ def _page(rng, inputs: Inputs, broken) -> None:
 
 
 def _token(rng, inputs: Inputs, broken) -> None:
-    """One element of one key or value that is not finite, in a token that is or was read."""
+    """One element of one key or value that is not finite, in a page that is read."""
     case, seq = inputs.case, rng.integers(inputs.case.num_seqs)
     length = min(max(int(inputs.context_lens[seq]), 0), case.max_blocks * case.page_size)
     if length == 0:
         return
-    position, head = int(rng.integers(length)), int(rng.integers(case.num_kv_heads))
+    # Of pages before the window the table holds garbage, which may be another sequence's page.
+    first = max(length - (case.sliding_window or length), 0) // case.page_size * case.page_size
+    position, head = int(rng.integers(first, length)), int(rng.integers(case.num_kv_heads))
     page, slot = inputs.block_tables[seq, position // case.page_size], position % case.page_size
     if not 0 <= page < inputs.num_pages:
         return

@@ -35,6 +35,8 @@ test_attention.py::TestMemory::test_of_a_serving_batch_fits_96_mb[float32-*]
 test_cache.py::test_each_device_writes_its_own_pages[*]
 !test_cache.py::test_each_device_writes_its_own_pages[*-data=2,kv=2,context=2]
 test_fuzz.py::test_drawn_calls[xla-data=2,kv=2,context=2]
+test_attention.py::TestMemory::test_follows_the_work[many sequences-*]
+test_files.py::test_control_tokens_in_a_prompt_are_text_unless_raw
 test_sharding.py::test_every_mesh_gives_the_oracles_numbers[*-Explicit-plain]
 test_sharding.py::test_pages_may_lie_on_any_context_shard[window-*]
 test_sharding.py::test_gradients_do_not_depend_on_the_mesh

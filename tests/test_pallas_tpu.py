@@ -130,21 +130,22 @@ def test_packed_rows_see_no_token_of_another(head_dim, page_size, kv_layout):
     check(case, kv_layout, packed=True)
 
 
-def test_masks_of_any_number_of_queries():
+@pytest.mark.parametrize("head_dim", [8, 16, 32, 64])
+def test_masks_of_any_number_of_queries(head_dim):
     """Each row of a head sees its own token of a cache row, for all packings and query counts."""
-    for head_dim, queries in itertools.product((8, 16, 32, 64), range(1, 129)):
-        pack = 128 // head_dim
-        page_format = PageFormat(KVLayout.FUSED, 3, 8 * pack, head_dim, head_dim, FLOAT32, pack)
-        geometry = Geometry(page_format, queries)
-        first, stop = 5, 5 + 8 * pack - 3
-        span = softmax.Span(jnp.int32(first + 2), jnp.int32(stop), jnp.int32(first))
-        seen = np.asarray(softmax._seen_logits(geometry, 8, span))
-        per_head = geometry.rows_per_head
+    pack = 128 // head_dim
+    page_format = PageFormat(KVLayout.FUSED, 3, 8 * pack, head_dim, head_dim, FLOAT32, pack)
+    geometries = [Geometry(page_format, queries) for queries in range(1, 129)]
+    first, stop = 5, 5 + 8 * pack - 3
+    span = softmax.Span(jnp.int32(first + 2), jnp.int32(stop), jnp.int32(first))
+    masks = jax.jit(lambda: [softmax._seen_logits(each, 8, span) for each in geometries])()
+    token = first + np.arange(8) * pack + np.arange(pack)[:, None, None]
+    for geometry, seen in zip(geometries, masks, strict=True):
+        queries, per_head = geometry.queries_per_kv_head, geometry.rows_per_head
         for head in range(geometry.rows_per_group // per_head):
-            rows = seen[head * per_head :][: pack * queries].reshape(pack, queries, 8)
-            token = first + np.arange(8) * pack + np.arange(pack)[:, None, None]
+            rows = np.asarray(seen)[head * per_head :][: pack * queries].reshape(pack, queries, 8)
             expected = np.broadcast_to((token >= first + 2) & (token < stop), rows.shape)
-            np.testing.assert_array_equal(rows, expected, err_msg=f"{head_dim=} {queries=}")
+            np.testing.assert_array_equal(rows, expected, err_msg=f"{queries=}")
 
 
 def test_rows_are_taken_from_their_own_head():
