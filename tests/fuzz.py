@@ -104,8 +104,8 @@ def _page(rng, inputs: Inputs, broken) -> None:
 def _token(rng, inputs: Inputs, broken) -> None:
     """One element of one key or value that is not finite, in a page that is read."""
     case, seq = inputs.case, rng.integers(inputs.case.num_seqs)
-    length = min(max(int(inputs.context_lens[seq]), 0), case.max_blocks * case.page_size)
-    if length == 0:
+    length = int(inputs.context_lens[seq])
+    if not 0 < length <= case.max_blocks * case.page_size:
         return
     # Of pages before the window the table holds garbage, which may be another sequence's page.
     first = max(length - (case.sliding_window or length), 0) // case.page_size * case.page_size
