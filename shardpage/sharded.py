@@ -51,6 +51,8 @@ def platform_of(split: Split | None, array: Any) -> str | None:
 
 def as_int32(array: Any) -> jax.Array:
     """Integers as int32; what does not fit becomes -1, an id or length that is refused."""
+    if isinstance(array, jax.Array) and array.dtype == np.int32:
+        return array  # even casting nothing is a program of its own
     # JAX would silently cut NumPy's int64 to its lower half, which could be a valid id.
     numpy = jnp if isinstance(array, jax.Array) else np
     array = numpy.asarray(array)
@@ -147,9 +149,11 @@ def _place(array: Any, spec: PartitionSpec, split: Split, *, movable: bool = Tru
         wanted = NamedSharding(mesh, spec)
         actual = getattr(array, "sharding", wanted)  # NumPy has none
         spread, move = len(actual.device_set) > 1, jax.device_put
-    if actual == wanted and isinstance(array, jax.Array):
+    equivalent = actual == wanted or (spread and actual.is_equivalent_to(wanted, array.ndim))
+    as_it_is = actual == wanted if isinstance(array, Tracer) else equivalent
+    if as_it_is and isinstance(array, jax.Array):
         return array
-    if spread and not movable and not actual.is_equivalent_to(wanted, array.ndim):
+    if spread and not movable and not equivalent:
         raise ValueError(
             f"the cache is spread over devices as {actual}, this call needs {spec}; moving it "
             "would cost its size in traffic per call. Make it with PagedKVCache.zeros(..., mesh=, "

@@ -9,7 +9,8 @@ import meshes
 from shardpage import PagedKVCache, page_attention, write_kv
 from shardpage.backends.pallas_tpu import chip
 from shardpage.options import Tuning
-from shardpage.sharded import platform_of
+from shardpage.shard_layout import Split
+from shardpage.sharded import _place, as_int32, platform_of
 
 from . import tolerance
 from .backends import attend, backends, interpret
@@ -137,3 +138,12 @@ class TestPlatform:
 def test_tuning_knows_what_a_chip_is():
     assert chip.chip_of(Tuning(chip=chip.UNKNOWN_CHIP)) is chip.UNKNOWN_CHIP
     assert chip.chip_of(Tuning()) is chip.UNKNOWN_CHIP
+
+
+def test_what_needs_no_cast_and_no_move_is_taken_as_it_is():
+    """Either is a program of its own, and was most of an eager call on a mesh."""
+    lens = jnp.full(8, 100)
+    assert as_int32(lens) is lens
+    split = Split.of(build_mesh("data=2"), None)
+    placed = jax.device_put(lens, jax.NamedSharding(split.mesh, jax.P("data")))
+    assert _place(placed, jax.P(("data",)), split) is placed
