@@ -184,6 +184,8 @@ def merge_across(
     Returns:
       `(out, lse)` over all devices' keys, equal on all of them; out in its own dtype.
     """
+    array("out", out)
+    array("lse", lse)
     merged = merge_over_axis(_float32(out, lse), axis_name)
     return merged.out.astype(out.dtype), merged.lse
 

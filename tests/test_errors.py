@@ -274,6 +274,12 @@ class TestWrongTypes:
         with pytest.raises(ValueError, match=f"{name} must be an array"):
             shardpage.merge_partials(**arguments)
 
+    @pytest.mark.parametrize("name", ["out", "lse"])
+    def test_merges_over_an_axis(self, name, value):
+        arguments = {"out": zeros(2, 4), "lse": zeros(2)} | {name: value}
+        with pytest.raises(ValueError, match=f"{name} must be an array"):
+            shardpage.merge_across(**arguments, axis_name="context")
+
     @pytest.mark.parametrize("name", ["num_pages", "page_size", "num_seq_shards"])
     def test_host_checks(self, name, value):
         sizes = {"num_pages": 4, "page_size": 16, "num_seq_shards": 1}
