@@ -3,10 +3,14 @@
 from .adapters.ejkernel import page_attention as page_attention
 from .allocator import OutOfPages as OutOfPages
 from .allocator import PageAllocator as PageAllocator
+from .attention import attend as attend
 from .cache import PagedKVCache as PagedKVCache
+from .options import Tuning as Tuning
 from .partial import merge_across as merge_across
 from .partial import merge_partials as merge_partials
+from .plan import Plan as Plan
 from .shard_layout import ShardLayout as ShardLayout
+from .step import make_plan as make_plan
 from .table_checks import validate_tables as validate_tables
 from .table_checks import validate_writes as validate_writes
 from .write import write_kv as write_kv

@@ -4,16 +4,18 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from . import arguments
 from .arguments import INT32_MAX
 from .cache import PagedKVCache, check_dtype
+from .plan import MadeFor
 
 
 def rank(name: str, array: Any, dims: str) -> None:
     """Checks that an array has these axes: `"[num_seqs, max_blocks]"`."""
     arguments.array(name, array)
-    if array.ndim != len(dims.split(",")):
+    if array.ndim != (0 if dims == "a scalar" else len(dims.split(","))):
         raise ValueError(f"{name} must be {dims}; got {array.shape}")
 
 
@@ -44,18 +46,16 @@ def attention(
                 f"{name} has {array.shape[0]} rows, query {query.shape[0]} sequences; "
                 "pass one row per sequence"
             )
-    num_heads, num_kv_heads = query.shape[1], cache.format.num_kv_heads
-    if sinks is not None:
-        arguments.array("sinks", sinks)
-        if sinks.shape != (num_heads,):
-            raise ValueError(
-                f"sinks has shape {sinks.shape}; pass one logit per query head: ({num_heads},)"
-            )
-        _floating("sinks", sinks, "[num_heads]")
+    _sinks(sinks, query.shape[1])
     if min(*query.shape, *cache.key.shape) < 1:
         raise ValueError(
             f"no axis may be empty; got query {query.shape} and a cache of {cache.key.shape}"
         )
+    query_heads(query.shape[1], cache.format.num_kv_heads)
+
+
+def query_heads(num_heads: int, num_kv_heads: int) -> None:
+    """Checks that query heads split over KV heads."""
     if num_heads % num_kv_heads:
         raise ValueError(
             f"{num_heads=} must be a multiple of {num_kv_heads=}: each KV head serves the same "
@@ -63,13 +63,100 @@ def attention(
         )
 
 
+def _sinks(sinks: Any, num_heads: int) -> None:
+    if sinks is None:
+        return
+    arguments.array("sinks", sinks)
+    if sinks.shape != (num_heads,):
+        raise ValueError(
+            f"sinks has shape {sinks.shape}; pass one logit per query head: ({num_heads},)"
+        )
+    _floating("sinks", sinks, "[num_heads]")
+
+
+def tables(cache: Any, context_lens: Any, block_tables: Any, query_lens: Any) -> None:
+    """Checks the arrays of `make_plan` against each other."""
+    _cache(cache)
+    _table(block_tables, cache)
+    lens = {"context_lens": context_lens, "query_lens": query_lens}
+    for name, array in lens.items():
+        if name == "query_lens" and array is None:
+            continue
+        _integers(name, array, "[num_seqs]")
+        if array.shape[0] != block_tables.shape[0]:
+            raise ValueError(
+                f"{name} has {array.shape[0]} entries, block_tables {block_tables.shape[0]} rows; "
+                "pass one per sequence"
+            )
+
+
+def planned(
+    query: Any, cache: Any, plan_made_for: MadeFor, num_queries: int, layer_: Any, sinks: Any
+) -> None:
+    """Checks the arrays of `attend` against its plan."""
+    _floating("query", query, "[num_queries, num_heads, head_dim]")
+    _cache(cache)
+    made_for(cache, plan_made_for)
+    layer(cache, layer_)
+    wanted = (num_queries, plan_made_for.num_heads, cache.head_dim)
+    if query.shape != wanted:
+        raise ValueError(
+            f"query has shape {query.shape}; the plan was made for num_queries, num_heads and the "
+            f"cache's head_dim of {wanted}"
+        )
+    _sinks(sinks, plan_made_for.num_heads)
+
+
+def made_for(cache: PagedKVCache, plan_made_for: MadeFor) -> None:
+    """Checks that a plan holds for this cache."""
+    actual = (cache.format, cache.num_pages)
+    if actual != (plan_made_for.page_format, plan_made_for.num_pages):
+        raise ValueError(
+            f"the plan was made for {plan_made_for.num_pages} pages of "
+            f"{plan_made_for.page_format}, this cache has {cache.num_pages} of {cache.format}; "
+            "make a plan for each kind of cache"
+        )
+
+
+def layer(cache: PagedKVCache, layer_: Any) -> None:
+    """Checks that a layer is named where the cache has several, and is one of them."""
+    if (layer_ is None) == (cache.num_layers is None):
+        if isinstance(layer_, int | np.integer) and not isinstance(layer_, bool):
+            arguments.integer("layer", layer_, least=0, most=cache.num_layers - 1)
+        elif layer_ is not None:
+            _integers("layer", layer_, "a scalar")
+        return
+    if layer_ is None:
+        raise ValueError(
+            f"the cache holds {cache.num_layers} layers; pass layer=, from 0, which may be traced"
+        )
+    raise ValueError(
+        f"layer={arguments.shown(layer_)} of a cache of one layer; make one of several with "
+        "PagedKVCache.zeros(..., num_layers=), or leave layer out"
+    )
+
+
+def _cache(cache: Any) -> None:
+    what = "a PagedKVCache: make one with .zeros(), or with .of() from arrays of your own"
+    arguments.instance("cache", cache, PagedKVCache, what)
+    cache_arrays(cache.key, cache.value)
+
+
 def write(
     cache: PagedKVCache, key: Any, value: Any, seq_ids: Any, positions: Any, block_tables: Any
 ) -> None:
     """Checks the arrays of `write_kv` against each other."""
-    what = "a PagedKVCache: make one with .zeros(), or with .of() from arrays of your own"
-    arguments.instance("cache", cache, PagedKVCache, what)
-    cache_arrays(cache.key, cache.value)
+    new_tokens(cache, key, value)
+    for name, array in (("seq_ids", seq_ids), ("positions", positions)):
+        _integers(name, array, "[num_tokens]")
+        if array.shape != key.shape[:1]:
+            raise ValueError(f"{name} has {array.shape[0]} entries for {key.shape[0]} tokens")
+    _table(block_tables, cache)
+
+
+def new_tokens(cache: Any, key: Any, value: Any) -> None:
+    """Checks the keys and values of new tokens against their cache."""
+    _cache(cache)
     page_format, dims = cache.format, "[num_tokens, num_kv_heads, head_dim]"
     if page_format.num_arrays != len(cache.arrays):
         raise ValueError("a fused cache has value=None, any other both key and value")
@@ -83,11 +170,6 @@ def write(
                 f"takes {wanted}: {dims}"
             )
         _floating(name, array, dims)
-    for name, array in (("seq_ids", seq_ids), ("positions", positions)):
-        _integers(name, array, "[num_tokens]")
-        if array.shape != key.shape[:1]:
-            raise ValueError(f"{name} has {array.shape[0]} entries for {key.shape[0]} tokens")
-    _table(block_tables, cache)
 
 
 def _table(block_tables: Any, cache: PagedKVCache) -> None:

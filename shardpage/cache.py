@@ -1,4 +1,4 @@
-"""`PagedKVCache`: the keys and values of one attention layer in pages."""
+"""`PagedKVCache`: the keys and values of one attention layer, or of all, in pages."""
 
 import dataclasses
 import functools
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from .arguments import array, integer, shown
-from .page_format import PACKED_ROW, KVLayout, KVLayoutName, PageFormat
+from .page_format import PACKED_ROW, Axis, KVLayout, KVLayoutName, PageFormat
 from .shard_layout import ShardLayout, Split
 
 # XLA counts bytes in 63 bits, and ends the process where they are more.
@@ -24,25 +24,36 @@ DTYPES = ("float32", "bfloat16", "float16")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
-    """Keys and values of one layer in pages. A pytree: goes through `jax.jit`, can be donated.
+    """Keys and values in pages. A pytree: goes through `jax.jit`, can be donated.
+
+    A cache of all layers of a model is one array (or two), in which an axis of layers stands before
+    that of pages. A loop over layers carries it, in place.
 
     Attributes:
       arrays: pages of keys and pages of values, or one array of both.
       scales: of quantised caches; none so far.
       layout: order of the arrays' axes; static.
       head_dim: elements per token and head; static. Rows of a packed cache hold several tokens.
+      num_layers: layers that it holds; None of a cache of one layer, without such an axis; static.
+      first_page: what a backend adds to page ids, where `of_layer` made one range of all layers'
+        pages; else None.
     """
 
     arrays: tuple[Any, ...]
     scales: tuple[Any, ...]
     layout: KVLayout = dataclasses.field(metadata={"static": True})
     head_dim: int = dataclasses.field(metadata={"static": True})
+    num_layers: int | None = dataclasses.field(default=None, metadata={"static": True})
+    first_page: Any = None
 
     @classmethod
     def of(
         cls, key: Any, value: Any = None, *, kv_layout: KVLayoutName, head_dim: int
     ) -> "PagedKVCache":
         """A cache of one's own arrays; `value` is None where `key` holds both.
+
+        Arrays of one axis more than the layout has are of several layers: an axis of layers stands
+        before that of pages.
 
         Raises:
           ValueError: if a row of theirs neither is one token's head nor packed with several.
@@ -55,7 +66,9 @@ class PagedKVCache:
                 f"cache packed in rows of {PACKED_ROW}, which head_dim must divide"
             )
         arrays = (key,) if value is None else (key, value)
-        return cls(arrays, (), KVLayout.named(kv_layout), head_dim)
+        kv = KVLayout.named(kv_layout)
+        num_layers = key.shape[kv.value.pages] if key.ndim == kv.value.ndim + 1 else None
+        return cls(arrays, (), kv, head_dim, num_layers)
 
     @classmethod
     def zeros(
@@ -79,13 +92,14 @@ class PagedKVCache:
         dtype: Any = jnp.bfloat16,
         kv_layout: KVLayoutName | None = None,
         packed: bool | None = None,
+        num_layers: int | None = None,
         mesh: Mesh | None = None,
         layout: ShardLayout | None = None,
     ) -> "PagedKVCache":
         """Shapes, dtypes and shardings of a cache, to compile for devices that are not there.
 
         Args:
-          num_pages: pages over all devices.
+          num_pages: pages over all devices; of each layer.
           num_kv_heads: KV heads over all devices.
           page_size: tokens per page.
           head_dim: elements per token and head.
@@ -95,6 +109,8 @@ class PagedKVCache:
           packed: keep tokens of a narrow head together in rows of 128 elements, `[..., page_size *
             head_dim / 128, 128]`, which a TPU does not pad to twice their size and more. None
             does so on TPU where head_dim divides 128 and a page fills whole tiles of 8 rows.
+          num_layers: layers to hold, each of `num_pages` pages; None for a cache of one layer,
+            without an axis of layers.
           mesh: devices to split it over; None for one device.
           layout: which mesh axis splits what; None for `ShardLayout.of(mesh)`.
 
@@ -114,16 +130,20 @@ class PagedKVCache:
         page_format = PageFormat(
             kv, num_kv_heads, page_size, head_dim, head_dim, np.dtype(dtype)
         ).packed(packed, on_tpu)
+        shape = page_format.array_shape(num_pages)
+        if num_layers is not None:
+            layers = integer("num_layers", num_layers, "layers, or None", most=_MAX_ELEMENTS)
+            shape = (*shape[: kv.value.pages], layers, *shape[kv.value.pages :])
         if split is not None:
             split.check_cache(page_format, num_pages)
-            sharding = NamedSharding(split.mesh, split.layout.cache_spec(page_format))
-        shape = page_format.array_shape(num_pages)
+            spec = _spec(kv, num_layers, split.layout)
+            sharding = NamedSharding(split.mesh, spec)
         integer("the cache's number of elements", math.prod(shape), most=_MAX_ELEMENTS)
         # Left to itself, a TPU keeps rows that are no multiple of 128 transposed, and every kernel
         # call would begin with a copy of the cache into row-major order.
         order = Layout(tuple(range(len(shape)))) if on_tpu else None
         pages = jax.ShapeDtypeStruct(shape, page_format.dtype, sharding=Format(order, sharding))
-        return cls((pages,) * page_format.num_arrays, (), kv, head_dim)
+        return cls((pages,) * page_format.num_arrays, (), kv, head_dim, num_layers)
 
     @property
     def key(self) -> Any:
@@ -141,14 +161,46 @@ class PagedKVCache:
         return self.layout.label
 
     @property
+    def _layer_shape(self) -> tuple[int, ...]:
+        """The shape of the array(s), without the axis of layers."""
+        shape, axis = self.key.shape, self.layout.value.pages
+        if self.num_layers is None:
+            return shape
+        if self.first_page is None:
+            return (*shape[:axis], *shape[axis + 1 :])
+        return (*shape[:axis], shape[axis] // self.num_layers, *shape[axis + 1 :])
+
+    @property
     def format(self) -> PageFormat:
         """What a page is; of this device's part of the KV heads, inside a `shard_map`."""
-        return PageFormat.of(self.layout, self.key, self.head_dim)
+        array = jax.ShapeDtypeStruct(self._layer_shape, self.key.dtype)
+        return PageFormat.of(self.layout, array, self.head_dim)
 
     @property
     def num_pages(self) -> int:
-        """Pages, over all devices or, inside a `shard_map`, of this one."""
-        return self.key.shape[self.layout.value.pages]
+        """Pages of a layer, over all devices or, inside a `shard_map`, of this one."""
+        return self._layer_shape[self.layout.value.pages]
+
+    def spec(self, layout: ShardLayout) -> PartitionSpec:
+        """The split of (each of) the array(s)."""
+        return _spec(self.layout, self.num_layers, layout)
+
+    def of_layer(self, layer: Any) -> "PagedKVCache":
+        """All layers' pages as one range, with `first_page` where those of `layer` begin.
+
+        Moves nothing: backends add `first_page` to page ids, and see one long cache.
+        """
+        axis = self.layout.value.pages
+        merge = lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        arrays = tuple(map(merge, self.arrays))
+        return dataclasses.replace(self, arrays=arrays, first_page=layer * self.num_pages)
+
+    def in_layer(self, page_ids: Any) -> Any:
+        """Ids of a layer's pages as ids in the array(s); `num_pages`, of no page, stays of none."""
+        if self.first_page is None:
+            return page_ids
+        total = self.key.shape[self.layout.value.pages]
+        return jnp.where(page_ids < self.num_pages, page_ids + self.first_page, total)
 
     @property
     def array_formats(self) -> "PagedKVCache":
@@ -184,6 +236,14 @@ def check_dtype(name: str, dtype: Any) -> None:
         named = shown(dtype)
     if named not in DTYPES:
         raise ValueError(f"{name}={named} is no cache's; choose one of {DTYPES}")
+
+
+def _spec(kv: KVLayout, num_layers: int | None, layout: ShardLayout) -> PartitionSpec:
+    axes: list[Axis] = [None] * kv.value.ndim
+    axes[kv.value.pages], axes[kv.value.heads] = layout.pages, layout.heads
+    if num_layers is not None:
+        axes.insert(kv.value.pages, None)
+    return PartitionSpec(*axes)
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""The options of a call: `Attention` is what is computed, `Tuning` is how. Each checks itself."""
+"""The options of a call: what a token sees (`Mask`), what is computed (`Attention`), and how
+(`Tuning`). Each checks itself."""
 
 import dataclasses
 import typing
@@ -16,31 +17,57 @@ UNCAPPED = 2.0**-12
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
-    """What is computed. Hashable: static under `jax.jit`.
+class Mask:
+    """Which positions of its sequence a token sees. Hashable: static under `jax.jit`.
 
     Attributes:
-      scale: factor on the logits; None for `key_dim ** -0.5`.
-      window: attend to the last this many positions only; None for all.
-      soft_cap: `cap * tanh(logits / cap)` on scaled logits, before masking; None for no cap.
+      window: the last this many positions only, its own included; None for all.
+      chunk: positions of its own multiple of `chunk` only (Llama 4's chunked attention, which a
+        sliding window is not); None for all.
+      causal: none behind its own; False shows each new token the whole context.
       max_context_len: a longer context is invalid; None for the capacity of its table.
 
     Raises:
-      ValueError: if a value makes no sense, or a float32 or int32 cannot hold it.
+      ValueError: if a value makes no sense, or an int32 cannot hold it.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+    causal: bool = True
+    max_context_len: int | None = None
+
+    def __post_init__(self):
+        for name in ("window", "chunk"):
+            _set(self, name, integer, "tokens, or None for all")
+        instance("causal", self.causal, bool, "True or False")
+        _set(self, "max_context_len", integer, "tokens, or None for the table's width")
+
+    @property
+    def span(self) -> int | None:
+        """The most positions up to its own that a token sees; None for no bound."""
+        return min(filter(None, (self.window, self.chunk)), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """What is computed of the tokens that are read. Hashable: static under `jax.jit`.
+
+    Attributes:
+      scale: factor on the logits; None for `key_dim ** -0.5`.
+      soft_cap: `cap * tanh(logits / cap)` on scaled logits, before masking; None for no cap.
+
+    Raises:
+      ValueError: if a value makes no sense, or a float32 cannot hold it.
     """
 
     scale: float | None = None
-    window: int | None = None
     soft_cap: float | None = None
-    max_context_len: int | None = None
 
     def __post_init__(self):
         _set(self, "scale", number, "or None for head_dim ** -0.5")
         _set(self, "soft_cap", number, "above 0, or None for no cap")
         if self.soft_cap is not None and self.soft_cap <= 0:
             raise ValueError(f"soft_cap={self.soft_cap} must be above 0, or None for no cap")
-        _set(self, "window", integer, "tokens, or None for all")
-        _set(self, "max_context_len", integer, "tokens, or None for the table's width")
 
     def scale_of(self, key_dim: int) -> float:
         """The factor on the logits."""
@@ -55,6 +82,9 @@ class Tuning:
       backend: "xla" or "pallas_tpu"; None for the one made for the platform.
       platform: "cpu", "gpu" or "tpu"; None for that of the mesh or the arrays.
       num_splits, pages_per_block, cores: as `page_attention` has them, the last as megacore_mode.
+      invariant: give a sequence the same bits whatever else is in the batch: its tokens' order
+        in it, the other sequences, where pages lie, how a prompt is cut, and over how many shards
+        sequences and heads are split.
       interpret: run Pallas kernels in interpret mode; None where there is no TPU. Pallas' own
         `InterpretParams` say how.
       chip: the backend's description of the device; None asks JAX.
@@ -68,6 +98,7 @@ class Tuning:
     num_splits: int = 0
     pages_per_block: int | None = None
     cores: CoresMode | None = None
+    invariant: bool = False
     interpret: Any = None
     chip: Any = None
 
@@ -83,6 +114,7 @@ class Tuning:
         _set(self, "pages_per_block", integer, "pages, or None to choose")
         if self.cores not in (modes := (None, *typing.get_args(CoresMode))):
             raise ValueError(f"cores={shown(self.cores)} must be one of {modes}")
+        instance("invariant", self.invariant, bool, "True or False")
         if type(self.interpret).__name__ != "InterpretParams":  # of Pallas, which takes a second
             what = "True, False or None (only where there is no TPU)"
             instance("interpret", self.interpret, bool | None, what)

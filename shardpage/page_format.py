@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from .arguments import shown
 
@@ -134,12 +133,6 @@ class PageFormat:
         leading[self.layout.value.pages] = num_pages
         leading[self.layout.value.heads] = self.num_kv_heads
         return (*leading, self.page_rows, self.row_dim)
-
-    def spec(self, pages: Axis, heads: Axis) -> PartitionSpec:
-        """The split of a cache array: `pages` and `heads` are the mesh axes of those two."""
-        spec: list[Axis] = [None] * self.layout.value.ndim
-        spec[self.layout.value.pages], spec[self.layout.value.heads] = pages, heads
-        return PartitionSpec(*spec)
 
     def page_at(self, page: Any, heads: Any, rows: Any = slice(None)) -> tuple:
         """The index of (a part of) one page in a cache array."""

@@ -93,6 +93,25 @@ def merge_over_axis(
     return _merge(partial, lambda lse: lax.pmax(lse, axis_name), total)
 
 
+def merge_scattered(partial: Partial, axis_name: str | tuple[str, ...]) -> Partial:
+    """Merges as `merge_over_axis` does, and leaves each device its share of the heads alone.
+
+    A pmax of lse, and a reduce-scatter of the rest: the (heads x dim) of a token are sent once.
+    """
+
+    def total(parts: Partial) -> Partial:
+        heads = parts.lse.ndim - 1
+        scatter = {"scatter_dimension": heads, "tiled": True}
+        return unpack(lax.psum_scatter(pack(parts), axis_name, **scatter))
+
+    peak = finite(lax.pmax(lax.stop_gradient(partial.lse), axis_name))
+    weight = jnp.exp(partial.lse - peak)
+    summed = total(Partial(partial.out * weight[..., None], weight))
+    share = summed.lse.shape[-1]
+    own = lax.dynamic_slice_in_dim(peak, lax.axis_index(axis_name) * share, share, axis=-1)
+    return normalize(*summed, own)
+
+
 def normalize(out: jax.Array, total: jax.Array, peak: jax.Array) -> Partial:
     """A partial from an unnormalised sum `out`, its denominator `total`, both over exp(peak).
 

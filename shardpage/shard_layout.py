@@ -60,9 +60,10 @@ class ShardLayout:
         """The split of an array whose axes are these: `spec("seqs", "heads", None)`."""
         return PartitionSpec(*(None if dim is None else getattr(self, dim) for dim in dims))
 
-    def cache_spec(self, page_format: PageFormat) -> PartitionSpec:
-        """The split of (each of) the array(s) of a cache."""
-        return page_format.spec(self.pages, self.heads)
+    @property
+    def all_heads(self) -> Axis:
+        """The axes that split the heads of an output whose merge leaves each device its share."""
+        return (*axis_names(self.heads), *axis_names(self.context)) or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,16 @@ class Split:
             raise ValueError(
                 f"{name}={count} must be divisible by the {self.shards.seqs} shards of mesh axis "
                 f"{self.layout.seqs!r}; pad to {padded} with {padding}"
+            )
+
+    def check_out_split(self, num_heads: int) -> None:
+        """Checks that each device's query heads split over the context axis."""
+        shards = self.shards
+        if num_heads // shards.heads % shards.context:
+            raise ValueError(
+                f"out_split='heads' splits the {num_heads // shards.heads} query heads of a device "
+                f"over the {shards.context} shards of mesh axis {self.layout.context!r}, which must "
+                "divide them; use out_split=None"
             )
 
     def check_cache(self, page_format: PageFormat, num_pages: int) -> None:

@@ -1,8 +1,8 @@
 """The one way onto a mesh: `place` brings arrays to their devices, `run` runs a function there.
 
-A *body* is one device's part of a call: `body(options, split, cache, *inputs)`, where `options` are
-static and inputs are arrays or None. Without a mesh it runs as it is, on one device or in a
-`shard_map` of the caller's.
+A *body* is one device's part of a call: `body(options, split, *inputs)`, where `options` are static
+and inputs are arrays, pytrees of them, or None. Without a mesh it runs as it is, on one device or
+in a `shard_map` of the caller's.
 """
 
 import dataclasses
@@ -67,7 +67,6 @@ def run(
     body: Callable[..., Any],
     options: Hashable,
     split: Split | None,
-    cache: PagedKVCache,
     inputs: Sequence[Any],
     input_dims: Sequence[Any],
     output_dims: Sequence[Any] | None = None,
@@ -82,29 +81,32 @@ def run(
 
     Args:
       body: a function of a module, since compiled programs are kept by it.
-      input_dims: for each input, what its axes are: ("seqs", "heads", None).
-      output_dims: the same for each result; None for a body that returns the cache.
-      donate: reuse the cache's memory for the result.
+      inputs: arrays, pytrees of them, or None.
+      input_dims: for each input, what the axes of its arrays are: ("seqs", "heads", None). None
+        for a cache, which knows itself.
+      output_dims: the same for each result; None for a body that returns its first input, a cache.
+      donate: reuse that cache's memory for the result.
 
     Raises:
       ValueError: if the cache is spread over devices in another way.
     """
     in_specs = out_specs = formats = None
     if split is not None:
-        specs = [split.layout.spec(*dims) for dims in input_dims]
-        cache_spec = split.layout.cache_spec(cache.format)
-        place = functools.partial(_place, split=split)
-        cache = jax.tree.map(lambda array: place(array, cache_spec, movable=False), cache)
-        pairs = zip(inputs, specs, strict=True)
-        inputs = [None if array is None else place(array, spec) for array, spec in pairs]
-        cache_specs = jax.tree.map(lambda _: cache_spec, cache)
-        in_specs, out_specs = (cache_specs, *specs), cache_specs
+        layout = split.layout
+        pairs = list(zip(inputs, input_dims, strict=True))
+        in_specs = tuple(x.spec(layout) if dims is None else layout.spec(*dims) for x, dims in pairs)
+        inputs = [
+            jax.tree.map(functools.partial(_place, spec=spec, split=split, movable=bool(dims)), x)
+            for (x, dims), spec in zip(pairs, in_specs, strict=True)
+        ]
+        out_specs = in_specs[0]
         if output_dims is not None:
-            out_specs = tuple(split.layout.spec(*dims) for dims in output_dims)
-    if donate and not isinstance(cache.key, Tracer) and platform_of(split, cache.key) == "tpu":
-        formats = cache.array_formats
+            out_specs = tuple(layout.spec(*dims) for dims in output_dims)
+    if donate and not isinstance(inputs[0].key, Tracer):
+        if platform_of(split, inputs[0].key) == "tpu":
+            formats = inputs[0].array_formats
     call = _Call(body, options, split, in_specs, out_specs)
-    return _program(call, donate, formats)(cache, *inputs)
+    return _program(call, donate, formats)(*inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +119,13 @@ class _Call:
     in_specs: Any
     out_specs: Any
 
-    def __call__(self, cache: PagedKVCache, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         here = functools.partial(self.body, self.options, self.split)
         if self.split is not None:
             specs = {"in_specs": self.in_specs, "out_specs": self.out_specs}
             here = jax.shard_map(here, mesh=self.split.mesh, check_vma=True, **specs)
         with jax.numpy_rank_promotion("allow"):  # whatever the caller's session forbids itself
-            return here(cache, *inputs)
+            return here(*inputs)
 
 
 @functools.cache
@@ -134,7 +136,7 @@ def _program(call: _Call, donate: bool, formats: PagedKVCache | None) -> Callabl
     return jax.jit(call, donate_argnums=donated, out_shardings=formats)
 
 
-def _place(array: Any, spec: PartitionSpec, split: Split, *, movable: bool = True) -> Any:
+def _place(array: Any, *, spec: PartitionSpec, split: Split, movable: bool) -> Any:
     """The array in its sharding; one that is not movable must not be spread otherwise."""
     mesh = split.mesh
     if isinstance(array, Tracer):

@@ -8,8 +8,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import shardpage
-from shardpage.attention import attend as attend_cache
-from shardpage.options import Attention, Tuning
+from shardpage.attention import attend_once
+from shardpage.options import Attention, Mask, Tuning
 from shardpage.shard_layout import Split
 
 from .cases import KV_LAYOUTS, Case, Inputs
@@ -68,9 +68,8 @@ def attend_as(inputs: Inputs, tuning: Tuning, mesh=None):
         kv_layout=inputs.kv_layout,
         head_dim=case.head_dim,
     )
-    attention = Attention(
-        case.attn_scale, case.sliding_window, case.attn_logits_soft_cap, case.max_context_len
-    )
+    mask = Mask(case.sliding_window, max_context_len=case.max_context_len)
+    attention = Attention(case.attn_scale, case.attn_logits_soft_cap)
     tuning = dataclasses.replace(
         tuning,
         num_splits=case.num_splits,
@@ -78,7 +77,7 @@ def attend_as(inputs: Inputs, tuning: Tuning, mesh=None):
         interpret=tuning.interpret or interpret(tuning.backend or "xla"),
     )
     arrays = inputs.query, cache, inputs.context_lens, inputs.block_tables, inputs.sinks
-    out, lse = attend_cache(*arrays, attention, tuning, Split.of(mesh, None))
+    out, lse = attend_once(*arrays, mask, attention, tuning, Split.of(mesh, None))
     return np.array(out), np.array(lse)
 
 

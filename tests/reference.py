@@ -1,4 +1,4 @@
-"""The oracle: paged attention in float64 NumPy, one token after the other.
+"""The oracle: paged attention in float64 NumPy, one query token after the other.
 
 It shares no code with the library and no idea either: no blocks, no online softmax, no merge, no
 compaction of tables. Slow on purpose; read it next to sections 2 and 3 of the README's semantics.
@@ -42,45 +42,130 @@ def page_attention(
       (out [num_seqs, num_heads, head_dim], lse [num_seqs, num_heads]) in float64. A sequence
       without tokens has zeros and -inf (its sinks, if any). An invalid one has NaN in both.
     """
-    query = np.asarray(query).astype(np.float64)
-    num_seqs, num_heads, head_dim = query.shape
-    keys, values = _pages_of_tokens(key_cache, value_cache, kv_layout, head_dim)
-    num_pages, page_size, num_kv_heads, _ = keys.shape
-    scale = head_dim**-0.5 if scale is None else scale
+    num_seqs = len(query)
+    return step_attention(
+        query,
+        key_cache,
+        value_cache,
+        context_lens,
+        block_tables,
+        [1] * num_seqs,
+        kv_layout=kv_layout,
+        scale=scale,
+        soft_cap=soft_cap,
+        window=sliding_window,
+        sinks=sinks,
+        max_context_len=max_context_len,
+        num_seq_shards=num_seq_shards,
+    )
 
-    out = np.zeros((num_seqs, num_heads, head_dim))
-    lse = np.full((num_seqs, num_heads), -np.inf)
+
+def step_attention(
+    query,
+    key_cache,
+    value_cache,
+    context_lens,
+    block_tables,
+    query_lens,
+    *,
+    kv_layout,
+    scale=None,
+    soft_cap=None,
+    window=None,
+    chunk=None,
+    causal=True,
+    sinks=None,
+    max_context_len=None,
+    num_seq_shards=1,
+):
+    """Attends with the last tokens of every sequence to its cached tokens.
+
+    As `page_attention`, but for:
+
+    Args:
+      query: [num_queries, num_heads, head_dim]: in equal parts, one for each shard of the
+        sequences, the new tokens of its sequences one after another; what is left over is padding.
+      query_lens: [num_seqs], new tokens of each sequence.
+      window: a token sees this many positions, its own the last of them.
+      chunk: a token sees positions of its own multiple of this only.
+      causal: whether a token sees none behind its own.
+
+    Returns:
+      (out [num_queries, num_heads, head_dim], lse [num_queries, num_heads]) in float64; zeros and
+      -inf in padding.
+    """
+    query = np.asarray(query).astype(np.float64)
+    num_queries, num_heads, head_dim = query.shape
+    num_seqs = len(context_lens)
+    keys, values = _pages_of_tokens(key_cache, value_cache, kv_layout, head_dim)
+    num_pages, page_size, _, _ = keys.shape
+    seqs_per_shard = num_seqs // num_seq_shards
+    out = np.zeros((num_queries, num_heads, head_dim))
+    lse = np.full((num_queries, num_heads), -np.inf)
+    next_query = 0
     for seq in range(num_seqs):
-        length = int(context_lens[seq])
+        if seq % seqs_per_shard == 0:
+            next_query = seq // seqs_per_shard * (num_queries // num_seq_shards)
+        length, new = int(context_lens[seq]), int(query_lens[seq])
         table = [int(page) for page in block_tables[seq]]
-        first = 0 if sliding_window is None else max(0, length - sliding_window)
-        seq_shard = seq // (num_seqs // num_seq_shards)
-        pages_per_seq_shard = num_pages // num_seq_shards
-        own_pages = range(seq_shard * pages_per_seq_shard, (seq_shard + 1) * pages_per_seq_shard)
         limit = len(table) * page_size
         if max_context_len is not None:
             limit = min(limit, max_context_len)
-        if not 0 <= length <= limit or not all(
-            table[position // page_size] in own_pages for position in range(first, length)
-        ):
-            out[seq], lse[seq] = np.nan, np.nan
+        seen = [
+            [
+                other
+                for other in range(max(length, 0))
+                if (other <= position or not causal)
+                and (window is None or other > position - window)
+                and (chunk is None or other // chunk == position // chunk)
+            ]
+            for position in range(length - new, length)
+        ]
+        seq_shard = seq // seqs_per_shard
+        pages_per_seq_shard = num_pages // num_seq_shards
+        own_pages = range(seq_shard * pages_per_seq_shard, (seq_shard + 1) * pages_per_seq_shard)
+        valid = 0 <= length <= limit and (new <= length or length == 0) and all(
+            table[position // page_size] in own_pages
+            for positions in seen
+            for position in positions
+        )
+        for positions in seen:
+            if valid:
+                pages = [table[position // page_size] for position in positions]
+                slots = [position % page_size for position in positions]
+                out[next_query], lse[next_query] = _attend_token(
+                    query[next_query],
+                    keys[pages, slots],
+                    values[pages, slots],
+                    head_dim**-0.5 if scale is None else scale,
+                    soft_cap,
+                    sinks,
+                )
+            else:
+                out[next_query], lse[next_query] = np.nan, np.nan
+            next_query += 1
+    for row in range(num_queries) if sinks is not None else ():
+        if np.all(lse[row] == -np.inf):  # padding: its sinks alone
+            lse[row] = np.asarray(sinks, np.float64)
+    return out, lse
+
+
+def _attend_token(query, keys, values, scale, soft_cap, sinks):
+    """One token's (out, lse) over keys and values [tokens, num_kv_heads, head_dim]."""
+    num_heads, num_kv_heads = len(query), keys.shape[1]
+    out, lse = np.zeros_like(query), np.full(num_heads, -np.inf)
+    for head in range(num_heads):
+        kv_head = head // (num_heads // num_kv_heads)
+        logits = scale * (keys[:, kv_head] @ query[head])
+        if soft_cap:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+        a_sink = sinks is not None and sinks[head] != -np.inf
+        every_logit = np.append(logits, float(sinks[head])) if a_sink else logits
+        if not len(every_logit):
             continue
-        for head in range(num_heads):
-            kv_head = head // (num_heads // num_kv_heads)
-            logits = []
-            for position in range(first, length):
-                page, slot = table[position // page_size], position % page_size
-                logit = scale * np.dot(query[seq, head], keys[page, slot, kv_head])
-                logits.append(soft_cap * np.tanh(logit / soft_cap) if soft_cap else logit)
-            a_sink = sinks is not None and sinks[head] != -np.inf
-            every_logit = [*logits, float(sinks[head])] if a_sink else logits
-            if not every_logit:
-                continue
-            peak = max(every_logit)
-            lse[seq, head] = peak + np.log(np.sum(np.exp(np.array(every_logit) - peak)))
-            for position, logit in zip(range(first, length), logits, strict=True):
-                page, slot = table[position // page_size], position % page_size
-                out[seq, head] += np.exp(logit - lse[seq, head]) * values[page, slot, kv_head]
+        peak = np.max(every_logit)
+        lse[head] = peak + np.log(np.sum(np.exp(every_logit - peak)))
+        out[head] = np.exp(logits - lse[head]) @ values[:, kv_head]
     return out, lse
 
 

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardpage import plan
+from shardpage import tables
 
 
-@pytest.mark.parametrize("compact", [plan._compact_by_scatter, plan._compact_by_shifts])
+@pytest.mark.parametrize("compact", [tables._compact_by_scatter, tables._compact_by_shifts])
 @pytest.mark.parametrize("columns", [1, 2, 7, 64, 100])
 def test_kept_entries_move_left_in_order(compact, columns):
     rng = np.random.default_rng(columns)

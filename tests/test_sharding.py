@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import shardpage
 from shardpage import PagedKVCache, ShardLayout, attention, merge_across, page_attention
-from shardpage.attention import attend as attend_cache
-from shardpage.options import Attention, Tuning
+from shardpage.attention import attend_once
+from shardpage.options import Attention, Mask, Tuning
 from shardpage.shard_layout import Split
 
 from . import cases
@@ -225,7 +225,7 @@ def compiled(spec, *, context_len=512, page_size=16, num_seqs=8, platform=None):
 
     def call(query, cache, lens, tables):
         split, tuning = Split.of(mesh, None), Tuning(platform=platform)
-        return attend_cache(query, cache, lens, tables, None, Attention(), tuning, split)[0]
+        return attend_once(query, cache, lens, tables, None, Mask(), Attention(), tuning, split)[0]
 
     assert counts.seqs * counts.heads * counts.context == 8
     return (

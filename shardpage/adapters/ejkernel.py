@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from .. import array_checks, sharded
 from ..arguments import instance, shown
-from ..attention import attend
+from ..attention import attend_once
 from ..cache import PagedKVCache
-from ..options import Attention, BackendName, CoresMode, Tuning
+from ..options import Attention, BackendName, CoresMode, Mask, Tuning
 from ..page_format import KVLayout, KVLayoutName
 from ..shard_layout import ShardLayout, Split
 from . import errors_named
@@ -114,7 +114,8 @@ def page_attention(
         pages_per_block="pages_per_compute_block",
         cores="megacore_mode",
     ):
-        attention = Attention(attn_scale, sliding_window, attn_logits_soft_cap, max_context_len)
+        attention = Attention(attn_scale, attn_logits_soft_cap)
+        mask = Mask(sliding_window, max_context_len=max_context_len)
         split = Split.of(mesh, layout)
         tuning = Tuning(
             backend=backend,
@@ -130,7 +131,8 @@ def page_attention(
                 "can be fetched ahead across sequences; pallas_tpu walks over all of them in one "
                 "loop: use inline_seq_dim=True"
             )
-        out, lse = attend(query, cache, context_lens, block_tables, sinks, attention, tuning, split)
+        where = (query, cache, context_lens, block_tables, sinks)
+        out, lse = attend_once(*where, mask, attention, tuning, split)
     return (out, lse) if return_lse else out
 
 

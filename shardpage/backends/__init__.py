@@ -1,7 +1,8 @@
 """The per-device backends: a folder each, which nothing else of the library looks into.
 
 A backend works on whole caches and on intervals of local pages. It knows nothing of meshes, sinks,
-windows or invalid tables, and takes what it is handed whatever that was made from.
+windows or invalid tables, and takes what it is handed whatever that was made from. Page ids are of
+one layer: `cache.in_layer` makes ids in the arrays of them.
 """
 
 import importlib
@@ -43,8 +44,20 @@ class Backend(Protocol):
         """Attends with each query `[queries, num_heads, key_dim]` over what it reads."""
         ...
 
+    def prepare_writes(
+        self, writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning
+    ) -> Any:
+        """Index arithmetic that depends on the writes alone, once per step; goes to `write`."""
+        ...
+
     def write(
-        self, cache: PagedKVCache, key: jax.Array, value: jax.Array, writes: Writes, tuning: Tuning
+        self,
+        cache: PagedKVCache,
+        key: jax.Array,
+        value: jax.Array,
+        writes: Writes,
+        work: Any,
+        tuning: Tuning,
     ) -> PagedKVCache:
         """Puts tokens `[tokens, num_kv_heads, key_dim]` of the cache's dtype into their slots."""
         ...

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
 from ...options import Attention, Tuning
-from ...partial import Partial, merge, merge_segments, pack, unpack
+from ...partial import Partial, merge, merge_segments
 from ...plan import Reads
 from ...varying import vary_over, vary_together, varying_axes
 from .backward import gradients
@@ -70,23 +70,31 @@ def _attend(
     reads: Reads,
     work: tuple[Walk, ...],
 ) -> Partial:
-    def attend_block(items: Items, parts: jax.Array) -> jax.Array:
-        key, value = fetch(cache, items)
-        block = block_attention(query[items.query], key, value, items.valid, attention, platform)
-        merged = merge(unpack(parts.at[items.part].get(mode="clip")), block)
-        return parts.at[items.part].set(pack(merged), mode="drop", unique_indices=True)
-
-    def walk_over(walk: Walk) -> Partial:
-        shape = (walk.num_parts, num_heads)
-        out = jnp.zeros((*shape, cache.format.value_dim), jnp.float32)
-        nothing = Partial(out, jnp.full(shape, -jnp.inf, jnp.float32))
-        parts = vary_over(pack(nothing), varying_axes(query, cache, reads))
-        page_size, on_gpu = cache.format.page_size, platform == "gpu"
-        parts = unpack(walk_blocks(walk, reads, page_size, attend_block, parts, peel_last=on_gpu))
-        return parts if walk.num_lanes == 1 else merge_segments(parts, walk.part_query, num_queries)
-
     num_queries, num_heads, _ = query.shape
-    return functools.reduce(merge, map(walk_over, work))
+    page_size, on_gpu = cache.format.page_size, platform == "gpu"
+
+    def attend_block(items: Items, parts: Partial) -> Partial:
+        key, value = fetch(cache, items)
+        queries = query.at[items.query].get(mode="clip")
+        block = block_attention(queries, key, value, items.valid, attention, platform)
+        before = Partial(*(x.at[items.part].get(mode="clip") for x in parts))
+        put = lambda x, new: x.at[items.part].set(new, mode="drop", unique_indices=True)
+        return Partial(*map(put, parts, merge(before, block)))
+
+    def empty(num_parts: int) -> Partial:
+        out = jnp.zeros((num_parts, num_heads, cache.format.value_dim), jnp.float32)
+        lse = jnp.full(out.shape[:2], -jnp.inf, jnp.float32)
+        axes = varying_axes(query, cache, reads)
+        return Partial(*(vary_over(x, axes) for x in (out, lse)))
+
+    def walk_over(partial: Partial, walk: Walk) -> Partial:
+        run = functools.partial(walk_blocks, walk, reads, page_size, attend_block)
+        if not walk.cut_tiles:
+            return run(partial, peel_last=on_gpu)
+        parts = run(empty(walk.num_parts(num_queries)), peel_last=on_gpu)
+        return merge(partial, merge_segments(parts, walk.part_query, num_queries))
+
+    return functools.reduce(walk_over, work, empty(num_queries))
 
 
 def _forward(attention, platform, query, cache, reads, work):

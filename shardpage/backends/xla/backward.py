@@ -11,7 +11,7 @@ from ...options import Attention
 from ...partial import Partial, finite
 from ...plan import Reads
 from ...varying import vary_over, varying_axes
-from .block import fetch, masked_logits, split_heads
+from .block import fetch, join_heads, masked_logits, split_heads
 from .pages import scatter_add
 from .walk import Items, Walk, walk_blocks
 
@@ -39,24 +39,24 @@ def gradients(
     def add_block(items: Items, state: tuple[jax.Array, PagedKVCache]):
         d_query, d_cache = state
         key, value = (
-            jnp.where(items.valid[:, None, :, None], x, jnp.zeros((), x.dtype))
+            jnp.where(jnp.any(items.valid, 1)[:, None, :, None], x, jnp.zeros((), x.dtype))
             for x in fetch(cache, items)
         )
-        queries = split_heads(query[items.query], key)
-        by_head = lambda x: x[items.query].reshape(queries.shape[:3])
+        by_head = lambda x: split_heads(x.at[items.query].get(mode="clip"), key)
+        queries = by_head(query)
         capped = masked_logits(queries, key, items.valid, attention, platform)
-        valid = items.valid[:, None, None]
+        valid = items.valid[:, None, :, None]
         weights = jnp.where(valid, jnp.exp(capped - by_head(lse)[..., None]), 0.0)
         key, value, queries = (x.astype(jnp.float32) for x in (key, value, queries))
-        d_out_block = split_heads(d_out[items.query], key)
-        d_weights = matmul("wkgd,wktd->wkgt", d_out_block, value) + by_head(offset)[..., None]
+        d_out_block = by_head(d_out)
+        d_weights = matmul("wkqgd,wktd->wkqgt", d_out_block, value) + by_head(offset)[..., None]
         d_logits = weights * d_weights * attention.scale_of(query.shape[-1])
         if attention.soft_cap is not None:
             d_logits *= jnp.where(valid, 1 - (capped / attention.soft_cap) ** 2, 0.0)
-        d_key = matmul("wkgt,wkgd->wktd", d_logits, queries)
-        d_value = matmul("wkgt,wkgd->wktd", weights, d_out_block)
-        d_block = matmul("wkgt,wktd->wkgd", d_logits, key).reshape(-1, *query.shape[1:])
-        d_query = d_query.at[items.query].add(d_block)
+        d_key = matmul("wkqgt,wkqgd->wktd", d_logits, queries)
+        d_value = matmul("wkqgt,wkqgd->wktd", weights, d_out_block)
+        d_block = join_heads(matmul("wkqgt,wktd->wkqgd", d_logits, key))
+        d_query = d_query.at[items.query].add(d_block, mode="drop")
         return d_query, scatter_add(d_cache, items.ids, d_key, d_value)
 
     axes = varying_axes(query, cache, reads)

@@ -16,7 +16,7 @@ from .walk import Items
 def fetch(
     cache: PagedKVCache, items: Items
 ) -> tuple[Float[Array, "lanes kv_heads tokens dim"], Float[Array, "lanes kv_heads tokens dim"]]:
-    """Gathers the items' keys and values; what must not be read is zero in the values.
+    """Gathers the items' keys and values; what no query of a tile reads is zero in the values.
 
     A masked logit cannot undo a NaN there, since 0 * NaN = NaN in the second matmul.
     """
@@ -24,25 +24,28 @@ def fetch(
     # a hidden copy of twice its size.
     cache, ids = lax.optimization_barrier((cache, items.ids))
     key, value = gather(cache, ids)
-    return key, jnp.where(items.valid[:, None, :, None], value, jnp.zeros((), value.dtype))
+    read = jnp.any(items.valid, axis=1)
+    return key, jnp.where(read[:, None, :, None], value, jnp.zeros((), value.dtype))
 
 
 def masked_logits(
-    query: Float[Array, "lanes kv_heads queries dim"],
+    query: Float[Array, "lanes kv_heads tile queries dim"],
     key: Float[Array, "lanes kv_heads tokens dim"],
-    valid: Bool[Array, "lanes tokens"],
+    valid: Bool[Array, "lanes tile tokens"],
     attention: Attention,
     platform: str | None,
-) -> Float[Array, "lanes kv_heads queries tokens"]:
+) -> Float[Array, "lanes kv_heads tile queries tokens"]:
     """Scaled, soft-capped logits in float32; -inf where a token is not attended to.
 
     NaN where a NaN or an infinity was read: it must not look like a masked logit.
     """
-    logits = query_key(query, key, platform) * attention.scale_of(query.shape[-1])
+    rows = query.reshape(*query.shape[:2], -1, query.shape[-1])
+    logits = query_key(rows, key, platform) * attention.scale_of(query.shape[-1])
     logits = jnp.where(jnp.isfinite(logits), logits, jnp.nan)
     if attention.soft_cap is not None:
         logits = _soft_capped(logits, attention.soft_cap)
-    return jnp.where(valid[:, None, None], logits, -jnp.inf)
+    logits = logits.reshape(*query.shape[:-1], -1)
+    return jnp.where(valid[:, None, :, None], logits, -jnp.inf)
 
 
 def _soft_capped(logits: jax.Array, cap: float) -> jax.Array:
@@ -52,26 +55,50 @@ def _soft_capped(logits: jax.Array, cap: float) -> jax.Array:
 
 
 def block_attention(
-    query: Float[Array, "lanes num_heads dim"],
+    query: Float[Array, "lanes tile num_heads dim"],
     key: Float[Array, "lanes kv_heads tokens dim"],
     value: Float[Array, "lanes kv_heads tokens dim"],
-    valid: Bool[Array, "lanes tokens"],
+    valid: Bool[Array, "lanes tile tokens"],
     attention: Attention,
     platform: str | None,
 ) -> Partial:
-    """Softmax attention of each lane's query over one block of its keys."""
-    logits = masked_logits(split_heads(query, key), key, valid, attention, platform)
+    """Softmax attention of each lane's tile of queries over one block of its keys."""
+    queries = split_heads(query, key)
+    logits = masked_logits(queries, key, valid, attention, platform)
     peak = finite(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[..., None])
-    out = weight_value(weights, value, platform)
-    block = normalize(out, jnp.sum(weights, axis=-1), peak)
-    lanes_and_heads = query.shape[:2]
-    return Partial(block.out.reshape(*lanes_and_heads, -1), block.lse.reshape(lanes_and_heads))
+    total = jnp.sum(weights, axis=-1)
+    if query.shape[1] > 1:
+        value, broken = _finite_values(value, valid)
+        total = jnp.where(broken[..., None], jnp.nan, total)
+    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+    out = weight_value(rows, value, platform).reshape(*queries.shape[:-1], -1)
+    return Partial(*map(join_heads, normalize(out, total, peak)))
+
+
+def _finite_values(
+    value: Float[Array, "lanes kv_heads tokens dim"], valid: Bool[Array, "lanes tile tokens"]
+) -> tuple[Float[Array, "lanes kv_heads tokens dim"], Bool[Array, "lanes kv_heads tile"]]:
+    """Values without NaN and infinity, and which queries read one.
+
+    One that another query of the tile reads would reach all of them, since 0 * NaN = NaN.
+    """
+    fine = jnp.all(jnp.isfinite(value), axis=-1)
+    broken = jnp.any(valid[:, None] & ~fine[:, :, None], axis=-1)
+    return jnp.where(fine[..., None], value, jnp.zeros((), value.dtype)), broken
 
 
 def split_heads(
-    query: Float[Array, "lanes num_heads dim"], key: Float[Array, "lanes kv_heads tokens dim"]
-) -> Float[Array, "lanes kv_heads queries dim"]:
+    query: Float[Array, "lanes tile num_heads ..."], key: Float[Array, "lanes kv_heads tokens dim"]
+) -> Float[Array, "lanes kv_heads tile queries ..."]:
     """Groups query heads under the KV head that they share."""
-    num_lanes, _, dim = query.shape
-    return query.reshape(num_lanes, key.shape[1], -1, dim)
+    lanes, tile = query.shape[:2]
+    return query.reshape(lanes, tile, key.shape[1], -1, *query.shape[3:]).swapaxes(1, 2)
+
+
+def join_heads(
+    grouped: Float[Array, "lanes kv_heads tile queries ..."],
+) -> Float[Array, "lanes tile num_heads ..."]:
+    """The inverse of `split_heads`."""
+    lanes, _, tile = grouped.shape[:3]
+    return grouped.swapaxes(1, 2).reshape(lanes, tile, -1, *grouped.shape[4:])

@@ -16,6 +16,7 @@ def gather(
     One XLA gather per array that writes its result in the order the matmuls want: no transpose of
     what was fetched, and none of a cache.
     """
+    page_ids = cache.in_layer(page_ids)
     fetched = [_gather(array, page_ids, cache.layout.value.pages) for array in cache.arrays]
     key, value = fetched[0] if cache.format.fused else fetched
     return key, value
@@ -28,6 +29,7 @@ def scatter_add(
     value: Float[Array, "items kv_heads tokens dim"],
 ) -> PagedKVCache:
     """Adds tokens to their pages: the transpose of `gather`."""
+    page_ids = cache.in_layer(page_ids)
     tokens = cache.format.to_arrays(key, value, jnp.stack)
     pairs = zip(cache.arrays, tokens, strict=True)
     pages_axis = cache.layout.value.pages

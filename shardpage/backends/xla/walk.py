@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Int
 
 from ...options import Tuning
 from ...page_format import PageFormat
-from ...plan import Reads
+from ...plan import Reads, rank
 from ...varying import vary_over, varying_axes
+from .tiles import Tiles, tiles_of
 
 State = TypeVar("State")
 
@@ -22,11 +23,10 @@ _STEP_BYTES = {"cpu": 2 << 20, "gpu": 256 << 20}
 _STEP_BYTES_ELSEWHERE = 64 << 20
 # Tokens of one lane's block, where a step holds several lanes.
 _LANE_TOKENS = 512
-
-
-# Up to this many queries, which one an item is of is found by looking at all of them.
-_FEW = 1024
-
+# Sizes of tiles: a row's queries go into the smallest that holds them all, or into the largest.
+_TILES = (1, 8, 64)
+# Tokens of a block whose bounds follow from the sequence alone.
+_INVARIANT_TOKENS = 256
 
 # From this many queries on, those that fit a block so many times smaller are walked over apart.
 _MANY = 64
@@ -34,25 +34,27 @@ _SMALLER = 16
 
 
 class Items(NamedTuple):
-    """The work items of one step: one block of pages for each lane."""
+    """The work items of one step: for each lane one block of pages, and a tile of its queries."""
 
-    query: Int[Array, " lanes"]
-    part: Int[Array, " lanes"]  # where the lane's partial of this query is kept
+    query: Int[Array, "lanes tile"]
+    part: Int[Array, "lanes tile"]  # where the lane's partial of each query is kept
     ids: Int[Array, "lanes pages"]
-    valid: Bool[Array, "lanes tokens"]  # tokens of the block that are attended to
+    valid: Bool[Array, "lanes tile tokens"]  # tokens of the block that each query reads
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """A flat list of all queries' blocks, cut into one share per lane.
+    """A flat list of all tiles' blocks, cut into one share per lane.
 
-    Item `i` is block `i - first[q]` of the query `q` with `first[q] <= i < last[q]`; lane `w`
+    Item `i` is block `i - first[t]` of the tile `t` with `first[t] <= i < last[t]`; lane `w`
     works on items `[cuts[w], cuts[w + 1])`.
     """
 
-    first: Any  # [queries] int32
-    last: Any  # [queries] int32
+    tiles: Tiles
+    first: Any  # [tiles] int32
+    last: Any  # [tiles] int32
+    first_block: Any  # [tiles] int32: the blocks before it none of its queries reads
     cuts: Any  # [lanes + 1] int32
     block_pages: int = dataclasses.field(metadata={"static": True})
 
@@ -61,49 +63,48 @@ class Walk:
         return self.cuts.shape[0] - 1
 
     @property
-    def num_parts(self) -> int:
-        """Partials that are kept: `query + lane` tells any two of a walk apart.
+    def cut_tiles(self) -> bool:
+        """Whether lanes may share a tile, of one query then. Else a part per query will do."""
+        return self.num_lanes > 1 and self.tiles.size == 1
+
+    def num_parts(self, num_queries: int) -> int:
+        """Partials that are kept. Of shared tiles `query + lane` tells any two of a walk apart.
 
         Along the list neither query nor lane ever falls, so their sum rises with every new pair.
         """
-        return self.first.shape[0] + self.num_lanes - 1
+        return num_queries + (self.num_lanes - 1 if self.cut_tiles else 0)
 
     @property
     def part_query(self) -> Int[Array, " parts"]:
-        """The query that each part is of; any, where no partial is kept."""
-        last_lane = _rank(self.cuts[1:-1], self.last, "left")
-        last_part = jnp.arange(self.last.shape[0], dtype=jnp.int32) + last_lane
-        query = _rank(last_part, jnp.arange(self.num_parts, dtype=jnp.int32), "left")
-        return jnp.minimum(query, self.last.shape[0] - 1)
+        """The query that each part of shared tiles is of; any, where no partial is kept."""
+        num_queries = self.last.shape[0]
+        last_lane = rank(self.cuts[1:-1], self.last, "left")
+        last_part = jnp.arange(num_queries, dtype=jnp.int32) + last_lane
+        parts = jnp.arange(self.num_parts(num_queries), dtype=jnp.int32)
+        return jnp.minimum(rank(last_part, parts, "left"), num_queries - 1)
 
-    def query_of(self, item: Int[Array, "..."]) -> Int[Array, "..."]:
-        """The query of an item; the last one past the end of the list."""
-        return jnp.minimum(_rank(self.last, item, "right"), self.last.shape[0] - 1)
+    def tile_of(self, item: Int[Array, "..."]) -> Int[Array, "..."]:
+        """The tile of an item; the last one past the end of the list."""
+        return jnp.minimum(rank(self.last, item, "right"), self.last.shape[0] - 1)
 
     def items(self, step: Int[Array, ""], reads: Reads, page_size: int) -> Items:
         """What the lanes work on in a step."""
         item = self.cuts[:-1] + step
         live = item < self.cuts[1:]
-        query = self.query_of(item)
-        first_page = (item - self.first[query]) * self.block_pages
+        tile = self.tile_of(item)
+        query, real = self.tiles.queries(tile)
+        real &= live[:, None]
+        first_page = (item - self.first[tile] + self.first_block[tile]) * self.block_pages
         page = first_page[:, None] + jnp.arange(self.block_pages, dtype=jnp.int32)
-        row = query if reads.row is None else reads.row[query]
+        row = query[:, 0] if reads.row is None else reads.row[query[:, 0]]
         ids = reads.ids.at[row[:, None], page].get(mode="clip")
         token = first_page[:, None] * page_size
         token += jnp.arange(self.block_pages * page_size, dtype=jnp.int32)
-        start, stop = reads.start[query, None], reads.stop[query, None]
-        valid = (token >= start) & (token < stop) & live[:, None]
-        part = query + jnp.arange(self.num_lanes, dtype=jnp.int32)
-        return Items(query, jnp.where(live, part, self.num_parts), ids, valid)
-
-
-def _rank(ordered: jax.Array, values: jax.Array, side: Literal["left", "right"]) -> jax.Array:
-    """How many entries of an ordered array are below each value ("right": or equal to it)."""
-    if ordered.shape[0] > _FEW:
-        return jnp.searchsorted(ordered, values, side=side, method="scan_unrolled")
-    # One fused reduction, where a search is many small steps.
-    below = ordered <= values[..., None] if side == "right" else ordered < values[..., None]
-    return jnp.sum(below, axis=-1, dtype=jnp.int32)
+        start, stop = (x.at[query].get(mode="clip")[..., None] for x in (reads.start, reads.stop))
+        valid = (token[:, None] >= start) & (token[:, None] < stop) & real[..., None]
+        num_queries, lane = reads.start.shape[0], jnp.arange(self.num_lanes, dtype=jnp.int32)
+        part = query + lane[:, None] if self.cut_tiles else query
+        return Items(query, jnp.where(real, part, self.num_parts(num_queries)), ids, valid)
 
 
 def prepare(
@@ -111,52 +112,68 @@ def prepare(
 ) -> tuple[Walk, ...]:
     """Lists the work, in steps of about `_STEP_BYTES` of keys and values.
 
-    Where a CPU has many queries and large blocks, those that read little have a walk of their own,
-    in smaller blocks: of a block all pages are fetched, read or not.
+    Queries of a row that has several share a walk of larger tiles. Where a CPU has many queries and
+    large blocks, those that read little have a walk of their own, in smaller blocks: of a block all
+    pages are fetched, read or not.
     """
-    num_queries, max_pages = reads.start.shape[0], reads.ids.shape[1]
+    num_queries = reads.start.shape[0]
+    fitting = tuple(size for size in _TILES if size == 1 or size < 8 * num_queries)
+    tiles = tiles_of(reads, (1,) if tuning.invariant else fitting)
+    return tuple(walk for each in tiles for walk in _walks(reads, each, page_format, tuning))
+
+
+def _walks(
+    reads: Reads, tiles: Tiles, page_format: PageFormat, tuning: Tuning
+) -> tuple[Walk, ...]:
+    num_tiles, max_pages = tiles.stop.shape[0], reads.ids.shape[1]
     step_bytes = _STEP_BYTES.get(tuning.platform or "", _STEP_BYTES_ELSEWHERE)
     step_pages = max(step_bytes // page_format.page_bytes, 1)
     lane_pages = max(_LANE_TOKENS // page_format.page_size, 1)
     if tuning.platform == "cpu":  # one lane
         lane_pages = step_pages
-    splits = min(tuning.num_splits, num_queries * max_pages)
+    num_splits = tuning.num_splits if tiles.size == 1 else 0
+    splits = min(num_splits, num_tiles * max_pages)
     if splits > 1:  # more lanes, of as many bytes together
         lane_pages = min(lane_pages, max(step_pages // splits, 1))
     pages = tuning.pages_per_block or min(step_pages, lane_pages)
     pages = max(min(pages, max_pages), 1)
 
-    def walk(pages: int, stop: jax.Array) -> Walk:
-        lanes = max(step_pages // pages, splits, 1)
-        lanes = max(min(lanes, num_queries * -(-max_pages // pages)), 1)
-        tokens = pages * page_format.page_size
-        return make_walk(reads._replace(stop=stop), pages, tokens, lanes, tuning.num_splits)
+    def walk(pages: int, tiles: Tiles) -> Walk:
+        lanes = max(step_pages // pages // -(-tiles.size // 8), splits, 1)
+        lanes = max(min(lanes, num_tiles * -(-max_pages // pages)), 1)
+        return make_walk(tiles, pages, pages * page_format.page_size, lanes, num_splits)
 
+    if tuning.invariant:
+        pages = max(_INVARIANT_TOKENS // page_format.page_size, 1)
+        return (make_walk(tiles, pages, pages * page_format.page_size, 1, 0),)
     few = max(pages // _SMALLER, 1)
-    if tuning.platform != "cpu" or tuning.pages_per_block or num_queries < _MANY or few == pages:
-        return (walk(pages, reads.stop),)
-    short = reads.stop <= few * page_format.page_size
-    return walk(few, jnp.where(short, reads.stop, 0)), walk(pages, jnp.where(short, 0, reads.stop))
+    if tuning.platform != "cpu" or tuning.pages_per_block or num_tiles < _MANY or few == pages:
+        return (walk(pages, tiles),)
+    short = tiles.stop - tiles.start <= few * page_format.page_size
+    return walk(few, tiles.only(short)), walk(pages, tiles.only(~short))
 
 
 def make_walk(
-    reads: Reads, block_pages: int, block_tokens: int, num_lanes: int, num_splits: int
+    tiles: Tiles, block_pages: int, block_tokens: int, num_lanes: int, num_splits: int
 ) -> Walk:
-    """Lists the blocks of all queries and cuts the list into shares.
+    """Lists the blocks of all tiles and cuts the list into shares.
 
     Shares are equal, up to a block. With `num_splits > 0` a cut moves back to the nearest bound
-    of the `num_splits` parts of its query, so that no query is split into more.
+    of the `num_splits` parts of its query, so that no query is split into more; tiles of several
+    queries are not cut at all.
     """
-    num_blocks = -(-reads.stop // block_tokens)
+    first_block = tiles.start // block_tokens
+    num_blocks = -(-tiles.stop // block_tokens) - first_block
+    num_blocks = jnp.where(tiles.start < tiles.stop, num_blocks, 0)
     last = jnp.cumsum(num_blocks, dtype=jnp.int32)
     first = last - num_blocks
     share = -(-last[-1] // num_lanes)
     cuts = jnp.minimum(jnp.arange(num_lanes + 1, dtype=jnp.int32) * share, last[-1])
-    walk = Walk(first, last, cuts, block_pages)
-    if num_splits:
-        query = walk.query_of(cuts)
-        part = jnp.maximum(-(-num_blocks[query] // num_splits), 1)
-        behind = jnp.where(cuts < last[-1], (cuts - first[query]) % part, 0)
+    walk = Walk(tiles, first, last, first_block, cuts, block_pages)
+    if num_splits or (num_lanes > 1 and not walk.cut_tiles):
+        tile = walk.tile_of(cuts)
+        part = jnp.maximum(-(-num_blocks[tile] // max(num_splits, 1)), 1)
+        behind = jnp.where(cuts < last[-1], (cuts - first[tile]) % part, 0)
         walk = dataclasses.replace(walk, cuts=cuts - behind)
     return walk
 

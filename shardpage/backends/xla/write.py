@@ -9,9 +9,16 @@ from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
 from ...options import Tuning
-from ...page_format import KVLayout
+from ...page_format import KVLayout, PageFormat
 from ...plan import Writes
 from .attend import refuse_kernel_options
+
+
+def prepare_writes(
+    writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning
+) -> None:
+    """A scatter needs no order of its own."""
+    refuse_kernel_options(tuning)
 
 
 def write(
@@ -19,10 +26,11 @@ def write(
     key: Float[Array, "tokens num_kv_heads key_dim"],
     value: Float[Array, "tokens num_kv_heads value_dim"],
     writes: Writes,
+    work: None,
     tuning: Tuning,
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
-    refuse_kernel_options(tuning)
+    writes = writes._replace(page=cache.in_layer(writes.page))
     unpacked = cache.unpacked().arrays
     tokens = cache.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
     arrays = zip(cache.arrays, unpacked, tokens, strict=True)
