@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import shardpage
-from shardpage import PagedKVCache, ShardLayout, attention, merge_across, page_attention
+from shardpage import PagedKVCache, ShardLayout, merge_across, page_attention, step
 from shardpage.attention import attend_once
 from shardpage.options import Attention, Mask, Tuning
 from shardpage.shard_layout import Split
@@ -125,7 +125,7 @@ def test_one_sequences_bad_table_is_nan_for_that_sequence_only():
 @pytest.mark.parametrize("spec", ["data=1", "data=2,context=2"])
 @pytest.mark.parametrize("window", [None, 40])
 def test_tables_that_are_looked_up_in_pieces(spec, window, monkeypatch):
-    monkeypatch.setitem(attention._PIECES, jax.default_backend(), 3)
+    monkeypatch.setitem(step._PIECES, jax.default_backend(), 3)
     mesh = build_mesh(spec)
     case = cases.Case("in_pieces", max_blocks=11, sliding_window=window)
     inputs = on(mesh, case)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardpage.backends.xla.tiles import tiles_of
 from shardpage.backends.xla.walk import make_walk, prepare, walk_blocks
 from shardpage.options import Tuning
 from shardpage.page_format import KVLayout, PageFormat
@@ -20,7 +21,8 @@ PAGE_SIZE = 16
 def walk_over(lens, block_pages, num_lanes, num_splits=0):
     stop = jnp.asarray(lens, jnp.int32)
     reads = Reads(jnp.zeros((len(lens), 4096), jnp.int32), None, jnp.zeros_like(stop), stop)
-    return make_walk(reads, block_pages, block_pages * PAGE_SIZE, num_lanes, num_splits), reads
+    (tiles,) = tiles_of(reads, (1,))
+    return make_walk(tiles, block_pages, PAGE_SIZE, num_lanes, num_splits, shared=True), reads
 
 
 @pytest.mark.parametrize(
@@ -55,15 +57,15 @@ def test_each_block_is_worked_on_once_and_its_part_knows_its_query(
     walk, part_query, steps = walked(jnp.array(num_blocks, jnp.int32), num_lanes, num_splits)
     steps = jax.tree.map(np.asarray, steps)
     done, lanes_of = np.zeros((4, 20), int), {}
-    live = steps.part < walk.num_parts
+    live = steps.part[..., 0] < walk.num_parts(4)
     for step, lane in zip(*np.nonzero(live), strict=True):
-        query = int(steps.query[step, lane])
-        assert part_query[steps.part[step, lane]] == query
+        query = int(steps.query[step, lane, 0])
+        assert part_query[steps.part[step, lane, 0]] == query
         done[query, walk.cuts[lane] + step - walk.first[query]] += 1
         lanes_of.setdefault(query, set()).add(lane)
     assert (done == (np.arange(20) < np.array(num_blocks)[:, None])).all()
     for alive, parts in zip(live, steps.part, strict=True):
-        assert len(set(parts[alive])) == alive.sum()
+        assert len(set(parts[alive, 0])) == alive.sum()
     if num_splits:
         assert all(len(lanes) <= num_splits for lanes in lanes_of.values())
 
@@ -75,7 +77,7 @@ def walked(num_blocks, num_lanes, num_splits):
     steps = jax.vmap(lambda step: walk.items(step, reads, PAGE_SIZE))(
         jnp.arange(80, dtype=jnp.int32)
     )
-    return walk, walk.part_query, steps
+    return walk, walk.part_query if walk.shared else jnp.arange(4), steps
 
 
 @pytest.mark.parametrize(

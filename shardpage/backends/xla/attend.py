@@ -17,6 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
@@ -75,7 +76,9 @@ def _attend(
 
     def attend_block(items: Items, parts: Partial) -> Partial:
         key, value = fetch(cache, items)
-        queries = query.at[items.query].get(mode="clip")
+        # As `fetch` does it, lest a bfloat16 array be widened whole, before the loop.
+        queries, rows = lax.optimization_barrier((query, items.query))
+        queries = queries.at[rows].get(mode="clip")
         block = block_attention(queries, key, value, items.valid, attention, platform)
         before = Partial(*(x.at[items.part].get(mode="clip") for x in parts))
         put = lambda x, new: x.at[items.part].set(new, mode="drop", unique_indices=True)
@@ -89,7 +92,7 @@ def _attend(
 
     def walk_over(partial: Partial, walk: Walk) -> Partial:
         run = functools.partial(walk_blocks, walk, reads, page_size, attend_block)
-        if not walk.cut_tiles:
+        if not walk.shared:
             return run(partial, peel_last=on_gpu)
         parts = run(empty(walk.num_parts(num_queries)), peel_last=on_gpu)
         return merge(partial, merge_segments(parts, walk.part_query, num_queries))

@@ -37,21 +37,24 @@ class Tiles:
 
 
 def tiles_of(reads: Reads, sizes: tuple[int, ...]) -> list[Tiles]:
-    """All queries in tiles, each in one; the first of the sizes is 1."""
+    """All queries in tiles, those of a row in the smallest size that holds them, or the largest."""
+    num_queries, num_rows = reads.start.shape[0], reads.ids.shape[0]
     single = Tiles(reads.start, reads.stop, None, None, 1)
-    if reads.row is None or len(sizes) == 1:
+    if sizes == (1,) or (reads.row is None and sizes[0] == 1):
         return [single]
-    num_queries, num_rows = reads.row.shape[0], reads.ids.shape[0]
     index = jnp.arange(num_queries, dtype=jnp.int32)
-    # The first query of each one's row, and one past the last.
-    first = rank(reads.row, reads.row, "left")
-    count = rank(reads.row, reads.row, "right") - first
-    tiles, below = [single.only(count == 1)], 1
-    for size in sizes[1:]:
+    row = index if reads.row is None else reads.row
+    first = rank(row, row, "left")  # query of each one's row
+    count = rank(row, row, "right") - first
+    tiles, below = [], 0
+    for size in sizes:
         ours = (count > below) & ((count <= size) | (size == sizes[-1]))
-        head = ours & ((index - first) % size == 0)
-        most = num_queries // size + min(num_rows + 1, num_queries // (below + 1))
-        tiles.append(_tiles_at(reads, head, first + count, size, max(most, 1)))
+        if size == 1:
+            tiles.append(single.only(ours))
+        else:
+            head = ours & ((index - first) % size == 0)
+            most = num_queries // size + min(num_rows + 1, num_queries // (below + 1))
+            tiles.append(_tiles_at(reads, head, first + count, size, max(most, 1)))
         below = size
     return tiles
 

@@ -25,8 +25,9 @@ _STEP_BYTES_ELSEWHERE = 64 << 20
 _LANE_TOKENS = 512
 # Sizes of tiles: a row's queries go into the smallest that holds them all, or into the largest.
 _TILES = (1, 8, 64)
-# Tokens of a block whose bounds follow from the sequence alone.
+# Where the batch must not matter: tokens of a block, and queries of a tile, one or many in use.
 _INVARIANT_TOKENS = 256
+_INVARIANT_TILE = 8
 
 # From this many queries on, those that fit a block so many times smaller are walked over apart.
 _MANY = 64
@@ -57,22 +58,19 @@ class Walk:
     first_block: Any  # [tiles] int32: the blocks before it none of its queries reads
     cuts: Any  # [lanes + 1] int32
     block_pages: int = dataclasses.field(metadata={"static": True})
+    shared: bool = dataclasses.field(metadata={"static": True})  # several lanes may have one tile
 
     @property
     def num_lanes(self) -> int:
         return self.cuts.shape[0] - 1
 
-    @property
-    def cut_tiles(self) -> bool:
-        """Whether lanes may share a tile, of one query then. Else a part per query will do."""
-        return self.num_lanes > 1 and self.tiles.size == 1
-
     def num_parts(self, num_queries: int) -> int:
-        """Partials that are kept. Of shared tiles `query + lane` tells any two of a walk apart.
+        """Partials that are kept: one per query, or more of tiles that lanes share.
 
-        Along the list neither query nor lane ever falls, so their sum rises with every new pair.
+        There `query + lane` tells any two of a walk apart: along the list neither query nor lane
+        ever falls, so their sum rises with every new pair.
         """
-        return num_queries + (self.num_lanes - 1 if self.cut_tiles else 0)
+        return num_queries + (self.num_lanes - 1 if self.shared else 0)
 
     @property
     def part_query(self) -> Int[Array, " parts"]:
@@ -103,7 +101,7 @@ class Walk:
         start, stop = (x.at[query].get(mode="clip")[..., None] for x in (reads.start, reads.stop))
         valid = (token[:, None] >= start) & (token[:, None] < stop) & real[..., None]
         num_queries, lane = reads.start.shape[0], jnp.arange(self.num_lanes, dtype=jnp.int32)
-        part = query + lane[:, None] if self.cut_tiles else query
+        part = query + lane[:, None] if self.shared else query
         return Items(query, jnp.where(real, part, self.num_parts(num_queries)), ids, valid)
 
 
@@ -118,17 +116,19 @@ def prepare(
     """
     num_queries = reads.start.shape[0]
     fitting = tuple(size for size in _TILES if size == 1 or size < 8 * num_queries)
-    tiles = tiles_of(reads, (1,) if tuning.invariant else fitting)
+    tiles = tiles_of(reads, (_INVARIANT_TILE,) if tuning.invariant else fitting)
     return tuple(walk for each in tiles for walk in _walks(reads, each, page_format, tuning))
 
 
 def _walks(
     reads: Reads, tiles: Tiles, page_format: PageFormat, tuning: Tuning
 ) -> tuple[Walk, ...]:
-    num_tiles, max_pages = tiles.stop.shape[0], reads.ids.shape[1]
+    num_tiles, max_pages, page_size = len(tiles.stop), reads.ids.shape[1], page_format.page_size
+    if tuning.invariant:
+        return (make_walk(tiles, max(_INVARIANT_TOKENS // page_size, 1), page_size),)
     step_bytes = _STEP_BYTES.get(tuning.platform or "", _STEP_BYTES_ELSEWHERE)
     step_pages = max(step_bytes // page_format.page_bytes, 1)
-    lane_pages = max(_LANE_TOKENS // page_format.page_size, 1)
+    lane_pages = max(_LANE_TOKENS // page_size, 1)
     if tuning.platform == "cpu":  # one lane
         lane_pages = step_pages
     num_splits = tuning.num_splits if tiles.size == 1 else 0
@@ -138,30 +138,39 @@ def _walks(
     pages = tuning.pages_per_block or min(step_pages, lane_pages)
     pages = max(min(pages, max_pages), 1)
 
-    def walk(pages: int, tiles: Tiles) -> Walk:
-        lanes = max(step_pages // pages // -(-tiles.size // 8), splits, 1)
-        lanes = max(min(lanes, num_tiles * -(-max_pages // pages)), 1)
-        return make_walk(tiles, pages, pages * page_format.page_size, lanes, num_splits)
+    def lanes(pages: int) -> int:
+        wanted = max(step_pages // pages // -(-tiles.size // 8), splits, 1)
+        return max(min(wanted, num_tiles * -(-max_pages // pages)), 1)
 
-    if tuning.invariant:
-        pages = max(_INVARIANT_TOKENS // page_format.page_size, 1)
-        return (make_walk(tiles, pages, pages * page_format.page_size, 1, 0),)
+    def walk(tiles: Tiles) -> Walk:
+        shared = tiles.size == 1
+        return make_walk(tiles, pages, page_size, lanes(pages), num_splits, shared=shared)
+
     few = max(pages // _SMALLER, 1)
     if tuning.platform != "cpu" or tuning.pages_per_block or num_tiles < _MANY or few == pages:
-        return (walk(pages, tiles),)
-    short = tiles.stop - tiles.start <= few * page_format.page_size
-    return walk(few, tiles.only(short)), walk(pages, tiles.only(~short))
+        return (walk(tiles),)
+    block_tokens = few * page_size
+    short = tiles.stop <= tiles.start // block_tokens * block_tokens + block_tokens  # in one block
+    in_few = make_walk(tiles.only(short), few, page_size, lanes(few))
+    return in_few, walk(tiles.only(~short))
 
 
 def make_walk(
-    tiles: Tiles, block_pages: int, block_tokens: int, num_lanes: int, num_splits: int
+    tiles: Tiles,
+    block_pages: int,
+    page_size: int,
+    num_lanes: int = 1,
+    num_splits: int = 0,
+    *,
+    shared: bool = False,
 ) -> Walk:
     """Lists the blocks of all tiles and cuts the list into shares.
 
-    Shares are equal, up to a block. With `num_splits > 0` a cut moves back to the nearest bound
-    of the `num_splits` parts of its query, so that no query is split into more; tiles of several
-    queries are not cut at all.
+    Shares are equal, up to a block, where lanes may share a tile; else up to a tile. With
+    `num_splits > 0` a cut moves back to the nearest bound of the `num_splits` parts of its tile, so
+    that no tile is split into more.
     """
+    block_tokens, shared = block_pages * page_size, shared and num_lanes > 1
     first_block = tiles.start // block_tokens
     num_blocks = -(-tiles.stop // block_tokens) - first_block
     num_blocks = jnp.where(tiles.start < tiles.stop, num_blocks, 0)
@@ -169,10 +178,10 @@ def make_walk(
     first = last - num_blocks
     share = -(-last[-1] // num_lanes)
     cuts = jnp.minimum(jnp.arange(num_lanes + 1, dtype=jnp.int32) * share, last[-1])
-    walk = Walk(tiles, first, last, first_block, cuts, block_pages)
-    if num_splits or (num_lanes > 1 and not walk.cut_tiles):
+    walk = Walk(tiles, first, last, first_block, cuts, block_pages, shared)
+    if num_splits or (num_lanes > 1 and not shared):
         tile = walk.tile_of(cuts)
-        part = jnp.maximum(-(-num_blocks[tile] // max(num_splits, 1)), 1)
+        part = jnp.maximum(-(-num_blocks[tile] // (num_splits if shared else 1)), 1)
         behind = jnp.where(cuts < last[-1], (cuts - first[tile]) % part, 0)
         walk = dataclasses.replace(walk, cuts=cuts - behind)
     return walk

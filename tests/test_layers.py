@@ -1,0 +1,115 @@
+"""One cache for all layers of a model: a scan carries it in place, and the plan stays outside."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shardpage import PagedKVCache, ShardLayout, Tuning, attend, make_plan, write_kv
+
+from . import steps
+from .backends import BACKENDS, INTERPRETED, interpret
+from .cases import KV_LAYOUTS, build_mesh
+
+
+def planned(cache, inputs, mesh=None, backend="xla"):
+    return make_plan(
+        cache,
+        inputs.context_lens,
+        inputs.block_tables,
+        inputs.query_lens,
+        num_heads=inputs.step.num_heads,
+        num_queries=inputs.num_queries,
+        mesh=mesh,
+        tuning=Tuning(backend=backend, interpret=interpret(backend)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnums=1)
+def layered(model, cache, query, key, value):
+    """A layer after the other on its own tokens: `[layers, num_queries, heads, head_dim]`."""
+    plan = model(cache)
+
+    def layer(cache, tokens):
+        number, query, key, value = tokens
+        cache = write_kv(cache, key, value, plan, layer=number)
+        return cache, attend(query, cache, plan, layer=number)
+
+    numbers = jnp.arange(len(query), dtype=jnp.int32)
+    return jax.lax.scan(layer, cache, (numbers, query, key, value))
+
+
+def on(spec, kv_layout, num_layers, backend="xla", step="mixed"):
+    """A model's plan, its empty cache, and tokens for each layer."""
+    mesh = None if spec is None else build_mesh(spec)
+    counts = ShardLayout.of(mesh).shards(mesh) if mesh else None
+    split = {"num_seq_shards": counts.seqs, "num_context_shards": counts.context} if counts else {}
+    inputs = steps.make(steps.named(step), kv_layout, **split)
+    case = inputs.step
+    num_pages = np.prod([inputs.key_cache.shape[1 if kv_layout == "heads_first" else 0]])
+    cache = PagedKVCache.zeros(
+        int(num_pages),
+        case.num_kv_heads,
+        case.page_size,
+        case.head_dim,
+        dtype=jnp.float32,
+        kv_layout=kv_layout,
+        num_layers=num_layers,
+        mesh=mesh,
+    )
+    rng = np.random.default_rng(0)
+    shape = (num_layers, inputs.num_queries)
+    heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads)
+    tokens = [rng.standard_normal((*shape, n, case.head_dim), np.float32) for n in heads]
+    return functools.partial(planned, inputs=inputs, mesh=mesh, backend=backend), cache, tokens
+
+
+@pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
+@pytest.mark.parametrize("spec", [None, "data=2,context=2,kv=2"])
+def test_layers_of_a_scan_are_caches_of_their_own(spec, kv_layout):
+    model, cache, tokens = on(spec, kv_layout, 3)
+    _, out = layered(model, cache, *tokens)
+    axis = cache.layout.value.pages
+    for number in range(3):
+        arrays = [jnp.zeros(np.delete(x.shape, axis), x.dtype) for x in cache.arrays]
+        one = PagedKVCache.of(*arrays, kv_layout=kv_layout, head_dim=cache.head_dim)
+        plan = model(one)
+        query, key, value = (x[number] for x in tokens)
+        one = write_kv(one, key, value, plan)
+        np.testing.assert_array_equal(np.asarray(attend(query, one, plan)), np.asarray(out[number]))
+
+
+@pytest.mark.parametrize("spec", [None, "data=2,context=2,kv=2"])
+def test_a_scan_copies_no_cache_and_plans_nothing(spec):
+    temps = []
+    for num_layers in (2, 12):
+        model, cache, tokens = on(spec, "blocks_first", num_layers)
+        compiled = layered.lower(model, cache, *tokens).compile()
+        memory, size = compiled.memory_analysis(), sum(x.nbytes for x in cache.arrays)
+        assert memory.alias_size_in_bytes == size // (8 if spec else 1)
+        temps.append(memory.temp_size_in_bytes)
+    layer_bytes = size // 12 // (8 if spec else 1)
+    assert temps[1] - temps[0] < layer_bytes  # of ten layers more
+    in_loops = re.findall(r'op_name="[^"]*while/body[^"]*"', compiled.as_text())
+    assert in_loops
+    assert not [name for name in in_loops if re.search(r"while/body.*/plan/", name)]
+
+
+def test_a_layer_is_named_where_there_are_several_and_only_there():
+    model, cache, tokens = on(None, "fused", 2)
+    plan = model(cache)
+    query, key, value = (x[0] for x in tokens)
+    with pytest.raises(ValueError, match="holds 2 layers; pass layer="):
+        attend(query, cache, plan)
+    with pytest.raises(ValueError, match="holds 2 layers; pass layer="):
+        write_kv(cache, key, value, plan)
+    with pytest.raises(ValueError, match="layer=2 must be at most 1"):
+        attend(query, cache, plan, layer=2)
+    with pytest.raises(ValueError, match="layer must hold integers"):
+        attend(query, cache, plan, layer=jnp.float32(1))
+    single = PagedKVCache.of(cache.key[0], kv_layout="fused", head_dim=cache.head_dim)
+    with pytest.raises(ValueError, match="layer=0 of a cache of one layer"):
+        attend(query, single, plan, layer=0)
