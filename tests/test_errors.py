@@ -1,6 +1,7 @@
 """Every error about arguments, by its message: the value, the rule, the way out.
 
-All are raised before anything is compiled. Those about meshes are in test_sharding.py.
+All are raised before anything is compiled. Those about meshes are in test_sharding.py, wrong types
+in what runs on the host in test_wrong_types.py.
 """
 
 import sys
@@ -202,7 +203,10 @@ class Odd:
 CACHE = shardpage.PagedKVCache.zeros(8, 2, 16, 64)
 
 
-@pytest.mark.parametrize("value", [Odd(), "text", [1, 2], {}, 3, CACHE], ids=repr)
+ANYTHING = (Odd(), "text", [1, 2], {}, 3, CACHE)
+
+
+@pytest.mark.parametrize("value", ANYTHING, ids=repr)
 class TestWrongTypes:
     """An error of ours that names the argument, and never one from inside."""
 
