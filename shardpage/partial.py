@@ -162,6 +162,13 @@ def merge_partials(
             f"merge_partials needs out [..., heads, dim] and lse [..., heads] of equal leading "
             f"shapes; got out {out_a.shape} and {out_b.shape}, lse {lse_a.shape} and {lse_b.shape}"
         )
+    return _merge_cast(out_a, lse_a, out_b, lse_b)
+
+
+@jax.jit  # eagerly each of its fifteen operations would be a program
+def _merge_cast(
+    out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     merged = merge(_float32(out_a, lse_a), _float32(out_b, lse_b))
     return merged.out.astype(out_a.dtype), merged.lse
 

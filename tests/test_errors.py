@@ -13,7 +13,7 @@ import pytest
 
 import shardpage
 
-from .cases import cache_shape, named
+from .cases import build_mesh, cache_shape, named
 
 PLAIN = named("plain")  # 8 sequences, 8 / 4 heads of 64, tables of 4 pages of 16
 NUM_PAGES = 32
@@ -188,9 +188,10 @@ def test_kv_layout(kv_layout, changes, message):
         ("interpret", "yes", "interpret must be True, False or None .*; got 'yes'"),
     ],
 )
-def test_options(option, value, message):
+@pytest.mark.parametrize("spec", [None, "data=2,kv=2,context=2"])
+def test_options(option, value, message, spec):
     with pytest.raises(ValueError, match=message):
-        call(**{option: value})
+        call(**{option: value}, mesh=spec and build_mesh(spec))
 
 
 class Odd:
