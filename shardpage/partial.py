@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .arguments import array
+from .arguments import array, shown
 
 
 class Partial(NamedTuple):
@@ -190,9 +190,19 @@ def merge_across(
 
     Returns:
       `(out, lse)` over all devices' keys, equal on all of them; out in its own dtype.
+
+    Raises:
+      ValueError: if an argument is no array, or no axis has that name here.
     """
     array("out", out)
     array("lse", lse)
+    try:
+        lax.axis_size(axis_name)
+    except (NameError, TypeError, ValueError):
+        raise ValueError(
+            f"axis_name={shown(axis_name)} must name one or several axes of the shard_map that "
+            "this is called in"
+        ) from None
     merged = merge_over_axis(_float32(out, lse), axis_name)
     return merged.out.astype(out.dtype), merged.lse
 

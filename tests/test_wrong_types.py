@@ -1,14 +1,168 @@
-"""Wrong types in what runs on the host, `meshes` and `PageAllocator`: refused by the name."""
+"""Wrong types in any public function: an error of ours that names the argument."""
 
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import meshes
 import shardpage
 
-from .test_errors import ANYTHING, Odd
+from .test_errors import call, zeros
+
+
+class Odd:
+    """Nothing that any argument could be."""
+
+    def __repr__(self):
+        return "Odd()"
+
+
+CACHE = shardpage.PagedKVCache.zeros(8, 2, 16, 64)
+
+
+ANYTHING = (Odd(), "text", [1, 2], {}, 3, CACHE)
+
+
+@pytest.mark.parametrize("value", ANYTHING, ids=repr)
+class TestOfTheDevice:
+    """What takes arrays."""
+
+    @pytest.mark.parametrize(
+        "name", ["query", "key_cache", "value_cache", "context_lens", "block_tables", "sinks"]
+    )
+    def test_arrays(self, name, value):
+        with pytest.raises(
+            ValueError, match=rf"{name} must be an array; got {type(value).__name__}"
+        ):
+            call(**{name: value})
+
+    @pytest.mark.parametrize(
+        ("name", "what"),
+        [
+            ("attn_scale", "must be a finite number|must be 0 or between"),
+            ("attn_logits_soft_cap", "must be a finite number"),
+            ("mask_value", "stands in for -inf"),
+            ("max_context_len", "must be a positive integer"),
+            ("pages_per_compute_block", "must be a positive integer"),
+            ("sliding_window", "must be a positive integer"),
+            ("num_splits", "must be an integer >= 0"),
+            ("megacore_mode", "must be one of"),
+            ("inline_seq_dim", "must be True or False"),
+            ("return_lse", "must be True or False"),
+            ("interpret", "must be True, False or None"),
+            ("backend", "is none of"),
+            ("kv_layout", "is unknown; choose one of"),
+            ("mesh", "must be a jax.sharding.Mesh"),
+            ("layout", "must be a ShardLayout"),
+        ],
+    )
+    def test_options(self, name, what, value):
+        numbers = "attn_scale", "attn_logits_soft_cap", "max_context_len", "num_splits"
+        if value == 3 and name in (*numbers, "pages_per_compute_block", "sliding_window"):
+            pytest.skip("a good number")
+        with pytest.raises(ValueError, match=f"{name}.* ({what})"):
+            call(**{name: value})
+
+    @pytest.mark.parametrize("name", ["num_pages", "num_kv_heads", "page_size", "head_dim"])
+    def test_sizes_of_a_cache(self, name, value):
+        if value == 3:
+            value = True
+        sizes = {"num_pages": 8, "num_kv_heads": 2, "page_size": 16, "head_dim": 64} | {name: value}
+        with pytest.raises(ValueError, match=f"{name}=.* must be a positive integer"):
+            shardpage.PagedKVCache.zeros(**sizes)
+
+    @pytest.mark.parametrize("name", ["dtype", "kv_layout", "mesh", "layout"])
+    def test_options_of_a_cache(self, name, value):
+        with pytest.raises(ValueError, match=f"{name}.* (is no cache's|is unknown|must be a)"):
+            shardpage.PagedKVCache.zeros(8, 2, 16, 64, **{name: value})
+
+    @pytest.mark.parametrize(
+        "name", ["cache", "key", "value", "seq_ids", "positions", "block_tables", "mesh", "layout"]
+    )
+    def test_writes(self, name, value):
+        ids, tokens = zeros(3, dtype=jnp.int32), zeros(3, 2, 64)
+        arguments = {"cache": CACHE, "key": tokens, "value": tokens, "seq_ids": ids,
+                     "positions": ids, "block_tables": zeros(1, 2, dtype=jnp.int32)}  # fmt: skip
+        if name == "cache" and value is CACHE:
+            pytest.skip("a good cache")
+        with pytest.raises(ValueError, match=f"{name} must be a"):
+            shardpage.write_kv(**arguments | {name: value})
+
+    @pytest.mark.parametrize("name", ["out_a", "lse_a", "out_b", "lse_b"])
+    def test_merges(self, name, value):
+        out, lse = zeros(2, 4), zeros(2)
+        arguments = {"out_a": out, "lse_a": lse, "out_b": out, "lse_b": lse} | {name: value}
+        with pytest.raises(ValueError, match=f"{name} must be an array"):
+            shardpage.merge_partials(**arguments)
+
+    @pytest.mark.parametrize("name", ["key", "value", "kv_layout", "head_dim"])
+    def test_caches_of_ones_own(self, name, value):
+        arrays = {"key": CACHE.key, "value": CACHE.value}
+        arguments = arrays | {"kv_layout": "blocks_first", "head_dim": 64, name: value}
+        what = "must be an array|is unknown|must be a positive integer|for head_dim=3; they must"
+        with pytest.raises(ValueError, match=f"{name}.*({what})|({what})"):
+            shardpage.PagedKVCache.of(**arguments)
+
+    def test_an_axis_to_merge_over(self, value):
+        with pytest.raises(
+            ValueError, match=r"axis_name=.* must name one or several axes of the sh"
+        ):
+            shardpage.merge_across(zeros(2, 4), zeros(2), value)
+
+    @pytest.mark.parametrize("method", [shardpage.ShardLayout.of, shardpage.ShardLayout().shards])
+    def test_meshes_of_a_layout(self, method, value):
+        with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh"):
+            method(value)
+
+    @pytest.mark.parametrize("name", ["out", "lse"])
+    def test_merges_over_an_axis(self, name, value):
+        arguments = {"out": zeros(2, 4), "lse": zeros(2)} | {name: value}
+        with pytest.raises(ValueError, match=f"{name} must be an array"):
+            shardpage.merge_across(**arguments, axis_name="context")
+
+    @pytest.mark.parametrize("name", ["num_pages", "page_size", "num_seq_shards"])
+    def test_host_checks(self, name, value):
+        sizes = {"num_pages": 4, "page_size": 16, "num_seq_shards": 1}
+        sizes[name] = 0 if value == 3 and name != "num_pages" else -1 if value == 3 else value
+        with pytest.raises(ValueError, match=f"{name}=.* must be"):
+            shardpage.validate_tables([3], np.zeros((1, 2), int), **sizes)
+        with pytest.raises(ValueError, match=f"{name}=.* must be"):
+            shardpage.validate_writes([0], [3], np.zeros((1, 2), int), **sizes)
+
+    @pytest.mark.parametrize(
+        ("name", "check"),
+        [
+            *((name, "tables") for name in ("context_lens", "block_tables")),
+            *((name, "tables") for name in ("max_context_len", "sliding_window")),
+            *((name, "writes") for name in ("seq_ids", "positions", "block_tables")),
+        ],
+    )
+    def test_host_checks_of_arrays(self, name, check, value):
+        value = {3: 2.5}.get(value, value) if isinstance(value, int) else value
+        if value == [1, 2]:
+            value = [[1], [2, 3]] if name == "block_tables" else [1.5]
+        arguments = {"block_tables": np.zeros((1, 2), int), "num_pages": 4, "page_size": 16}
+        first = "context_lens" if check == "tables" else "seq_ids"
+        arguments |= {first: [0]} | ({"positions": [3]} if check == "writes" else {})
+        with pytest.raises(ValueError, match=f"{name}.* must (be|hold)"):
+            getattr(shardpage, f"validate_{check}")(**arguments | {name: value})
+
+    @pytest.mark.parametrize("name", ["num_pages", "page_size", "num_seq_shards", "max_blocks"])
+    def test_allocators(self, name, value):
+        sizes = {"num_pages": 4, "page_size": 16, name: False if value == 3 else value}
+        with pytest.raises(ValueError, match=f"{name}=.* must be a positive integer"):
+            shardpage.PageAllocator(**sizes)
+
+    @pytest.mark.parametrize("name", ["seqs", "heads", "context"])
+    def test_axes(self, name, value):
+        value = ("a", 1) if value == "text" else value or 1
+        with pytest.raises(ValueError, match=f"{name}=.* must be an axis name"):
+            shardpage.ShardLayout(**{name: value})
+
+
+# What runs on the host alone: `meshes` and `PageAllocator`.
 
 INTEGER = "{}=.* must be (a positive integer|an integer >= 0)"
 NAMES = (str, int, bool, Odd)  # whatever is hashable
