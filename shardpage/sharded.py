@@ -94,7 +94,9 @@ def run(
     if split is not None:
         layout = split.layout
         pairs = list(zip(inputs, input_dims, strict=True))
-        in_specs = tuple(x.spec(layout) if dims is None else layout.spec(*dims) for x, dims in pairs)
+        in_specs = tuple(
+            x.spec(layout) if dims is None else layout.spec(*dims) for x, dims in pairs
+        )
         inputs = [
             jax.tree.map(functools.partial(_place, spec=spec, split=split, movable=bool(dims)), x)
             for (x, dims), spec in zip(pairs, in_specs, strict=True)

@@ -124,10 +124,14 @@ def step_attention(
         seq_shard = seq // seqs_per_shard
         pages_per_seq_shard = num_pages // num_seq_shards
         own_pages = range(seq_shard * pages_per_seq_shard, (seq_shard + 1) * pages_per_seq_shard)
-        valid = 0 <= length <= limit and (new <= length or length == 0) and all(
-            table[position // page_size] in own_pages
-            for positions in seen
-            for position in positions
+        valid = (
+            0 <= length <= limit
+            and (new <= length or length == 0)
+            and all(
+                table[position // page_size] in own_pages
+                for positions in seen
+                for position in positions
+            )
         )
         for positions in seen:
             if valid:

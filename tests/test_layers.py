@@ -11,7 +11,7 @@ import pytest
 from shardpage import PagedKVCache, ShardLayout, Tuning, attend, make_plan, write_kv
 
 from . import steps
-from .backends import BACKENDS, INTERPRETED, interpret
+from .backends import interpret
 from .cases import KV_LAYOUTS, build_mesh
 
 
@@ -67,8 +67,10 @@ def on(spec, kv_layout, num_layers, backend="xla", step="mixed"):
     return functools.partial(planned, inputs=inputs, mesh=mesh, backend=backend), cache, tokens
 
 
-@pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
-@pytest.mark.parametrize("spec", [None, "data=2,context=2,kv=2"])
+@pytest.mark.parametrize(
+    ("spec", "kv_layout"),
+    [*((None, kv_layout) for kv_layout in KV_LAYOUTS), ("data=2,context=2,kv=2", "heads_first")],
+)
 def test_layers_of_a_scan_are_caches_of_their_own(spec, kv_layout):
     model, cache, tokens = on(spec, kv_layout, 3)
     _, out = layered(model, cache, *tokens)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 import shardpage
-from shardpage import PageAllocator, PagedKVCache, ShardLayout
+from shardpage import PageAllocator, PagedKVCache, ShardLayout, Tuning
 
 from ..devices import fetch, is_simulated
 from . import oracle
@@ -20,6 +20,8 @@ PAGE_SIZE, HEAD_DIM, QUERIES_PER_KV_HEAD = 16, 64, 3
 # Tokens of the sequences on each data shard: none, one, a full page, and ragged ones.
 CONTEXT_LENS = (0, 1, 16, 37, 90)
 MAX_BLOCKS = 6
+# New tokens of each of them in a step, and the room that a data shard has for those.
+QUERY_LENS, NUM_QUERIES = (0, 1, 5, 37, 1), 48
 
 # An error this many times that of a plain computation in the same dtype is still rounding.
 MULTIPLE, FLOOR = 4.0, 1e-6
@@ -29,6 +31,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 40},
     "cap, sinks": {"attn_logits_soft_cap": 3.0, "sinks": True},
     "splits": {"num_splits": 3},
+}
+# What a token sees, where a step has prompts, guesses and running sequences.
+STEPS: dict[str, dict[str, Any]] = {
+    "prompts": {},
+    "prompts, chunk": {"chunk": 16},
 }
 
 
@@ -66,7 +73,7 @@ class Check:
         return bool(self.refusal) or (self.error is not None and self.error <= self.limit)
 
 
-COLUMNS = ("write", *OPTIONS)
+COLUMNS = ("write", *OPTIONS, *STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Problem:
     """Random sequences, their tokens dense for the oracle and paged for the library."""
 
     query: np.ndarray  # [num_seqs, num_heads, head_dim]
+    queries: np.ndarray  # [num_queries, num_heads, head_dim], of a step
     keys: list[np.ndarray]  # a sequence each: [num_tokens, num_kv_heads, head_dim]
     values: list[np.ndarray]
     sinks: np.ndarray  # [num_heads]
@@ -84,6 +92,19 @@ class Problem:
     def context_lens(self) -> np.ndarray:
         """[num_seqs] tokens of each sequence."""
         return np.array([len(key) for key in self.keys], np.int32)
+
+    @property
+    def query_lens(self) -> np.ndarray:
+        """[num_seqs] new tokens of each sequence in a step."""
+        return np.tile(np.array(QUERY_LENS, np.int32), len(self.keys) // len(QUERY_LENS))
+
+    def tokens(self) -> Iterator[tuple[int, int, int]]:
+        """Each query of a step: its row, its sequence, its position there."""
+        for seq, (length, new) in enumerate(zip(self.context_lens, self.query_lens, strict=True)):
+            shard, place = divmod(seq, len(QUERY_LENS))
+            first = shard * NUM_QUERIES + sum(QUERY_LENS[:place])
+            for number in range(new):
+                yield first + number, seq, int(length - new + number)
 
 
 def make_problem(mesh: Mesh, dtype: str) -> Problem:
@@ -106,6 +127,7 @@ def make_problem(mesh: Mesh, dtype: str) -> Problem:
     draw = lambda *shape: np.asarray(rng.standard_normal(shape), jnp.dtype(dtype))
     return Problem(
         query=draw(len(lens), num_kv_heads * QUERIES_PER_KV_HEAD, HEAD_DIM),
+        queries=draw(NUM_QUERIES * shards.seqs, num_kv_heads * QUERIES_PER_KV_HEAD, HEAD_DIM),
         keys=[draw(n, num_kv_heads, HEAD_DIM) for n in lens],
         values=[draw(n, num_kv_heads, HEAD_DIM) for n in lens],
         sinks=np.asarray(rng.standard_normal(num_kv_heads * QUERIES_PER_KV_HEAD), np.float32),
@@ -128,14 +150,15 @@ def check_row(row: Row, mesh: Mesh) -> Iterator[Check]:
         yield Check(row, "write", refusal=str(refused))
         return
     yield Check(row, "write", write_error(problem, cache))
-    for column, options in OPTIONS.items():
-        try:
-            out, lse = answer(problem, row, mesh, cache, options)
-        except NotImplementedError as refused:
-            yield Check(row, column, refusal=str(refused))
-            continue
-        error, limit = compare(problem, out, lse, options)
-        yield Check(row, column, error, limit)
+    kinds = ((OPTIONS, answer, expected), (STEPS, answer_step, expected_of_step))
+    for columns, ask, oracles in kinds:
+        for column, options in columns.items():
+            try:
+                out, lse = ask(problem, row, mesh, cache, options)
+            except NotImplementedError as refused:
+                yield Check(row, column, refusal=str(refused))
+                continue
+            yield Check(row, column, *compare(out, lse, oracles(problem, options)))
 
 
 def write_tokens(problem: Problem, row: Row, mesh: Mesh) -> PagedKVCache:
@@ -200,26 +223,65 @@ def answer(
     return fetch(out).astype(np.float64), fetch(lse).astype(np.float64)
 
 
-def compare(
-    problem: Problem, out: np.ndarray, lse: np.ndarray, options: dict[str, Any]
-) -> tuple[float, float]:
-    """The error of an answer, and the error that rounding excuses."""
-    attend = functools.partial(
-        oracle.attend,
-        window=options.get("sliding_window"),
-        soft_cap=options.get("attn_logits_soft_cap"),
-        sinks=problem.sinks if options.get("sinks") else None,
+def answer_step(
+    problem: Problem, row: Row, mesh: Mesh, cache: PagedKVCache, options: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The library's (out, lse) of a step, by a plan."""
+    plan = shardpage.make_plan(
+        cache,
+        problem.context_lens,
+        problem.tables,
+        problem.query_lens,
+        num_heads=problem.queries.shape[1],
+        num_queries=len(problem.queries),
+        mesh=mesh,
+        tuning=Tuning(backend=row.backend),
+        **options,
     )
-    error = rounding = 0.0
+    out, lse = shardpage.attend(problem.queries, cache, plan, return_lse=True)
+    return fetch(out).astype(np.float64), fetch(lse).astype(np.float64)
+
+
+# A query's row of the answer, and what gives its (out, lse) in a precision.
+Expected = Iterator[tuple[int, Callable[..., tuple[np.ndarray, np.ndarray]]]]
+
+
+def expected(problem: Problem, options: dict[str, Any]) -> Expected:
+    """What the oracle says of `answer`."""
     sequences = zip(problem.query, problem.keys, problem.values, strict=True)
-    for seq, (query, keys, values) in enumerate(sequences):
-        exact_out, exact_lse = attend(query, keys, values)
-        plain_out, _ = attend(query, keys, values, precision=np.float32)
+    for seq, arrays in enumerate(sequences):
+        yield (
+            seq,
+            functools.partial(
+                oracle.attend,
+                *arrays,
+                window=options.get("sliding_window"),
+                soft_cap=options.get("attn_logits_soft_cap"),
+                sinks=problem.sinks if options.get("sinks") else None,
+            ),
+        )
+
+
+def expected_of_step(problem: Problem, options: dict[str, Any]) -> Expected:
+    """What the oracle says of `answer_step`."""
+    chunk = options.get("chunk", MAX_BLOCKS * PAGE_SIZE)
+    for row, seq, position in problem.tokens():
+        seen = slice(position // chunk * chunk, position + 1)
+        keys, values = problem.keys[seq][seen], problem.values[seq][seen]
+        yield row, functools.partial(oracle.attend, problem.queries[row], keys, values)
+
+
+def compare(out: np.ndarray, lse: np.ndarray, oracles: Expected) -> tuple[float, float]:
+    """The error of an answer, and the error that rounding excuses."""
+    error = rounding = 0.0
+    for row, attend in oracles:
+        exact_out, exact_lse = attend()
+        plain_out, _ = attend(precision=np.float32)
         rounding = max(rounding, float(np.abs(plain_out - exact_out).max()))
-        error = float(np.maximum(error, np.abs(out[seq] - exact_out).max()))  # NaN stays
-        if np.isneginf(exact_lse).all() and np.isneginf(lse[seq]).all():
+        error = float(np.maximum(error, np.abs(out[row] - exact_out).max()))  # NaN stays
+        if np.isneginf(exact_lse).all() and np.isneginf(lse[row]).all():
             continue
         # an error in lse is one of the same relative size in every weight
-        error = float(np.maximum(error, np.abs(lse[seq] - exact_lse).max()))
+        error = float(np.maximum(error, np.abs(lse[row] - exact_lse).max()))
     limit = MULTIPLE * rounding + FLOOR
     return (error if np.isfinite(error) else np.inf), limit

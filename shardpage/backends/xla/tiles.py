@@ -59,9 +59,7 @@ def tiles_of(reads: Reads, sizes: tuple[int, ...]) -> list[Tiles]:
     return tiles
 
 
-def _tiles_at(
-    reads: Reads, head: jax.Array, row_end: jax.Array, size: int, most: int
-) -> Tiles:
+def _tiles_at(reads: Reads, head: jax.Array, row_end: jax.Array, size: int, most: int) -> Tiles:
     """Tiles that begin at the queries of `head`, `most` of them."""
     num_queries = head.shape[0]
     before = jnp.cumsum(head, dtype=jnp.int32)

@@ -122,9 +122,7 @@ def prepare(
     return tuple(walk for each in tiles for walk in _walks(reads, each, page_format, tuning))
 
 
-def _walks(
-    reads: Reads, tiles: Tiles, page_format: PageFormat, tuning: Tuning
-) -> tuple[Walk, ...]:
+def _walks(reads: Reads, tiles: Tiles, page_format: PageFormat, tuning: Tuning) -> tuple[Walk, ...]:
     num_tiles, max_pages, page_size = len(tiles.stop), reads.ids.shape[1], page_format.page_size
     if tuning.invariant:
         return (make_walk(tiles, max(_INVARIANT_TOKENS // page_size, 1), page_size),)

@@ -14,9 +14,7 @@ from ...plan import Writes
 from .attend import refuse_kernel_options
 
 
-def prepare_writes(
-    writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning
-) -> None:
+def prepare_writes(writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning) -> None:
     """A scatter needs no order of its own."""
     refuse_kernel_options(tuning)
 
