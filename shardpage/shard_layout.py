@@ -136,8 +136,8 @@ class Split:
         if num_heads // shards.heads % shards.context:
             raise ValueError(
                 f"out_split='heads' splits the {num_heads // shards.heads} query heads of a device "
-                f"over the {shards.context} shards of mesh axis {self.layout.context!r}, which must "
-                "divide them; use out_split=None"
+                f"over the {shards.context} shards of mesh axis {self.layout.context!r}, which "
+                "must divide them; use out_split=None"
             )
 
     def check_cache(self, page_format: PageFormat, num_pages: int) -> None:

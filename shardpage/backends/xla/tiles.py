@@ -1,4 +1,4 @@
-"""Tiles: neighbouring queries of one row that are worked on together, so that keys are read once."""
+"""Tiles: neighbouring queries of one row, worked on together so that keys are read once."""
 
 import dataclasses
 from typing import Any
