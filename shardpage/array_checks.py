@@ -120,20 +120,21 @@ def made_for(cache: PagedKVCache, plan_made_for: MadeFor) -> None:
 
 def layer(cache: PagedKVCache, layer_: Any) -> None:
     """Checks that a layer is named where the cache has several, and is one of them."""
-    if (layer_ is None) == (cache.num_layers is None):
-        if isinstance(layer_, int | np.integer) and not isinstance(layer_, bool):
-            arguments.integer("layer", layer_, least=0, most=cache.num_layers - 1)
-        elif layer_ is not None:
-            _integers("layer", layer_, "a scalar")
+    if layer_ is None and cache.num_layers is None:
         return
     if layer_ is None:
         raise ValueError(
             f"the cache holds {cache.num_layers} layers; pass layer=, from 0, which may be traced"
         )
-    raise ValueError(
-        f"layer={arguments.shown(layer_)} of a cache of one layer; make one of several with "
-        "PagedKVCache.zeros(..., num_layers=), or leave layer out"
-    )
+    if cache.num_layers is None:
+        raise ValueError(
+            f"layer={arguments.shown(layer_)} of a cache of one layer; make one of several with "
+            "PagedKVCache.zeros(..., num_layers=), or leave layer out"
+        )
+    if hasattr(layer_, "dtype") and not isinstance(layer_, np.integer):
+        _integers("layer", layer_, "a scalar")
+    else:
+        arguments.integer("layer", layer_, least=0, most=cache.num_layers - 1)
 
 
 def _cache(cache: Any) -> None:

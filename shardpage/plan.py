@@ -133,10 +133,10 @@ def plan_reads(
         limit = min(limit, mask.max_context_len)
         block_tables = block_tables[:, : -(-limit // page_size)]
     bad = (context_lens < 0) | (context_lens > limit)
+    row, of_query, most_queries = None, lambda array: array, 1
     if query_lens is None:
-        row, position = None, jnp.where(bad, -1, context_lens - 1)
+        position = jnp.where(bad, -1, context_lens - 1)
         tokens = needed = _seen(position, jnp.where(bad, 0, context_lens), mask)
-        most_queries = 1
     else:
         row, position, fits = _locate(context_lens, query_lens, num_queries)
         bad |= ~fits
@@ -153,7 +153,7 @@ def plan_reads(
     if kept < block_tables.shape[1]:  # from here on, tables and tokens begin with the first of them
         skipped = needed.start // page_size
         block_tables = from_column(block_tables, skipped, kept)
-        tokens = _less(tokens, page_size * (skipped if row is None else of_query(skipped)))
+        tokens = _less(tokens, page_size * of_query(skipped))
         needed = _less(needed, page_size * skipped)
     piece = piece or block_tables.shape[1]
     found = look_up(needed, row, tokens, block_tables, page_size, pages, piece)

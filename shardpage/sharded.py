@@ -105,8 +105,8 @@ def run(
         if output_dims is not None:
             out_specs = tuple(layout.spec(*dims) for dims in output_dims)
     if donate and not isinstance(inputs[0].key, Tracer):
-        if platform_of(split, inputs[0].key) == "tpu":
-            formats = inputs[0].array_formats
+        on_tpu = platform_of(split, inputs[0].key) == "tpu"
+        formats = inputs[0].array_formats if on_tpu else None
     call = _Call(body, options, split, in_specs, out_specs)
     return _program(call, donate, formats)(*inputs)
 

@@ -1,4 +1,4 @@
-"""`make_plan`: what follows from the lengths and tables of a step alone, once for all its layers."""
+"""`make_plan`: what follows from the lengths and tables of a step, once for all its layers."""
 
 from typing import Any
 
@@ -102,8 +102,10 @@ def make_plan(
     arrays = (context_lens, block_tables, query_lens)
     inputs = [None if x is None else sharded.as_int32(x) for x in arrays]
     options = (made_for, mask, num_queries)
-    parts = sharded.run(_plan_here, options, split, inputs, _INPUT_DIMS, _OUTPUT_DIMS)
-    return Plan(*parts, made_for)
+    positions, invalid, reads, writes = sharded.run(
+        _plan_here, options, split, inputs, _INPUT_DIMS, _OUTPUT_DIMS
+    )
+    return Plan(positions, invalid, reads, writes, made_for)
 
 
 def _plan_here(

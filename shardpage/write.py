@@ -77,17 +77,17 @@ def write_kv(
         return _write_planned(cache, key, value, plan, layer)
     if plan is not None and seq_ids is not None:
         raise ValueError("seq_ids is given twice: as an argument of its name and as the fourth")
-    seq_ids = plan if seq_ids is None else seq_ids
-    array_checks.write(cache, key, value, seq_ids, positions, block_tables)
+    arrays = (plan if seq_ids is None else seq_ids, positions, block_tables)
+    array_checks.write(cache, key, value, *arrays)
+    assert block_tables is not None
     array_checks.layer(cache, layer)
     split = Split.of(mesh, layout)
     if split is not None:
-        split.check_rows("num_seqs", block_tables.shape[0], "sequences that have no tokens")
+        split.check_rows("num_seqs", len(block_tables), "sequences that have no tokens")
         split.check_rows("num_tokens", key.shape[0], "seq_ids of -1")
         split.check_cache(cache.format, cache.num_pages)
     tuning = sharded.resolve(Tuning(backend=backend, interpret=interpret), split, cache)
-    arrays = map(sharded.as_int32, (seq_ids, positions, block_tables))
-    inputs = (cache, key, value, *arrays, as_layer(layer))
+    inputs = (cache, key, value, *map(sharded.as_int32, arrays), as_layer(layer))
     return sharded.run(_write_here, tuning, split, inputs, _INPUT_DIMS, donate=True)
 
 

@@ -1,7 +1,7 @@
 """Named steps: many queries per sequence, in one batch; and the data for them.
 
-As hard to get right by accident as `cases`: pages permuted, garbage where a table must not be looked
-up, NaN in every slot that no query reads. The new tokens' own slots are NaN too until written.
+As hard to get right by accident as `cases`: pages permuted, garbage where a table must not be
+looked up, NaN in every slot that no query reads, and in new tokens' own slots until written.
 """
 
 import dataclasses
