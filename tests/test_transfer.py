@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import meshes
 from shardpage import (
     PageAllocator,
     PagedKVCache,
@@ -108,12 +109,17 @@ def test_padding_is_read_as_zeros_on_every_mesh():
 
 
 @pytest.mark.parametrize(
-    ("spec", "kv_layout"), [("kv=4", "heads_first"), ("kv=2,context=2,data=2", "fused")]
+    ("name", "spec", "kv_layout"),
+    [
+        ("decoding", "kv=4", "heads_first"),
+        ("mixed", "kv=4", "heads_first"),
+        ("mixed", "kv=2,context=2,data=2", "fused"),
+    ],
 )
-def test_running_sequences_go_on_elsewhere(spec, kv_layout):
+def test_running_sequences_go_on_elsewhere(name, spec, kv_layout):
     """From data=2,context=4 to another mesh and layout, other page ids: the same attention."""
     mesh, to_mesh = build_mesh("data=2,context=4"), build_mesh(spec)
-    inputs = steps.make(steps.named("mixed"), num_seq_shards=2, num_context_shards=4)
+    inputs = steps.make(steps.named(name), num_seq_shards=2, num_context_shards=4)
     source = place(
         PagedKVCache.of(
             inputs.key_cache, inputs.value_cache, kv_layout="blocks_first", head_dim=64
@@ -124,17 +130,16 @@ def test_running_sequences_go_on_elsewhere(spec, kv_layout):
     target = PagedKVCache.zeros(160, 4, 8, 64, dtype=jnp.float32, kv_layout=kv_layout, mesh=to_mesh)
     target = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), target)
     allocator = PageAllocator(160, 8, num_seq_shards=shards.seqs, num_context_shards=shards.context)
-    num_seqs = len(step.seqs)
+    num_seqs, source_ids, target_ids = len(step.seqs), [], []
     for seq, length in enumerate(inputs.context_lens.tolist()):
-        moved = inputs.block_tables[seq, : -(-length // 8)]
-        if seq % 3:  # other ids than those of the sequences in turn
-            allocator.allocate(("between", seq), 8 * seq, seq * shards.seqs // num_seqs)
-        to = allocator.allocate(seq, length, seq * shards.seqs // num_seqs)
-        padding = [-1] * (12 - len(to))
-        pages = read_pages(source, [*moved, *padding], mesh=mesh)
-        target = write_pages(target, [*to, *padding], pages, mesh=to_mesh)
+        shard = seq * shards.seqs // num_seqs
+        allocator.allocate(("between", seq), 8 * seq, shard)  # so that ids are not those of before
+        target_ids += allocator.allocate(seq, length, shard)
+        source_ids += inputs.block_tables[seq, : -(-length // 8)].tolist()
+    pages = read_pages(source, source_ids, mesh=mesh)
+    target = write_pages(target, target_ids, pages, mesh=to_mesh)
     tables = allocator.block_tables(range(num_seqs), max_blocks=12)
-    arrays = (inputs.context_lens, tables, inputs.query_lens)
+    arrays = (inputs.context_lens, tables, None if name == "decoding" else inputs.query_lens)
     sizes = {"num_heads": step.num_heads, "num_queries": step.num_queries * shards.seqs}
     plan = make_plan(target, *arrays, mesh=to_mesh, **sizes)
     rows = query_rows(inputs, shards.seqs)
@@ -182,6 +187,23 @@ def test_memory_is_that_of_the_pages_and_not_of_the_cache(spec, dtype):
     moved = np.prod(pages.shape) * pages.dtype.itemsize
     assert max(temps[1]) < 2 * moved
     assert np.subtract(*temps[::-1]).max() < 8 * 1024  # an int per page of the cache, at most
+
+
+def test_writing_on_a_tpu_is_in_place():
+    """Compiled for v6e: rows packed to 128 elements, layers, two ways of splitting."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: shardpage[tpu]")
+    devices = np.array(meshes.topology("v6e:2x2").devices.flat[:4]).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "kv"))
+    cache = PagedKVCache.abstract(512, 8, 16, 64, num_layers=2, mesh=mesh)
+    pages = jax.ShapeDtypeStruct((2, 6, 2, 8, 16, 64), jnp.bfloat16)
+    write = jax.jit(
+        lambda cache, pages: write_pages(cache, range(6), pages, mesh=mesh),
+        donate_argnums=0,
+        out_shardings=cache.array_formats,
+    )
+    memory = write.lower(cache, pages).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == cache.bytes_per_device()
+    assert memory.temp_size_in_bytes < np.prod(pages.shape) * 2
 
 
 DESCRIBED = {
@@ -281,7 +303,7 @@ def test_refuses(ids, pages, message):
 
 def test_refuses_what_is_no_such_cache():
     cache, mesh = make_cache("kv=4")
-    with pytest.raises(ValueError, match="the cache is spread over .*; pass mesh= as well"):
+    with pytest.raises(ValueError, match=r"the cache is spread over .*; pass mesh= as well"):
         read_pages(cache, [1])
     with pytest.raises(ValueError, match="cache must be a PagedKVCache"):
         read_pages(cache.key, [1], mesh=mesh)
@@ -292,5 +314,5 @@ def test_refuses_what_is_no_such_cache():
     host = PagedKVCache.of(PAGES[0], kv_layout="fused", head_dim=64)
     with pytest.raises(ValueError, match="the cache is on no devices that could be described"):
         host.describe()
-    with pytest.raises(ValueError, match="describe it outside of jax.jit"):
+    with pytest.raises(ValueError, match=r"describe it outside of jax.jit"):
         jax.jit(lambda cache: cache.describe())(cache)

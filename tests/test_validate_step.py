@@ -146,7 +146,7 @@ def test_refuses_what_a_brute_force_search_finds(drawn):
 CACHE = PagedKVCache.abstract(12, 1, PAGE, 8, dtype=jnp.float32)
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(drawn_steps(FEW))
 def test_refuses_what_a_plan_calls_invalid(drawn):
     lens, tables, new, options = drawn
