@@ -94,7 +94,7 @@ def _append(ranges: list[dict[str, int]], array: int, offset: int, length: int) 
 
 def _shards(cache: Any, number: int, array: Any, holds: tuple[str, ...]) -> list[dict[str, Any]]:
     """Each device's part of an array."""
-    sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
+    sharding: Any = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
     try:
         indices = sharding.devices_indices_map(array.shape)
     except (AttributeError, ValueError) as error:
@@ -102,36 +102,26 @@ def _shards(cache: Any, number: int, array: Any, holds: tuple[str, ...]) -> list
             "the cache is on no devices that could be described; make it with PagedKVCache.zeros "
             "or .abstract, of a mesh of devices, and describe it outside of jax.jit"
         ) from error
-    local_shape, axes = sharding.shard_shape(array.shape), _axes(cache)
-    itemsize, strides = array.dtype.itemsize, dict.fromkeys(("layer", "page", "kv", "kv_head"), 0)
-    for axis, name in enumerate(axes):
-        strides[name] = itemsize * math.prod(local_shape[axis + 1 :])
+    itemsize, axes = array.dtype.itemsize, _axes(cache)
+    local_shape = sharding.shard_shape(array.shape)
+    after = {name: math.prod(local_shape[axis + 1 :]) for axis, name in enumerate(axes)}
+    strides = {name: itemsize * after.get(name, 0) for name in ("layer", "page", "kv", "kv_head")}
     strides["token"] = itemsize * cache.head_dim  # also where a row holds several
-    del strides["row"], strides["element"]
     replicas: dict[Any, int] = {}
     shards = []
     for device, index in indices.items():
         ranges = [list(slice_.indices(n)[:2]) for slice_, n in zip(index, array.shape, strict=True)]
         pages, kv_heads = (ranges[axes.index(name)] for name in ("page", "kv_head"))
         replica = replicas[*pages, *kv_heads] = replicas.get((*pages, *kv_heads), -1) + 1
-        shards.append(
-            {
-                "array": number,
-                "holds": list(holds),
-                "device": {
-                    "id": device.id,
-                    "process": device.process_index,
-                    "platform": device.platform,
-                },
-                "replica": replica,
-                "pages": pages,
-                "kv_heads": kv_heads,
-                "nbytes": itemsize * math.prod(local_shape),
-                "strides": strides,
-                "tiled": device.platform == "tpu",
-            }
-        )
+        shard = {"array": number, "holds": list(holds), "device": _named(device)}
+        shard |= {"replica": replica, "pages": pages, "kv_heads": kv_heads}
+        shard |= {"nbytes": itemsize * math.prod(local_shape), "strides": strides}
+        shards.append(shard | {"tiled": device.platform == "tpu"})
     return shards
+
+
+def _named(device: Any) -> dict[str, Any]:
+    return {"id": device.id, "process": device.process_index, "platform": device.platform}
 
 
 def _axes(cache: Any) -> list[str]:

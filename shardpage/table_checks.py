@@ -248,11 +248,10 @@ class _Shards:
 
     def __post_init__(self):
         integer("num_seq_shards", self.num_seq_shards)
-        self.check_divides(num_pages=self.num_pages)
 
     def check_divides(self, **counts: int) -> None:
-        """Checks that each of these splits evenly over the shards."""
-        for name, count in counts.items():
+        """Checks that each of these, and the pages, split evenly over the shards."""
+        for name, count in (counts | {"num_pages": self.num_pages}).items():
             if integer(name, count, least=0) % self.num_seq_shards:
                 raise ValueError(
                     f"{name}={count} must be divisible by num_seq_shards={self.num_seq_shards}"
