@@ -3,11 +3,13 @@
 import heapq
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+from jaxtyping import Int
 
 from .arguments import INT32_MAX, choice, hashable, instance, integer
+from .table_checks import integers
 
 Placement = Literal["round_robin", "contiguous"]
 
@@ -234,6 +236,39 @@ class PageAllocator:
         lens = [sequence.num_tokens if sequence else 0 for sequence in self._rows(seq_ids)]
         return np.array(lens, np.int32)
 
+    def validate_tables(
+        self,
+        seq_ids: Sequence[Hashable | None],
+        block_tables: Int[np.ndarray, "num_seqs max_blocks"] | Any,
+        context_lens: Int[np.ndarray, " num_seqs"] | Any | None = None,
+        query_lens: Int[np.ndarray, " num_seqs"] | Any | None = None,
+    ) -> None:
+        """Checks that each row's entries are its own sequence's pages, in their places.
+
+        Args:
+          seq_ids: the sequence of each row; None is an empty row.
+          block_tables: `[num_seqs, max_blocks]` integers. Entries at or past
+            `ceil(context_len / page_size)` are not looked at.
+          context_lens: `[num_seqs]` integers; None for all tokens that each sequence holds.
+          query_lens: `[num_seqs]` integers, how many of these, the last ones, the step writes:
+            their pages must be shared with no other sequence. None for no such check.
+
+        Raises:
+          ValueError: naming the row, the entry, its page, and what should stand there.
+        """
+        rows, shape = self._rows(seq_ids), (len(seq_ids),)
+        tables = integers("block_tables", block_tables, "[num_seqs, max_blocks]")
+        lens = self.context_lens(seq_ids) if context_lens is None else context_lens
+        lens = integers("context_lens", lens, "[num_seqs]")
+        new = np.zeros(shape, int) if query_lens is None else query_lens
+        new = integers("query_lens", new, "[num_seqs]")
+        arrays = {"block_tables": tables, "context_lens": lens, "query_lens": new}
+        for name, array in arrays.items():
+            if array.shape[:1] != shape:
+                raise ValueError(f"{name} has {len(array)} rows for {len(seq_ids)} seq_ids")
+        for row, sequence in enumerate(rows):
+            self._check_row(row, seq_ids[row], sequence, tables[row], int(lens[row]), int(new[row]))
+
     def pages(self, seq_id: Hashable) -> list[int]:
         """The pages of a sequence, global ids in the order of its tokens."""
         return list(self._get(seq_id).pages)
@@ -277,6 +312,38 @@ class PageAllocator:
             f"PageAllocator({len(self._sequences)} sequences, {self.num_free()} of "
             f"{self.num_pages} pages of {self.page_size} tokens free)"
         )
+
+    def _check_row(
+        self,
+        row: int,
+        seq_id: Hashable,
+        sequence: "_Sequence | None",
+        table: np.ndarray,
+        context_len: int,
+        query_len: int,
+    ) -> None:
+        """Checks a row of a table; see `validate_tables`."""
+        held = min(sequence.num_tokens if sequence else 0, len(table) * self.page_size)
+        if not 0 <= query_len <= context_len <= held:
+            raise ValueError(
+                f"row {row}: {query_len} new tokens of {context_len} must be in [0, {held}], what "
+                f"sequence {seq_id!r} and the row hold; extend the sequence, or widen the table"
+            )
+        first_written = (context_len - query_len) // self.page_size if query_len else len(table)
+        pages = sequence.pages[: -(-context_len // self.page_size)] if sequence else []
+        for entry, (page, actual) in enumerate(zip(pages, table.tolist(), strict=False)):
+            if actual != page:
+                owners = [name for name, other in self._sequences.items() if actual in other.pages]
+                whose = f"of sequence {owners[0]!r}" if owners else "free, or none"
+                raise ValueError(
+                    f"row {row}, entry {entry}: page id {actual} ({whose}) must be {page}, which "
+                    f"sequence {seq_id!r} has there; take tables from block_tables()"
+                )
+            if entry >= first_written and self._refcounts[page] > 1:
+                raise ValueError(
+                    f"row {row}, entry {entry}: sequence {seq_id!r} writes to page {page}, which "
+                    f"{self._refcounts[page]} sequences share; fork it before those tokens"
+                )
 
     def _grow(self, seq_id: Hashable, sequence: "_Sequence", num_tokens: int) -> list[int]:
         """Adds tokens and the pages for them, or raises before anything has changed."""

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from . import descriptor
 from .arguments import array, integer, shown
 from .page_format import PACKED_ROW, Axis, KVLayout, KVLayoutName, PageFormat
 from .shard_layout import ShardLayout, Split
@@ -224,6 +225,10 @@ class PagedKVCache:
     def replace(self, arrays: Iterable[Any]) -> "PagedKVCache":
         """The same with other arrays."""
         return dataclasses.replace(self, arrays=tuple(arrays))
+
+    def describe(self) -> dict[str, Any]:
+        """Where the bytes of each page are, as JSON takes it; see `shardpage.descriptor`."""
+        return descriptor.describe(self)
 
     def bytes_per_device(self) -> int:
         """Bytes of keys and values on each device."""

@@ -48,6 +48,7 @@ test_sharding.py::test_pages_may_lie_on_any_context_shard[window-*]
 test_sharding.py::test_gradients_do_not_depend_on_the_mesh
 test_sharding.py::test_small_partials_merge_in_one_collective_on_gpus[data=2,kv=2,context=2]
 test_sharding.py::test_large_partials_merge_in_two_on_gpus
+test_transfer.py::test_running_sequences_go_on_elsewhere[mixed-*]
 test_meshes.py::TestPlanHeads::test_works_end_to_end[{heads1,heads2}-*]
 test_meshes.py::TestPlanHeads::test_eight_heads_on_sixteen_devices
 

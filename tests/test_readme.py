@@ -21,7 +21,7 @@ LINKS = [
 ]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["one device", "mesh"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["one device", "mesh", "step"])
 def test_examples_run_as_they_stand(example, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=120

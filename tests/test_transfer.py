@@ -1,0 +1,318 @@
+"""Pages move between caches of unlike meshes and layouts, bit by bit; a description finds them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import meshes
+from shardpage import (
+    PageAllocator,
+    PagedKVCache,
+    ShardLayout,
+    attend,
+    make_plan,
+    page_ranges,
+    read_pages,
+    write_pages,
+)
+
+from . import steps
+from .cases import build_mesh
+
+BITS = {2: np.uint16, 4: np.uint32}
+
+
+def make_cache(spec=None, num_pages=16, num_kv_heads=4, page_size=8, head_dim=64, **options):
+    """A cache whose every bit is drawn: NaN, -0 and infinity among its values."""
+    mesh = None if spec is None else build_mesh(spec)
+    options = {"dtype": jnp.float32, "kv_layout": "blocks_first"} | options
+    sizes = (num_pages, num_kv_heads, page_size, head_dim)
+    cache = PagedKVCache.zeros(*sizes, mesh=mesh, **options)
+    rng = np.random.default_rng(num_pages)
+
+    def draw(array):
+        kind = BITS[array.dtype.itemsize]
+        bits = rng.integers(0, np.iinfo(kind).max, array.shape, kind, endpoint=True)
+        return jax.device_put(bits.view(array.dtype), array.sharding)
+
+    return jax.tree.map(draw, cache), mesh
+
+
+def content(cache):
+    """[layers, pages, 2, heads, page_size, head_dim] as integers, by NumPy alone."""
+    arrays = [np.asarray(x) for x in cache.arrays]
+    arrays = [x.view(BITS[x.dtype.itemsize]) for x in arrays]
+    if cache.num_layers is None:
+        arrays = [np.expand_dims(x, cache.layout.value.pages) for x in arrays]
+    if cache.kv_layout == "heads_first":  # [heads, layers, pages, rows, row]
+        arrays = [x.transpose(1, 2, 0, 3, 4) for x in arrays]
+    both = arrays[0] if cache.kv_layout == "fused" else np.stack(arrays, axis=2)
+    return both.reshape(*both.shape[:4], -1, cache.head_dim)
+
+
+def bits(pages):
+    pages = np.asarray(pages)
+    return pages.view(BITS[pages.dtype.itemsize])
+
+
+# From and to: mesh, and what the cache is.
+MOVES = {
+    "one_device": ((None, {}), (None, {})),
+    "layouts": ((None, {"kv_layout": "heads_first"}), (None, {"kv_layout": "fused"})),
+    "packed": ((None, {"packed": True}), (None, {"kv_layout": "heads_first"})),
+    "into_packed": ((None, {"kv_layout": "fused"}), (None, {"kv_layout": "fused", "packed": True})),
+    "meshes": (("data=2,context=4", {}), ("kv=4", {"kv_layout": "heads_first"})),
+    "layers": (
+        ("data=2,kv=2,context=2", {"num_layers": 3, "kv_layout": "heads_first"}),
+        ("context=8", {"num_layers": 3, "kv_layout": "fused"}),
+    ),
+    "bfloat16": (
+        ("kv=2,context=4", {"dtype": jnp.bfloat16, "num_layers": 2}),
+        ("data=8", {"dtype": jnp.bfloat16, "num_layers": 2, "kv_layout": "heads_first"}),
+    ),
+    "float16": ((None, {"dtype": jnp.float16}), ("kv=4,data=2", {"dtype": jnp.float16})),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_every_bit_arrives_and_no_other_changes(move):
+    (spec, options), (to_spec, to_options) = MOVES[move]
+    source, mesh = make_cache(spec, num_pages=16, **options)
+    target, to_mesh = make_cache(to_spec, num_pages=24, **to_options)
+    ids, to_ids = [3, 15, 0, 9, 6], [11, 2, 23, -1, 17]
+    expected = content(target).copy()
+    expected[:, [11, 2, 23, 17]] = content(source)[:, [3, 15, 0, 6]]
+    before = content(source)
+    pages = read_pages(source, ids, mesh=mesh)
+    np.testing.assert_array_equal(bits(pages), before[:, ids])
+    target = write_pages(target, to_ids, pages, mesh=to_mesh)
+    np.testing.assert_array_equal(content(target), expected)
+    np.testing.assert_array_equal(content(source), before)
+
+
+def test_by_way_of_the_host():
+    source, mesh = make_cache("kv=2,context=4", dtype=jnp.bfloat16)
+    target, _ = make_cache(None, dtype=jnp.bfloat16, kv_layout="fused")
+    expected = content(target).copy()
+    expected[:, [8, 1]] = content(source)[:, [4, 5]]
+    pages = np.asarray(read_pages(source, [4, 5], mesh=mesh))
+    np.testing.assert_array_equal(content(write_pages(target, [8, 1], pages)), expected)
+
+
+def test_padding_is_read_as_zeros_on_every_mesh():
+    source, mesh = make_cache("data=2,context=4")
+    assert not bits(read_pages(source, [-1, 5, -1], mesh=mesh))[:, [0, 2]].any()
+    assert read_pages(source, [], mesh=mesh).shape == (1, 0, 2, 4, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "kv_layout"),
+    [
+        ("decoding", "kv=4", "heads_first"),
+        ("mixed", "kv=4", "heads_first"),
+        ("mixed", "kv=2,context=2,data=2", "fused"),
+    ],
+)
+def test_running_sequences_go_on_elsewhere(name, spec, kv_layout):
+    """From data=2,context=4 to another mesh and layout, other page ids: the same attention."""
+    mesh, to_mesh = build_mesh("data=2,context=4"), build_mesh(spec)
+    inputs = steps.make(steps.named(name), num_seq_shards=2, num_context_shards=4)
+    source = place(
+        PagedKVCache.of(
+            inputs.key_cache, inputs.value_cache, kv_layout="blocks_first", head_dim=64
+        ),
+        mesh,
+    )
+    step, shards = inputs.step, ShardLayout.of(to_mesh).shards(to_mesh)
+    target = PagedKVCache.zeros(160, 4, 8, 64, dtype=jnp.float32, kv_layout=kv_layout, mesh=to_mesh)
+    target = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), target)
+    allocator = PageAllocator(160, 8, num_seq_shards=shards.seqs, num_context_shards=shards.context)
+    num_seqs, source_ids, target_ids = len(step.seqs), [], []
+    for seq, length in enumerate(inputs.context_lens.tolist()):
+        shard = seq * shards.seqs // num_seqs
+        allocator.allocate(("between", seq), 8 * seq, shard)  # so that ids are not those of before
+        target_ids += allocator.allocate(seq, length, shard)
+        source_ids += inputs.block_tables[seq, : -(-length // 8)].tolist()
+    pages = read_pages(source, source_ids, mesh=mesh)
+    target = write_pages(target, target_ids, pages, mesh=to_mesh)
+    tables = allocator.block_tables(range(num_seqs), max_blocks=12)
+    arrays = (inputs.context_lens, tables, None if name == "decoding" else inputs.query_lens)
+    sizes = {"num_heads": step.num_heads, "num_queries": step.num_queries * shards.seqs}
+    plan = make_plan(target, *arrays, mesh=to_mesh, **sizes)
+    rows = query_rows(inputs, shards.seqs)
+    query = np.zeros((sizes["num_queries"], *inputs.query.shape[1:]), np.float32)
+    query[rows] = inputs.query[query_rows(inputs, 2)]
+    out, lse = attend(jnp.asarray(query), target, plan, return_lse=True)
+    exact_out, exact_lse = steps.exact(inputs)
+    for actual, exact in ((out, exact_out), (lse, exact_lse)):
+        exact = exact[query_rows(inputs, 2)]
+        assert np.isfinite(exact).all()
+        np.testing.assert_allclose(np.asarray(actual)[rows], exact, rtol=2e-5, atol=2e-6)
+
+
+def place(cache, mesh):
+    sharding = jax.NamedSharding(mesh, cache.spec(ShardLayout.of(mesh)))
+    return jax.tree.map(lambda x: jax.device_put(x, sharding), cache)
+
+
+def query_rows(inputs, num_seq_shards):
+    """The rows that hold tokens, sequence by sequence, for so many shards."""
+    counts = inputs.query_lens.reshape(num_seq_shards, -1).sum(axis=1)
+    first = inputs.step.num_queries * np.arange(num_seq_shards)
+    return np.concatenate([np.arange(a, a + n) for a, n in zip(first, counts, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("spec", [None, "data=2,kv=2,context=2"])
+def test_memory_is_that_of_the_pages_and_not_of_the_cache(spec, dtype):
+    """Compiled: a cache of sixteen times the pages needs no more, and writing is in place."""
+    mesh = build_mesh(spec) if spec else None
+    ids, temps = [3, 60, 5], []
+    for num_pages in (64, 1024):
+        cache = PagedKVCache.abstract(
+            num_pages, 4, 16, 64, dtype=dtype, num_layers=2, kv_layout="heads_first", mesh=mesh
+        )
+        pages = jax.ShapeDtypeStruct((2, len(ids), 2, 4, 16, 64), dtype)
+        read = jax.jit(lambda cache: read_pages(cache, ids, mesh=mesh))
+        write = jax.jit(lambda cache, x: write_pages(cache, ids, x, mesh=mesh), donate_argnums=0)
+        memory = [
+            lowered.compile().memory_analysis()
+            for lowered in (read.lower(cache), write.lower(cache, pages))
+        ]
+        assert memory[1].alias_size_in_bytes == cache.bytes_per_device()
+        temps.append([each.temp_size_in_bytes for each in memory])
+    moved = np.prod(pages.shape) * pages.dtype.itemsize
+    assert max(temps[1]) < 2 * moved
+    assert np.subtract(*temps[::-1]).max() < 8 * 1024  # an int per page of the cache, at most
+
+
+def test_writing_on_a_tpu_is_in_place():
+    """Compiled for v6e: rows packed to 128 elements, layers, two ways of splitting."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: shardpage[tpu]")
+    devices = np.array(meshes.topology("v6e:2x2").devices.flat[:4]).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "kv"))
+    cache = PagedKVCache.abstract(512, 8, 16, 64, num_layers=2, mesh=mesh)
+    pages = jax.ShapeDtypeStruct((2, 6, 2, 8, 16, 64), jnp.bfloat16)
+    write = jax.jit(
+        lambda cache, pages: write_pages(cache, range(6), pages, mesh=mesh),
+        donate_argnums=0,
+        out_shardings=cache.array_formats,
+    )
+    memory = write.lower(cache, pages).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == cache.bytes_per_device()
+    assert memory.temp_size_in_bytes < np.prod(pages.shape) * 2
+
+
+DESCRIBED = {
+    "plain": (None, {}),
+    "fused_of_layers": ("data=2,kv=2,context=2", {"kv_layout": "fused", "num_layers": 3}),
+    "packed": ("context=8", {"packed": True}),
+    "heads_first_of_layers": ("kv=2,context=4", {"kv_layout": "heads_first", "num_layers": 2}),
+    "bfloat16": ("data=8", {"dtype": jnp.bfloat16, "kv_layout": "fused", "packed": True}),
+    "heads_first": ("data=2,kv=4", {"kv_layout": "heads_first", "dtype": jnp.float16}),
+}
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_the_description_leads_to_the_bytes_of_each_page(name):
+    spec, options = DESCRIBED[name]
+    cache, _ = make_cache(spec, num_pages=16, **options)
+    description = json.loads(json.dumps(cache.describe()))
+    buffers = {
+        (number, shard.device.id): np.asarray(shard.data).tobytes()
+        for number, array in enumerate(cache.arrays)
+        for shard in array.addressable_shards
+    }
+    assert sum(shard["nbytes"] for shard in description["shards"]) == sum(
+        map(len, buffers.values())
+    )
+    exact = content(cache)
+    for layer in range(cache.num_layers or 1):
+        for page in range(16):
+            heads_found = []
+            for piece in page_ranges(description, page, layer):
+                found = b"".join(
+                    buffers[at["array"], piece["device"]["id"]][at["offset"] :][: at["length"]]
+                    for at in piece["ranges"]
+                )
+                first, stop = piece["kv_heads"]
+                assert found == exact[layer, page, :, first:stop].tobytes()
+                assert piece["replica"] == 0
+                heads_found += range(first, stop)
+            assert sorted(heads_found) == list(range(4))
+
+
+def test_the_descriptions_formula_leads_to_each_token():
+    cache, _ = make_cache("kv=2,context=4", num_layers=2, kv_layout="heads_first", packed=True)
+    description, exact = cache.describe(), content(cache)
+    page, layer, head, token, kv = 9, 1, 3, 5, 1
+    for shard in description["shards"]:
+        (first, stop), (first_head, stop_head) = shard["pages"], shard["kv_heads"]
+        if shard["holds"] == ["value"] and first <= page < stop and first_head <= head < stop_head:
+            strides = shard["strides"]
+            at = layer * strides["layer"] + (page - first) * strides["page"]
+            at += (head - first_head) * strides["kv_head"] + token * strides["token"]
+            (data,) = (
+                np.asarray(each.data).tobytes()
+                for each in cache.arrays[shard["array"]].addressable_shards
+                if each.device.id == shard["device"]["id"]
+            )
+            assert data[at:][: 64 * 4] == exact[layer, page, kv, head, token].tobytes()
+            break
+    else:
+        pytest.fail("no shard has the page")
+
+
+def test_replicas_are_numbered():
+    layout = ShardLayout(seqs=None, heads="kv", context=None)
+    cache = PagedKVCache.abstract(
+        4, 4, 8, 64, kv_layout="fused", mesh=build_mesh("data=2,kv=4"), layout=layout
+    )
+    pieces = page_ranges(cache.describe(), 2)
+    assert [(p["replica"], p["kv_heads"]) for p in sorted(pieces, key=lambda p: p["replica"])] == [
+        (replica, [head, head + 1]) for replica in range(2) for head in range(4)
+    ]
+
+
+PAGES = np.zeros((1, 2, 2, 4, 8, 64), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("ids", "pages", "message"),
+    [
+        ([3, 16], PAGES, "page_ids holds 16; the cache has pages 0 to 15, and -1 is padding"),
+        ([3, -2], PAGES, "page_ids holds -2"),
+        ([3, 3], PAGES, "page_ids names page 3 twice; name each page once"),
+        ([3, 1.5], PAGES, "page_ids must hold integers"),
+        ([[3, 4]], PAGES, r"page_ids must be \[num_pages\]"),
+        ([3], PAGES, r"pages has shape .*; this cache takes \(1, 1, .*len\(page_ids\)=1"),
+        ([3, 4], np.zeros((2, 2, 2, 4, 8, 64), np.float32), "takes .*: num_layers=1, "),
+        ([3, 4], np.zeros((1, 2, 2, 4, 8, 80), np.float32), "takes .* head_dim=64"),
+        ([3, 4], PAGES.astype(np.float16), r"dtype float16, .* pages.astype\('float32'\)"),
+        ([3, 4], None, "pages must be an array; got NoneType"),
+    ],
+)
+def test_refuses(ids, pages, message):
+    cache, _ = make_cache()
+    with pytest.raises(ValueError, match=message):
+        write_pages(cache, ids, pages)
+
+
+def test_refuses_what_is_no_such_cache():
+    cache, mesh = make_cache("kv=4")
+    with pytest.raises(ValueError, match=r"the cache is spread over .*; pass mesh= as well"):
+        read_pages(cache, [1])
+    with pytest.raises(ValueError, match="cache must be a PagedKVCache"):
+        read_pages(cache.key, [1], mesh=mesh)
+    with pytest.raises(ValueError, match="page_ids is traced; it is looked at on the host"):
+        jax.jit(lambda ids: read_pages(cache, ids, mesh=mesh))(jnp.arange(2))
+    with pytest.raises(ValueError, match="page=16 is none of the cache's, 0 to 15"):
+        page_ranges(cache.describe(), 16)
+    host = PagedKVCache.of(PAGES[0], kv_layout="fused", head_dim=64)
+    with pytest.raises(ValueError, match="the cache is on no devices that could be described"):
+        host.describe()
+    with pytest.raises(ValueError, match=r"describe it outside of jax.jit"):
+        jax.jit(lambda cache: cache.describe())(cache)
