@@ -16,7 +16,7 @@ from ..partial import Partial
 from ..plan import Reads, Writes
 
 # Imported when first used: Pallas takes a second.
-_MODULES = {"xla": ".xla", "pallas_tpu": ".pallas_tpu"}
+_MODULES = {"xla": ".xla", "pallas_tpu": ".pallas_tpu", "pallas_gpu": ".pallas_gpu"}
 _PLATFORM_DEFAULTS: dict[str, BackendName] = {"tpu": "pallas_tpu"}
 
 # Backends whose kernels can run in an interpreter, which they do where there is no TPU.

@@ -1,0 +1,5 @@
+"""The GPU backend: Pallas Mosaic GPU kernels for Hopper. See README.md."""
+
+from .attend import attend as attend
+from .attend import prepare as prepare
+from .write import write as write
