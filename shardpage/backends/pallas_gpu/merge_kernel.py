@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .config import Config
 from .mosaic import WARPGROUP, load
+from .softmax import LOG2E
 
 _AT_ONCE = 8  # parts that are on their way together
 _FLAT = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)
@@ -82,7 +83,7 @@ def _merge(share: jax.Array, count: jax.Array, lse_of: Any, value_of: Any) -> tu
 
 def _lse(peak: jax.Array, total: jax.Array) -> jax.Array:
     none = total == 0.0
-    log = jnp.log(jnp.where(none, 1.0, total)) * (1 / jnp.log(2.0))
+    log = jnp.log(jnp.where(none, 1.0, total)) * LOG2E
     return jnp.where(none, -jnp.inf, peak + log)
 
 
