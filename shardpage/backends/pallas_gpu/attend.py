@@ -124,7 +124,7 @@ def _merged(
     config: Config, tuning: Tuning, outputs: attend_kernel.Outputs
 ) -> tuple[jax.Array, jax.Array]:
     """The results, with the units that were cut between shares merged."""
-    flat = lambda x: x.reshape(x.shape[0], -1, WARPGROUP)
+    flat = lambda x: x.reshape(x.shape[0], -1, config.merge_width)
     out, lse = in_place(
         functools.partial(merge_kernel.kernel, config=config),
         [flat(outputs.out), outputs.lse],

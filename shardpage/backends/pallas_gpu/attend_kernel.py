@@ -54,6 +54,7 @@ class Scratch(NamedTuple):
     key_full: Any
     value_full: Any
     free: Any
+    turn: Any = None  # where two warpgroups attend
     weights: Any = None
 
 
@@ -94,6 +95,7 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         key_full=barrier(pieces, config.stages),
         value_full=barrier(pieces, config.stages),
         free=barrier(config.consumers, config.stages),
+        turn=barrier(config.consumers, 1) if config.consumers > 1 else None,
         # The interpreter has no matmul of an operand in registers.
         weights=tiled(*wave, config.block_tokens) if interpreted else None,
     )
@@ -167,10 +169,11 @@ class Kernel:
         start, stop = tiles.start[segment.tile], tiles.stop[segment.tile]
         row = segment.tile if tiles.row is None else tiles.row[segment.tile]
         first_page, last_page = (lax.div(x, jnp.int32(page_size)) for x in (start, stop - 1))
-        token = (first_block(config, start) + segment.block + i) * config.block_tokens
-        tokens = [token + j * piece for j in range(config.block_tokens // piece)]
+        per_block, per_page = config.block_tokens // piece, jnp.int32(page_size // piece)
+        block = first_block(config, start) + segment.block + i
+        pieces = [block * per_block + j for j in range(per_block)]
         # Tokens that are not read are of pages that may not be looked up: a page that is serves.
-        pages = [jnp.clip(lax.div(t, jnp.int32(page_size)), first_page, last_page) for t in tokens]
+        pages = [jnp.clip(lax.div(number, per_page), first_page, last_page) for number in pieces]
         ids = [inputs.ids[row, page] for page in pages]
         slot = lax.rem(segment.step + i, jnp.int32(config.stages))
 
@@ -182,15 +185,16 @@ class Kernel:
             (0, scratch.key, scratch.key_full),
             (1, scratch.value, scratch.value_full),
         ):
-            for j, (page, t) in enumerate(zip(ids, tokens, strict=True)):
-                source = self.page(which, page, segment.head, lax.rem(t, jnp.int32(page_size)))
+            for j, (page, number) in enumerate(zip(ids, pieces, strict=True)):
+                source = self.piece(which, page, segment.head, lax.rem(number, per_page))
                 part = target.at[slot, pl.ds(j * piece, piece)]
                 plgpu.copy_gmem_to_smem(source, part, full.at[slot])
 
-    def page(self, which: int, page: jax.Array, head: jax.Array, first: jax.Array) -> Any:
+    def piece(self, which: int, page: jax.Array, head: jax.Array, number: jax.Array) -> Any:
         """Keys (0) or values (1) of one piece of a page."""
         page_format, piece = self.config.format, self.config.piece_tokens
-        rows = slice(None) if piece == page_format.page_size else pl.ds(first, piece)
+        whole = piece == page_format.page_size
+        rows = slice(None) if whole else pl.ds(number * piece, piece)
         index = page_format.page_at(page, head, rows)
         if page_format.fused:
             return self.inputs.arrays[0].at[index[0], which, *index[2:]]
@@ -209,7 +213,9 @@ class Kernel:
         plgpu.barrier_wait(scratch.query_full.at[slot])
         step = lambda i, state: self.attend_block(segment, i, state, query, warpgroup)
         state = softmax.nothing(config.value_chunks, config.value_chunk)
+        pl.when(warpgroup == 1)(self.take_turns)
         state = lax.fori_loop(0, segment.count, step, state)
+        pl.when(warpgroup == 0)(self.take_turns)
         plgpu.barrier_arrive(scratch.query_free.at[slot])
 
         sums, lse = softmax.mean(state)
@@ -241,11 +247,12 @@ class Kernel:
         sticks_out = lambda start, stop: (first < start) | (first + config.block_tokens > stop)
 
         plgpu.barrier_wait(scratch.key_full.at[slot])
-        logits = self.logits(softmax.products(query, scratch.key.at[slot]))
+        logits = self.logits(softmax.products(query, scratch.key.at[slot], self.take_turns))
         mask = lambda logits: softmax.seen(logits, first, *self.own_span(tile, warpgroup))
         logits = lax.cond(sticks_out(all_start, all_stop), mask, lambda logits: logits, logits)
         state, weights = softmax.weigh(state, logits)
         weights = weights.astype(config.format.dtype)
+        self.take_turns()
         plgpu.barrier_wait(scratch.value_full.at[slot])
 
         @pl.when(sticks_out(start, stop))
@@ -256,6 +263,12 @@ class Kernel:
         state = softmax.add_values(state, weights, scratch.value.at[slot], stage)
         plgpu.barrier_arrive(scratch.free.at[slot])
         return state
+
+    def take_turns(self) -> None:
+        """Lets the other warpgroup's matmuls run under this one's softmax, and the reverse."""
+        if self.scratch.turn is not None:
+            plgpu.barrier_arrive(self.scratch.turn)
+            plgpu.barrier_wait(self.scratch.turn)
 
     def own_span(self, tile: jax.Array, warpgroup: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What this warpgroup's queries read: all of them the same, or each row its own."""

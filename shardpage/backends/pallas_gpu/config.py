@@ -60,6 +60,12 @@ class Config:
         return _round_up(rows, WARPGROUP // math.gcd(self.format.value_dim, WARPGROUP))
 
     @property
+    def merge_width(self) -> int:
+        """Elements of a unit that one CTA merges: one a thread, or four where there are many."""
+        elements = self.out_rows * self.format.value_dim
+        return 4 * WARPGROUP if self.rows > MMA_ROWS else math.gcd(elements, WARPGROUP)
+
+    @property
     def num_units(self) -> int:
         return self.num_tiles * self.format.num_kv_heads
 
@@ -88,11 +94,10 @@ def configure(page_format: PageFormat, num_heads: int, reads: Reads, tuning: Tun
         )
     num_queries, num_rows = reads.start.shape[0], reads.ids.shape[0]
     if reads.row is None:
-        tile_queries, num_tiles = 1, num_queries
+        tile_queries, num_tiles, fold = 1, num_queries, _fold(page_format, group, num_queries)
     else:
-        tile_queries = _tile_queries(num_queries, num_rows, group)
+        tile_queries, fold = _tile_queries(num_queries, num_rows, group), 1
         num_tiles = _most_tiles(num_queries, num_rows, tile_queries)
-    fold = _fold(page_format, tile_queries * group, num_tiles)
     config = Config(
         page_format, group, tile_queries, num_tiles, fold, 0, 0, 0, 0, tuning.num_splits,
         num_sms(tuning),
@@ -155,15 +160,15 @@ def _most_tiles(num_queries: int, num_rows: int, tile_queries: int) -> int:
     return min((num_queries + runs * (tile_queries - 1)) // tile_queries, num_queries)
 
 
-def _fold(page_format: PageFormat, rows: int, num_tiles: int) -> int:
+def _fold(page_format: PageFormat, group: int, num_queries: int) -> int:
     """Units whose rows lie side by side in the query array and fill what one copy brings.
 
     Shared memory is copied from and to whole tiles of 8 rows, so fewer queries of a unit come with
     those of its neighbours. Elsewhere they would be padded, which is a kernel of its own.
     """
-    fold = _TILED_ROWS // rows if rows < _TILED_ROWS else 1
-    fits = fold * rows == _TILED_ROWS and num_tiles * page_format.num_kv_heads % fold == 0
-    aligned = rows * page_format.value_dim * 4 % _COPY_BYTES == 0
+    fold = max(1, _TILED_ROWS // group)
+    fits = fold * group == _TILED_ROWS and num_queries * page_format.num_kv_heads % fold == 0
+    aligned = group * page_format.value_dim * 4 % _COPY_BYTES == 0
     return fold if fits and aligned else 1
 
 
@@ -174,12 +179,10 @@ def _fit(config: Config, tuning: Tuning) -> Config:
     if tuning.pages_per_block is not None:
         asked = tuning.pages_per_block * config.format.page_size
         block_tokens = min(block_tokens, 64 if asked <= 64 else 128)
-    chunks = [c for c in (128, 112, 96, 80, 64, 48, 32, 16) if config.format.value_dim % c == 0]
-    chunks = [c for c in chunks if c == config.format.value_dim or c % 64 == 0] or chunks
     stage_bytes = block_tokens * (dim + config.format.value_dim) * 2
     stages = max(2, _IN_FLIGHT_BYTES // stage_bytes)
-    for value_chunk in chunks:
-        for query_slots in (2, 1):
+    for query_slots in (2, 1):
+        for value_chunk in _value_chunks(config.format.value_dim):
             sized = dataclasses.replace(
                 config, block_tokens=block_tokens, stages=stages, query_slots=query_slots,
                 value_chunk=value_chunk,
@@ -190,6 +193,12 @@ def _fit(config: Config, tuning: Tuning) -> Config:
         f"tiles of {config.rows} rows and blocks of {block_tokens} tokens of head_dim={dim} do not "
         f"fit the {SMEM_BYTES} bytes of shared memory; use backend='xla'"
     )
+
+
+def _value_chunks(dim: int) -> list[int]:
+    """Columns that may be summed, and leave, at a time; widest first."""
+    columns = swizzle_bytes(dim) // 2
+    return [chunk for chunk in range(dim, 0, -columns) if dim % chunk == 0]
 
 
 def query_smem_rows(config: Config) -> int:

@@ -5,6 +5,7 @@ Logits are kept in base 2, where an exponential is one instruction.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from .mosaic import MMA_ROWS, load
 WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)
 LOG2E = math.log2(math.e)
-_LOWEST = -3e38  # a peak before any logit; -inf would be NaN in a difference of two
+LOWEST = -3e38  # a peak before any logit; -inf would be NaN in a difference of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +62,18 @@ def nothing(num_chunks: int, chunk: int) -> State:
         jnp.full(shape, value, jnp.float32), layout
     )
     zeros = tuple(full((MMA_ROWS, chunk), 0.0, WGMMA) for _ in range(num_chunks))
-    return State(full((MMA_ROWS,), _LOWEST, ROWS), full((MMA_ROWS,), 0.0, ROWS), zeros)
+    return State(full((MMA_ROWS,), LOWEST, ROWS), full((MMA_ROWS,), 0.0, ROWS), zeros)
 
 
-def products(query_ref: Any, key_ref: Any) -> jax.Array:
-    """Queries times keys, `[64, tokens]` in float32."""
-    return _product(query_ref, key_ref.transpose((1, 0)))
+def products(query_ref: Any, key_ref: Any, meanwhile: Callable[[], None]) -> jax.Array:
+    """Queries times keys, `[64, tokens]` in float32; calls `meanwhile` when that is under way."""
+    return _product(query_ref, key_ref.transpose((1, 0)), meanwhile)
 
 
-def _product(a: Any, b_ref: Any) -> jax.Array:
+def _product(a: Any, b_ref: Any, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
     def multiply(acc_ref):
         plgpu.wgmma(acc_ref, a, b_ref)
+        meanwhile()
         return acc_ref[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((MMA_ROWS, b_ref.shape[1]), jnp.float32))
