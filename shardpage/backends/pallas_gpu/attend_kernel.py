@@ -54,7 +54,6 @@ class Scratch(NamedTuple):
     key_full: Any
     value_full: Any
     free: Any
-    turn: Any = None  # where two warpgroups attend
     weights: Any = None
 
 
@@ -95,7 +94,6 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         key_full=barrier(pieces, config.stages),
         value_full=barrier(pieces, config.stages),
         free=barrier(config.consumers, config.stages),
-        turn=barrier(config.consumers, 1) if config.consumers > 1 else None,
         # The interpreter has no matmul of an operand in registers.
         weights=tiled(*wave, config.block_tokens) if interpreted else None,
     )
@@ -213,9 +211,7 @@ class Kernel:
         plgpu.barrier_wait(scratch.query_full.at[slot])
         step = lambda i, state: self.attend_block(segment, i, state, query, warpgroup)
         state = softmax.nothing(config.value_chunks, config.value_chunk)
-        pl.when(warpgroup == 1)(self.take_turns)
         state = lax.fori_loop(0, segment.count, step, state)
-        pl.when(warpgroup == 0)(self.take_turns)
         plgpu.barrier_arrive(scratch.query_free.at[slot])
 
         sums, lse = softmax.mean(state)
@@ -247,12 +243,11 @@ class Kernel:
         sticks_out = lambda start, stop: (first < start) | (first + config.block_tokens > stop)
 
         plgpu.barrier_wait(scratch.key_full.at[slot])
-        logits = self.logits(softmax.products(query, scratch.key.at[slot], self.take_turns))
+        logits = self.logits.in_base_2(softmax.products(query, scratch.key.at[slot]))
         mask = lambda logits: softmax.seen(logits, first, *self.own_span(tile, warpgroup))
         logits = lax.cond(sticks_out(all_start, all_stop), mask, lambda logits: logits, logits)
-        state, weights = softmax.weigh(state, logits)
+        state, weights = softmax.weigh(state, logits, self.logits.factor)
         weights = weights.astype(config.format.dtype)
-        self.take_turns()
         plgpu.barrier_wait(scratch.value_full.at[slot])
 
         @pl.when(sticks_out(start, stop))
@@ -263,12 +258,6 @@ class Kernel:
         state = softmax.add_values(state, weights, scratch.value.at[slot], stage)
         plgpu.barrier_arrive(scratch.free.at[slot])
         return state
-
-    def take_turns(self) -> None:
-        """Lets the other warpgroup's matmuls run under this one's softmax, and the reverse."""
-        if self.scratch.turn is not None:
-            plgpu.barrier_arrive(self.scratch.turn)
-            plgpu.barrier_wait(self.scratch.turn)
 
     def own_span(self, tile: jax.Array, warpgroup: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What this warpgroup's queries read: all of them the same, or each row its own."""

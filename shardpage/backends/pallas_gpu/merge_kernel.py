@@ -17,7 +17,8 @@ from .config import Config
 from .mosaic import WARPGROUP, load
 from .softmax import LOG2E, LOWEST
 
-_AT_ONCE = 8  # parts that are on their way together
+# Parts that are on their way together, by elements a thread. Large units have few parts.
+_AT_ONCE = {1: 8, 4: 2}
 
 
 def grid(config: Config) -> tuple[int, int]:
@@ -68,11 +69,13 @@ def _merge(
 ) -> tuple[Any, Any, Any]:
     """Sums of values and of weights, relative to the peak, element by element."""
 
+    at_once = _AT_ONCE[width // WARPGROUP]
+
     def some(number, carry):
         sums, peak, total = carry
         loaded = []
-        for i in range(_AT_ONCE):
-            which = number * _AT_ONCE + i
+        for i in range(at_once):
+            which = number * at_once + i
             part = 2 * (share + jnp.minimum(which, count - 1)) + (which == 0).astype(jnp.int32)
             beyond = jnp.where(which < count, 0.0, -jnp.inf)  # the last part again: to be ignored
             loaded.append((lse_of(part) + beyond, value_of(part)))
@@ -86,7 +89,7 @@ def _merge(
                 sums += jnp.where(lse == -jnp.inf, 0.0, weight * value)
         return sums, next_peak, total
 
-    rounds = lax.div(count + (_AT_ONCE - 1), jnp.int32(_AT_ONCE))
+    rounds = lax.div(count + (at_once - 1), jnp.int32(at_once))
     init = (_full(width, 0.0), _full(width, LOWEST), _full(width, 0.0))
     return lax.fori_loop(0, rounds, some, init)
 

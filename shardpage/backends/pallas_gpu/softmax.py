@@ -5,7 +5,6 @@ Logits are kept in base 2, where an exponential is one instruction.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,11 +33,18 @@ class Logits:
     def of(cls, attention: Attention, key_dim: int) -> "Logits":
         return cls(attention.scale_of(key_dim), attention.soft_cap)
 
-    def __call__(self, products: jax.Array) -> jax.Array:
-        """Scaled, soft-capped logits in base 2; NaN where one is not finite, which could else pass
-        for a masked one."""
+    @property
+    def factor(self) -> float:
+        """What turns `in_base_2` into logits in base 2; not negative, so it does not change their order."""
+        return 1.0 if self.soft_cap is not None or self.scale <= 0 else self.scale * LOG2E
+
+    def in_base_2(self, products: jax.Array) -> jax.Array:
+        """Scaled, soft-capped logits in base 2, but for `factor`.
+
+        NaN where one is not finite, which could else pass for a masked one.
+        """
         if self.soft_cap is None:
-            logits = products * (self.scale * LOG2E)
+            logits = products if self.scale > 0 else products * (self.scale * LOG2E)
             return logits + logits * 0.0
         ratio = products * (self.scale / self.soft_cap)
         ratio = ratio + ratio * 0.0
@@ -65,15 +71,14 @@ def nothing(num_chunks: int, chunk: int) -> State:
     return State(full((MMA_ROWS,), LOWEST, ROWS), full((MMA_ROWS,), 0.0, ROWS), zeros)
 
 
-def products(query_ref: Any, key_ref: Any, meanwhile: Callable[[], None]) -> jax.Array:
-    """Queries times keys, `[64, tokens]` in float32; calls `meanwhile` when that is under way."""
-    return _product(query_ref, key_ref.transpose((1, 0)), meanwhile)
+def products(query_ref: Any, key_ref: Any) -> jax.Array:
+    """Queries times keys, `[64, tokens]` in float32."""
+    return _product(query_ref, key_ref.transpose((1, 0)))
 
 
-def _product(a: Any, b_ref: Any, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
+def _product(a: Any, b_ref: Any) -> jax.Array:
     def multiply(acc_ref):
         plgpu.wgmma(acc_ref, a, b_ref)
-        meanwhile()
         return acc_ref[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((MMA_ROWS, b_ref.shape[1]), jnp.float32))
@@ -88,10 +93,10 @@ def seen(logits: jax.Array, first_token: jax.Array, start: jax.Array, stop: jax.
     return jnp.where((token >= start) & (token < stop), logits, -jnp.inf)
 
 
-def weigh(state: State, logits: jax.Array) -> tuple[State, jax.Array]:
+def weigh(state: State, logits: jax.Array, factor: float) -> tuple[State, jax.Array]:
     """Takes logits in; returns the weights of their values, relative to the new peak."""
-    peak = jnp.maximum(state.peak, logits.max(axis=1))
-    weights = jnp.exp2(logits - lax.broadcast_in_dim(peak, logits.shape, [0]))
+    peak = jnp.maximum(state.peak, logits.max(axis=1) * factor)
+    weights = jnp.exp2(logits * factor - lax.broadcast_in_dim(peak, logits.shape, [0]))
     shrink = jnp.exp2(state.peak - peak)
     sums = tuple(x * lax.broadcast_in_dim(shrink, x.shape, [0]) for x in state.sums)
     return State(peak, state.total * shrink + weights.sum(axis=1), sums), weights
