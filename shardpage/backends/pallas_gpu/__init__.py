@@ -2,4 +2,5 @@
 
 from .attend import attend as attend
 from .attend import prepare as prepare
+from .config import has as has
 from .write import write as write
