@@ -17,7 +17,7 @@ from ..plan import Reads, Writes
 
 # Imported when first used: Pallas takes a second.
 _MODULES = {"xla": ".xla", "pallas_tpu": ".pallas_tpu", "pallas_gpu": ".pallas_gpu"}
-# Kinds of GPU that have the instructions of `pallas_gpu`, as a part of the name that JAX gives them.
+# GPUs that have the instructions of `pallas_gpu`: a word of the name that JAX gives them.
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 # Backends whose kernels can run in an interpreter, which they do everywhere but on this platform.

@@ -20,9 +20,7 @@ from .softmax import LOG2E, Logits
 from .tiles import Tiles, Work, tile
 
 
-def prepare(
-    reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning
-) -> Work | None:
+def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Work | None:
     """Tiles the queries, where a row may have several; see `shardpage.backends`."""
     config = configure(page_format, num_heads, reads, tuning)
     return None if reads.row is None else tile(reads, config)

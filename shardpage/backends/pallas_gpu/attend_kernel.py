@@ -126,7 +126,9 @@ class Kernel:
             plgpu.set_max_registers(_ATTEND_REGISTERS[config.consumers], action="increase")
             self.outputs.cut[cta, 0] = -1
             self.no_part(share, cta, warpgroup)
-            self.for_each_segment(share, lambda segment: self.attend(segment, share, cta, warpgroup))
+            self.for_each_segment(
+                share, lambda segment: self.attend(segment, share, cta, warpgroup)
+            )
             plgpu.wait_smem_to_gmem(0)
 
     def for_each_segment(self, share: Share, body: Any) -> tuple[jax.Array, jax.Array]:
@@ -200,9 +202,7 @@ class Kernel:
 
     # Attending
 
-    def attend(
-        self, segment: Segment, share: Share, cta: jax.Array, warpgroup: jax.Array
-    ) -> None:
+    def attend(self, segment: Segment, share: Share, cta: jax.Array, warpgroup: jax.Array) -> None:
         """Attends with a unit's queries to the blocks of a segment, and stores the result."""
         config, scratch = self.config, self.scratch
         slot = lax.rem(segment.number, jnp.int32(config.query_slots))
@@ -219,11 +219,15 @@ class Kernel:
 
         @pl.when(segment.whole)
         def _():
-            self.store(self.outputs.out, self.outputs.lse, segment.unit, segment, sums, lse, warpgroup)
+            self.store(
+                self.outputs.out, self.outputs.lse, segment.unit, segment, sums, lse, warpgroup
+            )
 
         @pl.when(jnp.logical_not(segment.whole))
         def _():
-            self.store(self.outputs.part_out, self.outputs.part_lse, part, segment, sums, lse, warpgroup)
+            self.store(
+                self.outputs.part_out, self.outputs.part_lse, part, segment, sums, lse, warpgroup
+            )
 
         @pl.when(segment.begins & (segment.count < segment.num_blocks))
         def _():

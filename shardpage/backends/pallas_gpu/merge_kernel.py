@@ -27,7 +27,13 @@ def grid(config: Config) -> tuple[int, int]:
 
 
 def kernel(
-    part_out_ref: Any, part_lse_ref: Any, cut_ref: Any, out_ref: Any, lse_ref: Any, *, config: Config
+    part_out_ref: Any,
+    part_lse_ref: Any,
+    cut_ref: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    *,
+    config: Config,
 ) -> None:
     """`out` and `part_out` as `[units or parts, vectors, merge_width]`; `lse` as `[.., 128]`."""
     share, vector = lax.axis_index("share"), lax.axis_index("vector")

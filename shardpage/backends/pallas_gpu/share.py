@@ -1,8 +1,8 @@
-"""Which blocks of which units each CTA works on: equal shares of one flat list, found in the kernel.
+"""Which blocks of which units each CTA works on: equal shares of one flat list, found by itself.
 
-    CTA 0:  [unit 0: blocks 0 1 2] [unit 1: block 0]            unit 1 is cut: a part of it
-    CTA 1:  [unit 1: blocks 1 2 3] [unit 2: block 0]            whole units go straight to the result
-    CTA 2:  [unit 2: block 1] [unit 3: block 0] [unit 4: 0]
+    CTA 0:  [unit 0: blocks 0 1 2] [unit 1: block 0]          unit 1 is cut: a part of it
+    CTA 1:  [unit 1: blocks 1 2 3] [unit 2: block 0]          unit 2 as well
+    CTA 2:  [unit 2: block 1] [unit 3: block 0] [unit 4: 0]   units 3 and 4 go to the result
 
 At most two units of a share are cut: the one that it begins in and the one that it ends in. (The
 idea of Stream-K, Osama et al. 2023, applied to the keys of decode attention.)
@@ -151,7 +151,9 @@ def _num_blocks(config: Config, start_ref: Any, stop_ref: Any, tile: jax.Array) 
     return jnp.where(some, behind - first_block(config, start), 0)
 
 
-def _scan(config: Config, blocks_of: Callable[..., Any], step: Callable[..., Any], init: Any) -> Any:
+def _scan(
+    config: Config, blocks_of: Callable[..., Any], step: Callable[..., Any], init: Any
+) -> Any:
     """`step(carry, tile, blocks)` over all tiles."""
     at_once = min(_AT_ONCE, config.num_tiles)
 

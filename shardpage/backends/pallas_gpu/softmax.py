@@ -35,11 +35,11 @@ class Logits:
 
     @property
     def factor(self) -> float:
-        """What turns `in_base_2` into logits in base 2; not negative, so it does not change their order."""
+        """From what `in_base_2` returns to logits; above 0, so it does not change their order."""
         return 1.0 if self.soft_cap is not None or self.scale <= 0 else self.scale * LOG2E
 
     def in_base_2(self, products: jax.Array) -> jax.Array:
-        """Scaled, soft-capped logits in base 2, but for `factor`.
+        """Scaled, soft-capped logits in base 2, but for `factor`, which is cheaper with the peak.
 
         NaN where one is not finite, which could else pass for a masked one.
         """

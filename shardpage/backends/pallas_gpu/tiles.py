@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -69,8 +68,6 @@ def tile(reads: Reads, config: Config) -> Work:
     return Work(tiles, query, number - first[tile_of] + tile_of * config.tile_queries)
 
 
-def _by_row(
-    tokens: Int[Array, "tiles tile_queries"], config: Config
-) -> Int[Array, "tiles rows"]:
+def _by_row(tokens: Int[Array, "tiles tile_queries"], config: Config) -> Int[Array, "tiles rows"]:
     rows = jnp.repeat(tokens, config.group, axis=1)
     return jnp.pad(rows, ((0, 0), (0, config.consumers * MMA_ROWS - rows.shape[1])))

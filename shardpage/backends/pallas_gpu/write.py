@@ -38,9 +38,7 @@ def _write(
     cache, key, value, writes = vary_together(cache, key, value, writes)
     num_ctas = write_kernel.num_ctas(len(key), num_sms(tuning))
     return in_place(
-        functools.partial(
-            write_kernel.kernel, page_format=cache.format, num_pages=cache.num_pages
-        ),
+        functools.partial(write_kernel.kernel, page_format=cache.format, num_pages=cache.num_pages),
         cache.arrays,
         [key, value, *writes],
         grid=(num_ctas,),

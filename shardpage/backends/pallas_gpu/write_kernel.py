@@ -1,4 +1,5 @@
-"""The write kernel's body: tokens come to shared memory and leave to their slots, all heads at once.
+"""The write kernel's body: tokens come to shared memory and leave to their slots, all heads at a
+time.
 
 A token's heads lie a page apart in the cache: one strided copy takes them there.
 """
@@ -53,7 +54,11 @@ def _copy_all(
 ) -> None:  # fmt: skip
     heads = token_refs[0].shape[1]
     cta, ctas = lax.axis_index("cta"), lax.axis_size("cta")
-    slices = [(which, i, staged.at[which, i, pl.ds(0, heads)]) for i in range(_AT_ONCE) for which in (0, 1)]
+    slices = [
+        (which, i, staged.at[which, i, pl.ds(0, heads)])
+        for i in range(_AT_ONCE)
+        for which in (0, 1)
+    ]
 
     def some(round_number, _):
         first = (round_number * ctas + cta) * _AT_ONCE
@@ -78,7 +83,9 @@ def _copy_all(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _slot(page_format: PageFormat, cache_refs: Any, which: int, page: jax.Array, slot: jax.Array) -> Any:
+def _slot(
+    page_format: PageFormat, cache_refs: Any, which: int, page: jax.Array, slot: jax.Array
+) -> Any:
     """All heads' keys (0) or values (1) of one token, `[heads, dim]`."""
     index = page_format.page_at(page, slice(None), slot)
     if page_format.fused:
