@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .arguments import instance, integer, number, shown
 
-BackendName = Literal["xla", "pallas_tpu"]
+BackendName = Literal["xla", "pallas_tpu", "pallas_gpu"]
 CoresMode = Literal["auto", "off", "kv_head", "batch"]
 
 # `cap * tanh(logit / cap)` is the logit, to float32's last digit, where the quotient is below
@@ -79,7 +79,7 @@ class Tuning:
     """How it is computed: no result depends on it, up to rounding. Hashable.
 
     Attributes:
-      backend: "xla" or "pallas_tpu"; None for the one made for the platform.
+      backend: "xla", "pallas_tpu" or "pallas_gpu"; None for the one made for the platform.
       platform: "cpu", "gpu" or "tpu"; None for that of the mesh or the arrays.
       num_splits, pages_per_block, cores: as `page_attention` has them, the last as megacore_mode.
       invariant: give a sequence the same bits whatever else is in the batch: its tokens' order
@@ -115,7 +115,8 @@ class Tuning:
         if self.cores not in (modes := (None, *typing.get_args(CoresMode))):
             raise ValueError(f"cores={shown(self.cores)} must be one of {modes}")
         instance("invariant", self.invariant, bool, "True or False")
-        if type(self.interpret).__name__ != "InterpretParams":  # of Pallas, which takes a second
+        of_pallas = ("InterpretParams", "InterpretGPUParams")  # importing it takes a second
+        if type(self.interpret).__name__ not in of_pallas:
             what = "True, False or None (only where there is no TPU)"
             instance("interpret", self.interpret, bool | None, what)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -116,10 +117,15 @@ class Split:
         return self.layout.shards(self.mesh)
 
     @property
+    def device(self) -> Any:
+        """What the devices are: `platform`, `device_kind`; None of an AbstractMesh that does not
+        say."""
+        return self.mesh.abstract_mesh.abstract_device
+
+    @property
     def platform(self) -> str | None:
         """The platform of the devices; None of an AbstractMesh that does not say."""
-        device = self.mesh.abstract_mesh.abstract_device
-        return None if device is None else device.platform
+        return None if self.device is None else self.device.platform
 
     def check_rows(self, name: str, count: int, padding: str) -> None:
         """Checks that sequences, or tokens, split evenly; `padding` is what to pad them with."""

@@ -27,26 +27,33 @@ def resolve(tuning: Tuning, split: Split | None, cache: PagedKVCache) -> Tuning:
 
     That stays open, for the compiler to decide, where only it knows the platform.
     """
-    known = tuning.platform or platform_of(split, cache.key)
+    device = _device_of(split, cache.key)
+    known = tuning.platform or (None if device is None else device.platform)
     platform = known or jax.default_backend()
-    backend = tuning.backend or backends.default_for(platform)
+    kind = (device or jax.devices()[0]).device_kind
+    backend = tuning.backend or backends.default_for(platform, kind, cache.format)
     interpret = tuning.interpret
     if backend not in backends.INTERPRETABLE:
         interpret = interpret or False
     elif interpret is None and known:
-        interpret = platform != "tpu"
+        interpret = platform != backends.INTERPRETABLE[backend]
     return dataclasses.replace(tuning, platform=platform, backend=backend, interpret=interpret)
 
 
 def platform_of(split: Split | None, array: Any) -> str | None:
     """The platform of the mesh, of the array, or of the mesh around the call; None where none is
     known, as inside a `jax.jit` on one device."""
-    if split is not None and split.platform is not None:
-        return split.platform
+    device = _device_of(split, array)
+    return None if device is None else device.platform
+
+
+def _device_of(split: Split | None, array: Any) -> Any:
+    """A device, or what is known of an abstract mesh's: its `platform` and `device_kind`."""
+    if split is not None and split.device is not None:
+        return split.device
     if split is None and isinstance(array, jax.Array) and not isinstance(array, Tracer):
-        return next(iter(array.devices())).platform
-    around = jax.sharding.get_abstract_mesh().abstract_device
-    return None if around is None else around.platform
+        return next(iter(array.devices()))
+    return jax.sharding.get_abstract_mesh().abstract_device
 
 
 def as_int32(array: Any) -> jax.Array:

@@ -29,6 +29,14 @@ def shardpage(shape: Shape, platform: str) -> tuple[Attend, str]:
     return functools.partial(page_attention, kv_layout="blocks_first"), "blocks_first"
 
 
+def portable(shape: Shape, platform: str) -> tuple[Attend, str]:
+    """This library's XLA backend, which GPUs older or newer than Hopper get."""
+    if platform != "gpu":
+        raise Unavailable("is the default of CPUs, and no choice for TPUs")
+    attend = functools.partial(page_attention, kv_layout="blocks_first", backend="xla")
+    return attend, "blocks_first"
+
+
 def gather(shape: Shape, platform: str) -> tuple[Attend, str]:
     """Plain XLA: gathers every page of the tables, then one softmax over all tokens."""
     limit = {"cpu": 8 << 30}.get(platform, 40 << 30)
@@ -98,6 +106,7 @@ def seed(shape: Shape, platform: str) -> tuple[Attend, str]:
 
 IMPLEMENTATIONS: dict[str, Callable[[Shape, str], tuple[Attend, str]]] = {
     OURS: shardpage,
+    "shardpage xla": portable,
     "gather": gather,
     "jax paged_attention": stock,
     "ejkernel": seed,

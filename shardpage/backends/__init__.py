@@ -17,11 +17,12 @@ from ..partial import Partial
 from ..plan import Reads, Writes
 
 # Imported when first used: Pallas takes a second.
-_MODULES = {"xla": ".xla", "pallas_tpu": ".pallas_tpu"}
-_PLATFORM_DEFAULTS: dict[str, BackendName] = {"tpu": "pallas_tpu"}
+_MODULES = {"xla": ".xla", "pallas_tpu": ".pallas_tpu", "pallas_gpu": ".pallas_gpu"}
+# GPUs that have the instructions of `pallas_gpu`: a word of the name that JAX gives them.
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
-# Backends whose kernels can run in an interpreter, which they do where there is no TPU.
-INTERPRETABLE = ("pallas_tpu",)
+# Backends whose kernels can run in an interpreter, which they do everywhere but on this platform.
+INTERPRETABLE = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
 @runtime_checkable
@@ -63,9 +64,18 @@ class Backend(Protocol):
         ...
 
 
-def default_for(platform: str) -> BackendName:
-    """The backend that a platform ("cpu", "gpu", "tpu") gets when none is named."""
-    return _PLATFORM_DEFAULTS.get(platform, "xla")
+def default_for(platform: str, device_kind: str, page_format: PageFormat) -> BackendName:
+    """The backend that such devices ("cpu", "gpu", "tpu"; what JAX calls them) get for such pages
+    when none is named."""
+    if platform == "tpu":
+        return "pallas_tpu"
+    if platform == "gpu" and any(name in device_kind.split() for name in _HOPPER):
+        try:
+            module = importlib.import_module(_MODULES["pallas_gpu"], __name__)
+        except ImportError:  # JAX 0.10 has no Mosaic GPU without absl-py, which it does not bring
+            return "xla"
+        return "pallas_gpu" if module.has(page_format) else "xla"
+    return "xla"
 
 
 def load(tuning: Tuning) -> Backend:

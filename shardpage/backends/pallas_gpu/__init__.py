@@ -1,0 +1,6 @@
+"""The GPU backend: Pallas Mosaic GPU kernels for Hopper. See README.md."""
+
+from .attend import attend as attend
+from .attend import prepare as prepare
+from .config import has as has
+from .write import write as write

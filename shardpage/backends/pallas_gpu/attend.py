@@ -1,0 +1,138 @@
+"""`attend` of the GPU backend: the tiles of queries, the two kernels, the partial."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ...cache import PagedKVCache
+from ...options import Attention, Tuning
+from ...page_format import PageFormat
+from ...partial import Partial
+from ...plan import Reads
+from ...varying import vary_together
+from . import attend_kernel, merge_kernel
+from .config import Config, configure
+from .mosaic import WARPGROUP, as_kernel, compiler_params, in_place, interpreter
+from .softmax import LOG2E, Logits
+from .tiles import Tiles, Work, tile
+
+
+def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Work | None:
+    """Tiles the queries, where a row may have several; see `shardpage.backends`."""
+    config = configure(page_format, num_heads, reads, tuning)
+    return None if reads.row is None else tile(reads, config)
+
+
+def attend(
+    query: jax.Array,
+    cache: PagedKVCache,
+    reads: Reads,
+    work: Work | None,
+    attention: Attention,
+    tuning: Tuning,
+) -> Partial:
+    """Attends over local pages with Pallas Mosaic GPU kernels; see `shardpage.backends`."""
+    config = configure(cache.format, query.shape[1], reads, tuning)
+    logits = Logits.of(attention, cache.format.key_dim)
+    tiles = Tiles(reads.start, reads.stop) if work is None else work.tiles
+    query = _tiled(config, query.astype(cache.format.compute_dtype), work)
+    call = as_kernel(functools.partial(_call, config, logits), tuning)
+    out, lse = call(query, cache.unpacked().arrays, reads.ids, tiles)
+    return _partial(config, out, lse, reads, work)
+
+
+def _tiled(config: Config, query: jax.Array, work: Work | None) -> jax.Array:
+    """The rows of each unit, `[copies, query_rows, key_dim]`."""
+    num_heads, group, dim = config.format.num_kv_heads, config.group, config.format.key_dim
+    query = query.reshape(-1, num_heads, group, dim)
+    if work is not None:
+        query = query.at[work.query].get(mode="clip").swapaxes(1, 2)
+    query = query.reshape(config.num_units // config.fold, -1, dim)
+    spare = config.query_rows - query.shape[1]
+    return jnp.pad(query, ((0, 0), (0, spare), (0, 0))) if spare else query
+
+
+def _partial(
+    config: Config, out: jax.Array, lse: jax.Array, reads: Reads, work: Work | None
+) -> Partial:
+    """Each query's rows, of the units that read something."""
+    num_heads, group, fold = config.format.num_kv_heads, config.group, config.fold
+    out = out[:, : config.rows]
+    # Units that share a copy of queries have their rows one behind the other.
+    lse = lse.reshape(-1, fold, WARPGROUP)
+    lse = [lse[:, i, i * config.rows : (i + 1) * config.rows] for i in range(fold)]
+    lse = jnp.stack(lse, axis=1)
+    shape = (config.num_tiles, num_heads, config.tile_queries, group)
+    out, lse = (x.reshape(*shape, *x.shape[2:]) for x in (out, lse.reshape(-1, config.rows)))
+    if work is None:
+        out, lse = out[:, :, 0], lse[:, :, 0]
+    else:
+        at = work.place // config.tile_queries, work.place % config.tile_queries
+        out, lse = (x[at[0], :, at[1]] for x in (out, lse))
+    out, lse = out.reshape(len(out), num_heads * group, -1), lse.reshape(len(out), -1)
+    some = (reads.stop > reads.start)[:, None]
+    return Partial(
+        jnp.where(some[..., None], out, 0.0), jnp.where(some, lse * (1 / LOG2E), -jnp.inf)
+    )
+
+
+def _call(
+    config: Config,
+    logits: Logits,
+    tuning: Tuning,
+    query: jax.Array,
+    arrays: tuple[jax.Array, ...],
+    ids: jax.Array,
+    tiles: Tiles,
+) -> tuple[jax.Array, jax.Array]:
+    inputs = attend_kernel.Inputs(query, arrays, ids, tiles)
+    inputs, structure = jax.tree.flatten(vary_together(*inputs))
+    varying = jax.typeof(inputs[0]).manual_axis_type
+    of = lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=varying)
+    out_type = tuple(map(of, attend_kernel.outputs(config)))
+    scratch = attend_kernel.scratch(config, bool(tuning.interpret))
+    scratch = {name: x for name, x in scratch._asdict().items() if x is not None}
+    params = compiler_params(exact_math=logits.soft_cap is not None)
+
+    def body(*refs: Any, **scratch_refs: Any) -> None:
+        ins = attend_kernel.Inputs(*jax.tree.unflatten(structure, refs[: len(inputs)]))
+        outs = attend_kernel.Outputs(*refs[len(inputs) :])
+        scratch = attend_kernel.Scratch(**scratch_refs)
+        attend_kernel.Kernel(config, logits, ins, outs, scratch).run()
+
+    outs = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(config.num_ctas,),
+        grid_names=("cta",),
+        num_threads=config.consumers + 1,
+        thread_name="warpgroup",
+        kernel_name="shardpage_attend",
+        compiler_params=params,
+        **interpreter(tuning),
+    )(*inputs)
+    return _merged(config, tuning, attend_kernel.Outputs(*outs))
+
+
+def _merged(
+    config: Config, tuning: Tuning, outputs: attend_kernel.Outputs
+) -> tuple[jax.Array, jax.Array]:
+    """The results, with the units that were cut between shares merged."""
+    flat = lambda x: x.reshape(x.shape[0], -1, config.merge_width)
+    out, lse = in_place(
+        functools.partial(merge_kernel.kernel, config=config),
+        [flat(outputs.out), outputs.lse],
+        [flat(outputs.part_out), outputs.part_lse, outputs.cut],
+        grid=merge_kernel.grid(config),
+        grid_names=("share", "vector"),
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name="shardpage_merge",
+        compiler_params=compiler_params(),
+        **interpreter(tuning),
+    )
+    return out.reshape(outputs.out.shape), lse

@@ -1,0 +1,309 @@
+"""The kernel's body: one warpgroup fetches pages, one or two others attend.
+
+    fetch     K0 V0 K1 V1 | K2 V2 ...           into a ring of blocks, one copy per page and head
+    attend          S0 P0 O0 | S1 P1 O1 ...     products, softmax, weighted values
+
+Each CTA walks over its share of all units (`share.py`). Whole units are finished here; the parts of
+cut ones leave as partial softmaxes, which `merge_kernel.py` merges.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import softmax
+from .config import Config, query_smem_rows, swizzle_bytes
+from .mosaic import MMA_ROWS, WARPGROUP, load
+from .share import Segment, Share, first_block, for_each_segment, last_cta, share_of
+from .softmax import Logits
+from .tiles import Tiles
+
+# A thread's, by how many warpgroups attend: 65536 are shared by all threads, at most 255 a thread.
+_FETCH_REGISTERS = {1: 128, 2: 40}
+_ATTEND_REGISTERS = {1: 240, 2: 232}
+
+
+class Inputs(NamedTuple):
+    query: Any  # [copies, query_rows, key_dim]
+    arrays: tuple[Any, ...]  # of the cache
+    ids: Any  # [rows, pages]
+    tiles: Tiles
+
+
+class Outputs(NamedTuple):
+    out: Any  # [units, out_rows, value_dim]
+    lse: Any  # [units, 128], in base 2
+    part_out: Any  # [2 * ctas, out_rows, value_dim]: where a share begins, and where it ends
+    part_lse: Any  # [2 * ctas, 128]
+    cut: Any  # [ctas, 2]: the unit that a share ends inside of, or -1, and the CTA that ends it
+
+
+class Scratch(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    lse: Any
+    query_full: Any
+    query_free: Any
+    key_full: Any
+    value_full: Any
+    free: Any
+    weights: Any = None
+
+
+def outputs(config: Config) -> Outputs:
+    """Shapes and dtypes of the results."""
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    unit = (config.out_rows, config.format.value_dim)
+    return Outputs(
+        float32(config.num_units, *unit),
+        float32(config.num_units, WARPGROUP),
+        float32(2 * config.num_ctas, *unit),
+        float32(2 * config.num_ctas, WARPGROUP),
+        jax.ShapeDtypeStruct((config.num_ctas, 2), jnp.int32),
+    )
+
+
+def scratch(config: Config, interpreted: bool) -> Scratch:
+    """Shared memory and barriers of a CTA."""
+    page_format, dtype = config.format, config.format.dtype
+
+    def tiled(*shape):
+        swizzle = swizzle_bytes(shape[-1])
+        transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    blocks = (config.stages, config.block_tokens)
+    pieces = config.block_tokens // config.piece_tokens
+    wave = (config.consumers, MMA_ROWS)
+    barrier = lambda arrivals, count: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+    return Scratch(
+        query=tiled(query_smem_rows(config), page_format.key_dim),
+        key=tiled(*blocks, page_format.key_dim),
+        value=tiled(*blocks, page_format.value_dim),
+        out=plgpu.SMEM((*wave, config.value_chunk), jnp.float32),
+        lse=plgpu.SMEM(wave, jnp.float32),
+        query_full=barrier(1, config.query_slots),
+        query_free=barrier(config.consumers, config.query_slots),
+        key_full=barrier(pieces, config.stages),
+        value_full=barrier(pieces, config.stages),
+        free=barrier(config.consumers, config.stages),
+        # The interpreter has no matmul of an operand in registers.
+        weights=tiled(*wave, config.block_tokens) if interpreted else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What both kinds of warpgroup see."""
+
+    config: Config
+    logits: Logits
+    inputs: Inputs
+    outputs: Outputs
+    scratch: Scratch
+
+    def run(self) -> None:
+        config, tiles = self.config, self.inputs.tiles
+        cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+        share = share_of(config, tiles.start, tiles.stop, cta)
+
+        @pl.when(warpgroup == config.consumers)
+        def _():
+            plgpu.set_max_registers(_FETCH_REGISTERS[config.consumers], action="decrease")
+            steps, segments = self.for_each_segment(share, self.fetch)
+            self.drain(self.scratch.free, config.stages, steps)
+            self.drain(self.scratch.query_free, config.query_slots, segments)
+
+        @pl.when(warpgroup < config.consumers)
+        def _():
+            plgpu.set_max_registers(_ATTEND_REGISTERS[config.consumers], action="increase")
+            self.outputs.cut[cta, 0] = -1
+            self.no_part(share, cta, warpgroup)
+            self.for_each_segment(
+                share, lambda segment: self.attend(segment, share, cta, warpgroup)
+            )
+            plgpu.wait_smem_to_gmem(0)
+
+    def for_each_segment(self, share: Share, body: Any) -> tuple[jax.Array, jax.Array]:
+        tiles = self.inputs.tiles
+        return for_each_segment(self.config, tiles.start, tiles.stop, share, body)
+
+    def drain(self, barrier: Any, count: int, used: jax.Array) -> None:
+        """Waits for the last completions, so that every one is waited for once."""
+        for i in range(count):
+            pl.when(i < used)(lambda i=i: plgpu.barrier_wait(barrier.at[i]))
+
+    # Fetching
+
+    def fetch(self, segment: Segment) -> None:
+        """Brings a unit's queries, and its keys and values block by block."""
+        config, inputs, scratch = self.config, self.inputs, self.scratch
+        slot = lax.rem(segment.number, jnp.int32(config.query_slots))
+
+        @pl.when(segment.number >= config.query_slots)
+        def _():
+            plgpu.barrier_wait(scratch.query_free.at[slot])
+
+        rows = pl.ds(slot * config.query_rows, config.query_rows)
+        copy = lax.div(segment.unit, jnp.int32(config.fold))
+        plgpu.copy_gmem_to_smem(
+            inputs.query.at[copy], scratch.query.at[rows], scratch.query_full.at[slot]
+        )
+
+        def fetch_block(i, _):
+            self.fetch_block(segment, i)
+            return 0
+
+        lax.fori_loop(0, segment.count, fetch_block, 0)
+
+    def fetch_block(self, segment: Segment, i: jax.Array) -> None:
+        config, inputs, scratch = self.config, self.inputs, self.scratch
+        tiles, page_size, piece = inputs.tiles, config.format.page_size, config.piece_tokens
+        start, stop = tiles.start[segment.tile], tiles.stop[segment.tile]
+        row = segment.tile if tiles.row is None else tiles.row[segment.tile]
+        first_page, last_page = (lax.div(x, jnp.int32(page_size)) for x in (start, stop - 1))
+        per_block, per_page = config.block_tokens // piece, jnp.int32(page_size // piece)
+        block = first_block(config, start) + segment.block + i
+        pieces = [block * per_block + j for j in range(per_block)]
+        # Tokens that are not read are of pages that may not be looked up: a page that is serves.
+        pages = [jnp.clip(lax.div(number, per_page), first_page, last_page) for number in pieces]
+        ids = [inputs.ids[row, page] for page in pages]
+        slot = lax.rem(segment.step + i, jnp.int32(config.stages))
+
+        @pl.when(segment.step + i >= config.stages)
+        def _():
+            plgpu.barrier_wait(scratch.free.at[slot])
+
+        for which, target, full in (
+            (0, scratch.key, scratch.key_full),
+            (1, scratch.value, scratch.value_full),
+        ):
+            for j, (page, number) in enumerate(zip(ids, pieces, strict=True)):
+                source = self.piece(which, page, segment.head, lax.rem(number, per_page))
+                part = target.at[slot, pl.ds(j * piece, piece)]
+                plgpu.copy_gmem_to_smem(source, part, full.at[slot])
+
+    def piece(self, which: int, page: jax.Array, head: jax.Array, number: jax.Array) -> Any:
+        """Keys (0) or values (1) of one piece of a page."""
+        page_format, piece = self.config.format, self.config.piece_tokens
+        whole = piece == page_format.page_size
+        rows = slice(None) if whole else pl.ds(number * piece, piece)
+        index = page_format.page_at(page, head, rows)
+        if page_format.fused:
+            return self.inputs.arrays[0].at[index[0], which, *index[2:]]
+        return self.inputs.arrays[which].at[index]
+
+    # Attending
+
+    def attend(self, segment: Segment, share: Share, cta: jax.Array, warpgroup: jax.Array) -> None:
+        """Attends with a unit's queries to the blocks of a segment, and stores the result."""
+        config, scratch = self.config, self.scratch
+        slot = lax.rem(segment.number, jnp.int32(config.query_slots))
+        own_row = warpgroup * MMA_ROWS if config.consumers > 1 else 0
+        query = scratch.query.at[pl.ds(slot * config.query_rows + own_row, MMA_ROWS)]
+        plgpu.barrier_wait(scratch.query_full.at[slot])
+        step = lambda i, state: self.attend_block(segment, i, state, query, warpgroup)
+        state = softmax.nothing(config.value_chunks, config.value_chunk)
+        state = lax.fori_loop(0, segment.count, step, state)
+        plgpu.barrier_arrive(scratch.query_free.at[slot])
+
+        sums, lse = softmax.mean(state)
+        part = 2 * cta + segment.begins.astype(jnp.int32)
+
+        @pl.when(segment.whole)
+        def _():
+            self.store(
+                self.outputs.out, self.outputs.lse, segment.unit, segment, sums, lse, warpgroup
+            )
+
+        @pl.when(jnp.logical_not(segment.whole))
+        def _():
+            self.store(
+                self.outputs.part_out, self.outputs.part_lse, part, segment, sums, lse, warpgroup
+            )
+
+        @pl.when(segment.begins & (segment.count < segment.num_blocks))
+        def _():
+            self.outputs.cut[cta, 0] = segment.unit
+            self.outputs.cut[cta, 1] = last_cta(config, share, segment)
+
+    def attend_block(
+        self, segment: Segment, i: jax.Array, state: softmax.State, query: Any, warpgroup: jax.Array
+    ) -> softmax.State:
+        config, scratch, tiles = self.config, self.scratch, self.inputs.tiles
+        tile = segment.tile
+        start, stop = tiles.start[tile], tiles.stop[tile]
+        all_start = start if tiles.all_start is None else tiles.all_start[tile]
+        all_stop = stop if tiles.all_stop is None else tiles.all_stop[tile]
+        slot = lax.rem(segment.step + i, jnp.int32(config.stages))
+        first = (first_block(config, start) + segment.block + i) * config.block_tokens
+        sticks_out = lambda start, stop: (first < start) | (first + config.block_tokens > stop)
+
+        plgpu.barrier_wait(scratch.key_full.at[slot])
+        logits = self.logits.in_base_2(softmax.products(query, scratch.key.at[slot]))
+        mask = lambda logits: softmax.seen(logits, first, *self.own_span(tile, warpgroup))
+        logits = lax.cond(sticks_out(all_start, all_stop), mask, lambda logits: logits, logits)
+        state, weights = softmax.weigh(state, logits, self.logits.factor)
+        weights = weights.astype(config.format.dtype)
+        plgpu.barrier_wait(scratch.value_full.at[slot])
+
+        @pl.when(sticks_out(start, stop))
+        def _():
+            softmax.zero_unread(scratch.value.at[slot], first, start, stop)
+
+        stage = None if scratch.weights is None else scratch.weights.at[warpgroup]
+        state = softmax.add_values(state, weights, scratch.value.at[slot], stage)
+        plgpu.barrier_arrive(scratch.free.at[slot])
+        return state
+
+    def own_span(self, tile: jax.Array, warpgroup: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What this warpgroup's queries read: all of them the same, or each row its own."""
+        tiles = self.inputs.tiles
+        if tiles.starts is None or tiles.stops is None:
+            return tiles.start[tile], tiles.stop[tile]
+        own = pl.ds(warpgroup * MMA_ROWS, MMA_ROWS)
+        start, stop = (load(x.at[tile, own], softmax.ROWS) for x in (tiles.starts, tiles.stops))
+        return start, stop
+
+    # Storing
+
+    def store(
+        self, out: Any, lse_out: Any, at: jax.Array, segment: Segment, sums: Any, lse: jax.Array,
+        warpgroup: jax.Array,
+    ) -> None:  # fmt: skip
+        """Copies a unit's rows to `out[at]`, a chunk of columns at a time."""
+        config, chunk = self.config, self.config.value_chunk
+        staged_out, staged_lse = self.scratch.out.at[warpgroup], self.scratch.lse.at[warpgroup]
+        first = lax.rem(segment.unit, jnp.int32(config.fold)) * config.rows
+        rows, own = (config.rows, 0) if config.consumers == 1 else (MMA_ROWS, warpgroup * MMA_ROWS)
+        for i, values in enumerate(sums):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
+            staged_out[...] = values
+            if i == 0:
+                staged_lse[...] = lse
+            plgpu.commit_smem()
+            target = out.at[at, pl.ds(own, rows), pl.ds(i * chunk, chunk)]
+            plgpu.copy_smem_to_gmem(staged_out.at[pl.ds(first, rows)], target)
+            if i == 0:
+                plgpu.copy_smem_to_gmem(staged_lse, lse_out.at[at, pl.ds(own, MMA_ROWS)])
+
+    def no_part(self, share: Share, cta: jax.Array, warpgroup: jax.Array) -> None:
+        """Says of an empty share that it has no part of a unit that is cut around it."""
+        if not self.config.num_splits:
+            return
+
+        @pl.when(share.count == 0)
+        def _():
+            lse = plgpu.layout_cast(jnp.full((MMA_ROWS,), -jnp.inf, jnp.float32), softmax.ROWS)
+            staged = self.scratch.lse.at[warpgroup]
+            staged[...] = lse
+            plgpu.commit_smem()
+            own = warpgroup * MMA_ROWS
+            plgpu.copy_smem_to_gmem(staged, self.outputs.part_lse.at[2 * cta, pl.ds(own, MMA_ROWS)])

@@ -1,0 +1,229 @@
+"""The static configuration of a kernel, from shapes and options; refuses what it has not."""
+
+import dataclasses
+import math
+
+from ...options import Tuning
+from ...page_format import PageFormat
+from ...plan import Reads
+from .mosaic import MMA_ROWS, SMEM_BYTES, WARPGROUP, num_sms
+
+_DTYPES = ("bfloat16", "float16")
+_MAX_DIM = 256
+_MAX_GROUP = 2 * MMA_ROWS
+_TILED_ROWS = 8  # of shared memory that a copy or a matmul can begin at
+_COPY_BYTES = 128  # what a copy into plain shared memory is aligned to
+_RESERVED_BYTES = 1 << 10  # barriers and alignment
+# Bytes of keys and values on their way to one SM that keep the memory busy; more gain nothing.
+_IN_FLIGHT_BYTES = 128 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything static about a kernel.
+
+    A *tile* is some queries of one row, and a *unit* a tile and a KV head: `group` query heads of
+    each of `tile_queries` queries are the rows of its matmuls.
+    """
+
+    format: PageFormat
+    group: int  # query heads per KV head
+    tile_queries: int
+    num_tiles: int
+    fold: int  # units whose queries share the rows of one copy
+    block_tokens: int  # keys and values of one step
+    stages: int  # blocks in shared memory
+    query_slots: int  # tiles of queries in shared memory
+    value_chunk: int  # columns of values whose sums are one array of registers
+    num_splits: int
+    num_ctas: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a unit that are a query's."""
+        return self.tile_queries * self.group
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that compute, of one wgmma's rows each."""
+        return -(-self.rows // MMA_ROWS)
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of one copy of queries."""
+        return max(_TILED_ROWS, _round_up(self.rows, _TILED_ROWS))
+
+    @property
+    def out_rows(self) -> int:
+        """Rows of a unit in the results: whole vectors of a warpgroup."""
+        rows = self.rows if self.consumers == 1 else self.consumers * MMA_ROWS
+        return _round_up(rows, WARPGROUP // math.gcd(self.format.value_dim, WARPGROUP))
+
+    @property
+    def merge_width(self) -> int:
+        """Elements of a unit that one CTA merges: one a thread, or four where there are many."""
+        return WARPGROUP if self.consumers == 1 else 4 * WARPGROUP
+
+    @property
+    def num_units(self) -> int:
+        return self.num_tiles * self.format.num_kv_heads
+
+    @property
+    def piece_tokens(self) -> int:
+        """Tokens of one copy: of one page, and of one block."""
+        return math.gcd(self.format.page_size, self.block_tokens)
+
+    @property
+    def value_chunks(self) -> int:
+        return self.format.value_dim // self.value_chunk
+
+
+def configure(page_format: PageFormat, num_heads: int, reads: Reads, tuning: Tuning) -> Config:
+    """The kernel for queries of `num_heads` heads that read so many rows.
+
+    Raises:
+      NotImplementedError: for shapes and options that the kernel does not have.
+    """
+    refuse(page_format, tuning)
+    group = num_heads // page_format.num_kv_heads
+    if group > _MAX_GROUP:
+        raise NotImplementedError(
+            f"{group} query heads per KV head are more than the {_MAX_GROUP} rows of two Hopper "
+            "matmuls; use backend='xla'"
+        )
+    num_queries, num_rows = reads.start.shape[0], reads.ids.shape[0]
+    if reads.row is None:
+        tile_queries, num_tiles, fold = 1, num_queries, _fold(page_format, group, num_queries)
+    else:
+        tile_queries, fold = _tile_queries(num_queries, num_rows, group), 1
+        num_tiles = _most_tiles(num_queries, num_rows, tile_queries)
+    config = Config(
+        page_format, group, tile_queries, num_tiles, fold, 0, 0, 0, 0, tuning.num_splits,
+        num_sms(tuning),
+    )  # fmt: skip
+    return _fit(config, tuning)
+
+
+def refuse(page_format: PageFormat, tuning: Tuning) -> None:
+    """Refuses caches and options that the kernels do not have."""
+    if page_format.dtype.name not in _DTYPES:
+        raise NotImplementedError(
+            f"a Hopper GPU has no matmul for caches of {page_format.dtype.name}; use bfloat16 or "
+            "float16, or backend='xla'"
+        )
+    for name in ("key_dim", "value_dim"):
+        dim = getattr(page_format, name)
+        if dim % 16 or dim > _MAX_DIM:
+            raise NotImplementedError(
+                f"head_dim={dim} is no multiple of 16 up to {_MAX_DIM}, which the kernels' matmuls "
+                "need; use backend='xla'"
+            )
+    if page_format.page_size % _TILED_ROWS:
+        raise NotImplementedError(
+            f"page_size={page_format.page_size} does not fill tiles of {_TILED_ROWS} tokens, which "
+            f"the kernels copy; use page_size={_round_up(page_format.page_size, _TILED_ROWS)}, or "
+            "backend='xla'"
+        )
+    if tuning.cores not in (None, "auto", "off"):
+        raise NotImplementedError(
+            f"cores={tuning.cores!r} splits a kernel over two TPU cores; use "
+            "backend='pallas_tpu', or None"
+        )
+
+
+def has(page_format: PageFormat) -> bool:
+    """Whether the kernels can work on such caches."""
+    try:
+        refuse(page_format, Tuning())
+    except NotImplementedError:
+        return False
+    return True
+
+
+def swizzle_bytes(dim: int) -> int:
+    """The widest swizzle of shared memory that divides a row of 16-bit elements."""
+    return next(width for width in (128, 64, 32) if dim * 2 % width == 0)
+
+
+def _tile_queries(num_queries: int, num_rows: int, group: int) -> int:
+    """As many as a row has on average: what a tile has room for besides is computed for nothing."""
+    average = -(-num_queries // max(num_rows, 1))
+    wanted = 1 << (average - 1).bit_length()
+    most = 2 * MMA_ROWS if average * group > MMA_ROWS else MMA_ROWS
+    return min(wanted, most // group)
+
+
+def _most_tiles(num_queries: int, num_rows: int, tile_queries: int) -> int:
+    """Of any queries of so many rows, and of what is behind the last of them."""
+    runs = min(num_rows + 1, num_queries)
+    return min((num_queries + runs * (tile_queries - 1)) // tile_queries, num_queries)
+
+
+def _fold(page_format: PageFormat, group: int, num_queries: int) -> int:
+    """Units whose rows lie side by side in the query array and fill what one copy brings.
+
+    Shared memory is copied from and to whole tiles of 8 rows, so fewer queries of a unit come with
+    those of its neighbours. Elsewhere they would be padded, which is a kernel of its own.
+    """
+    fold = max(1, _TILED_ROWS // group)
+    fits = fold * group == _TILED_ROWS and num_queries * page_format.num_kv_heads % fold == 0
+    aligned = group * page_format.value_dim * 4 % _COPY_BYTES == 0
+    return fold if fits and aligned else 1
+
+
+def _fit(config: Config, tuning: Tuning) -> Config:
+    """Chooses what shared memory has room for: blocks as large, and as many, as pay."""
+    dim = config.format.key_dim
+    block_tokens = _block_tokens(config, tuning)
+    stage_bytes = block_tokens * (dim + config.format.value_dim) * 2
+    stages = max(2, _IN_FLIGHT_BYTES // stage_bytes)
+    for query_slots in (2, 1):
+        for value_chunk in _value_chunks(config.format.value_dim):
+            sized = dataclasses.replace(
+                config, block_tokens=block_tokens, stages=stages, query_slots=query_slots,
+                value_chunk=value_chunk,
+            )  # fmt: skip
+            if _smem_bytes(sized) <= SMEM_BYTES:
+                return sized
+    raise NotImplementedError(
+        f"tiles of {config.rows} rows and blocks of {block_tokens} tokens of head_dim={dim} do not "
+        f"fit the {SMEM_BYTES} bytes of shared memory; use backend='xla'"
+    )
+
+
+def _block_tokens(config: Config, tuning: Tuning) -> int:
+    """The most whose logits and weights fit a warpgroup's registers beside its sums, or as asked.
+
+    More at a time have fewer fixed costs: with head_dim 64 an H100 read 256 at 94 % of a copy's
+    speed, 128 at 86.
+    """
+    dim = config.format.value_dim
+    most = 64 if dim > 128 else 128 if dim > 64 or config.consumers > 1 else 256
+    if tuning.pages_per_block is None:
+        return most
+    asked = tuning.pages_per_block * config.format.page_size
+    return min(most, max(64, 1 << (asked.bit_length() - 1)))
+
+
+def _value_chunks(dim: int) -> list[int]:
+    """Columns that may be summed, and leave, at a time; widest first."""
+    columns = swizzle_bytes(dim) // 2
+    return [chunk for chunk in range(dim, 0, -columns) if dim % chunk == 0]
+
+
+def query_smem_rows(config: Config) -> int:
+    """Rows of queries in shared memory: a matmul reads 64 from wherever a tile begins."""
+    rows = config.query_slots * config.query_rows
+    return rows + _round_up(max(0, config.consumers * MMA_ROWS - config.query_rows), _TILED_ROWS)
+
+
+def _smem_bytes(config: Config) -> int:
+    page_format, rows = config.format, config.consumers * MMA_ROWS
+    blocks = config.stages * config.block_tokens * (page_format.key_dim + page_format.value_dim) * 2
+    queries = query_smem_rows(config) * page_format.key_dim * 2
+    out = rows * (config.value_chunk + 1) * 4
+    return blocks + queries + out + _RESERVED_BYTES
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,0 +1,142 @@
+"""Online softmax in the registers of one warpgroup: 64 rows of queries, in the layout of wgmma.
+
+Logits are kept in base 2, where an exponential is one instruction.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ...options import HUGE_SOFT_CAP, UNCAPPED, Attention
+from .mosaic import MMA_ROWS, load
+
+WGMMA = plgpu.Layout.WGMMA
+ROWS = WGMMA.reduce(1)
+LOG2E = math.log2(math.e)
+LOWEST = -3e38  # a peak before any logit; -inf would be NaN in a difference of two
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """What becomes of the products of queries and keys."""
+
+    scale: float
+    soft_cap: float | None
+
+    @classmethod
+    def of(cls, attention: Attention, key_dim: int) -> "Logits":
+        return cls(attention.scale_of(key_dim), attention.soft_cap)
+
+    @property
+    def factor(self) -> float:
+        """From what `in_base_2` returns to logits; above 0, so it does not change their order."""
+        return 1.0 if self.soft_cap is not None or self.scale <= 0 else self.scale * LOG2E
+
+    def in_base_2(self, products: jax.Array) -> jax.Array:
+        """Scaled, soft-capped logits in base 2, but for `factor`, which is cheaper with the peak.
+
+        NaN where one is not finite, which could else pass for a masked one.
+        """
+        if self.soft_cap is None:
+            logits = products if self.scale > 0 else products * (self.scale * LOG2E)
+            return logits + logits * 0.0
+        ratio = products * (self.scale / self.soft_cap)
+        ratio = ratio + ratio * 0.0
+        capped = jnp.tanh(ratio) * (self.soft_cap * LOG2E)
+        if self.soft_cap <= HUGE_SOFT_CAP:
+            return capped
+        return jnp.where(jnp.abs(ratio) < UNCAPPED, products * (self.scale * LOG2E), capped)
+
+
+class State(NamedTuple):
+    """A partial softmax: exp2(logits - peak), summed, and weighted sums of values."""
+
+    peak: jax.Array  # [64]
+    total: jax.Array  # [64]
+    sums: tuple[jax.Array, ...]  # [64, value_chunk] each
+
+
+def nothing(num_chunks: int, chunk: int) -> State:
+    """The state before any key."""
+    full = lambda shape, value, layout: plgpu.layout_cast(
+        jnp.full(shape, value, jnp.float32), layout
+    )
+    zeros = tuple(full((MMA_ROWS, chunk), 0.0, WGMMA) for _ in range(num_chunks))
+    return State(full((MMA_ROWS,), LOWEST, ROWS), full((MMA_ROWS,), 0.0, ROWS), zeros)
+
+
+def products(query_ref: Any, key_ref: Any) -> jax.Array:
+    """Queries times keys, `[64, tokens]` in float32."""
+    return _product(query_ref, key_ref.transpose((1, 0)))
+
+
+def _product(a: Any, b_ref: Any) -> jax.Array:
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, a, b_ref)
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((MMA_ROWS, b_ref.shape[1]), jnp.float32))
+
+
+def seen(logits: jax.Array, first_token: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
+    """Logits of tokens in `[start, stop)`, scalars or one a row; -inf for the others."""
+    token = first_token + plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=WGMMA)
+    start, stop = (
+        lax.broadcast_in_dim(x, logits.shape, [0]) if x.ndim else x for x in (start, stop)
+    )
+    return jnp.where((token >= start) & (token < stop), logits, -jnp.inf)
+
+
+def weigh(state: State, logits: jax.Array, factor: float) -> tuple[State, jax.Array]:
+    """Takes logits in; returns the weights of their values, relative to the new peak."""
+    peak = jnp.maximum(state.peak, logits.max(axis=1) * factor)
+    weights = jnp.exp2(logits * factor - lax.broadcast_in_dim(peak, logits.shape, [0]))
+    shrink = jnp.exp2(state.peak - peak)
+    sums = tuple(x * lax.broadcast_in_dim(shrink, x.shape, [0]) for x in state.sums)
+    return State(peak, state.total * shrink + weights.sum(axis=1), sums), weights
+
+
+def add_values(state: State, weights: jax.Array, value_ref: Any, stage_ref: Any) -> State:
+    """Adds weighted values to the sums.
+
+    `stage_ref` is None but in the interpreter, whose matmuls take shared memory and add to nothing.
+    """
+    chunk = state.sums[0].shape[1]
+    if stage_ref is not None:
+        stage_ref[...] = weights
+        plgpu.commit_smem()
+
+    def add(acc: jax.Array, column: int) -> jax.Array:
+        part_ref = value_ref.at[:, pl.ds(column, chunk)]
+        if stage_ref is not None:
+            return acc + _product(stage_ref, part_ref)
+        multiply = lambda acc_ref: plgpu.wgmma(acc_ref, weights, part_ref)
+        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+    return state._replace(sums=tuple(add(acc, i * chunk) for i, acc in enumerate(state.sums)))
+
+
+def zero_unread(value_ref: Any, first_token: jax.Array, start: jax.Array, stop: jax.Array) -> None:
+    """Zeroes the values of tokens outside `[start, stop)`: a weight of 0 does not silence a NaN."""
+    token = first_token + plgpu.broadcasted_iota(jnp.int32, value_ref.shape, 0, layout=WGMMA)
+    value = load(value_ref, WGMMA)
+    read = (token >= start) & (token < stop)
+    value_ref[...] = jnp.where(read, value, jnp.zeros_like(value))
+    plgpu.commit_smem()
+
+
+def mean(state: State) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """The weighted mean of values, and lse in base 2: zeros and -inf where no key was seen.
+
+    A total of 0 means that none was. NaN is not 0: it stays.
+    """
+    none = state.total == 0.0
+    inverse = 1.0 / jnp.where(none, 1.0, state.total)
+    sums = tuple(x * lax.broadcast_in_dim(inverse, x.shape, [0]) for x in state.sums)
+    return sums, jnp.where(none, -jnp.inf, state.peak + jnp.log(state.total) * LOG2E)

@@ -1,0 +1,51 @@
+"""`write` of the GPU backend: each token is copied to its slot, in place."""
+
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from ...cache import PagedKVCache
+from ...options import Tuning
+from ...plan import Writes
+from ...varying import vary_together
+from . import write_kernel
+from .config import refuse
+from .mosaic import as_kernel, compiler_params, in_place, interpreter, num_sms
+
+
+def write(
+    cache: PagedKVCache,
+    key: Float[Array, "tokens num_kv_heads key_dim"],
+    value: Float[Array, "tokens num_kv_heads value_dim"],
+    writes: Writes,
+    tuning: Tuning,
+) -> PagedKVCache:
+    """Writes tokens into local pages; see `shardpage.backends` for the contract."""
+    refuse(cache.format, tuning)
+    if not len(key):
+        return cache
+    call = as_kernel(_write, tuning)
+    arrays = call(cache.unpacked(), key, value, writes)
+    pairs = zip(arrays, cache.arrays, strict=True)
+    return cache.replace(array.reshape(shaped.shape) for array, shaped in pairs)
+
+
+def _write(
+    tuning: Tuning, cache: PagedKVCache, key: jax.Array, value: jax.Array, writes: Writes
+) -> list[Any]:
+    cache, key, value, writes = vary_together(cache, key, value, writes)
+    num_ctas = write_kernel.num_ctas(len(key), num_sms(tuning))
+    return in_place(
+        functools.partial(write_kernel.kernel, page_format=cache.format, num_pages=cache.num_pages),
+        cache.arrays,
+        [key, value, *writes],
+        grid=(num_ctas,),
+        grid_names=("cta",),
+        num_threads=1,
+        thread_name="warpgroup",
+        kernel_name="shardpage_write",
+        compiler_params=compiler_params(),
+        **interpreter(tuning),
+    )

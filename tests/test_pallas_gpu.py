@@ -1,0 +1,411 @@
+"""The Hopper kernels: what they are made of, that they lower for CUDA anywhere, numbers in the
+interpreter where JAX has one (a few small cases), and on a Hopper GPU the cases of all backends."""
+
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from shardpage import PagedKVCache, page_attention
+from shardpage.backends import default_for, pallas_gpu, xla
+from shardpage.backends.pallas_gpu import config, share, tiles
+from shardpage.options import Attention, Tuning
+from shardpage.page_format import KVLayout, PageFormat
+from shardpage.plan import Reads, Writes
+
+from . import tolerance
+from .cases import CASES, KV_LAYOUTS, Case, build_mesh, make
+
+ON_GPU = "cuda" in os.environ.get("JAX_PLATFORMS", "")
+BFLOAT16 = np.dtype(jnp.bfloat16)
+
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a Hopper GPU: JAX_PLATFORMS=cuda,cpu")
+in_interpreter = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="JAX 0.10 has no interpreter of Mosaic GPU kernels"
+)
+
+COMPILED = Tuning(backend="pallas_gpu", platform="gpu", interpret=False)
+INTERPRETED = Tuning(backend="pallas_gpu", platform="gpu", interpret=True, chip=3)
+
+
+def page_format(head_dim=128, page_size=16, heads=8, dtype=BFLOAT16, layout=KVLayout.BLOCKS_FIRST):
+    return PageFormat(layout, heads, page_size, head_dim, head_dim, dtype)
+
+
+def reads_of(num_queries, num_rows=None, pages=8):
+    """Shapes of reads; with `num_rows`, of several queries a row."""
+    tokens = jax.ShapeDtypeStruct((num_queries,), jnp.int32)
+    ids = jax.ShapeDtypeStruct((num_rows or num_queries, pages), jnp.int32)
+    return Reads(ids, None if num_rows is None else tokens, tokens, tokens)
+
+
+class TestConfig:
+    @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 112, 128, 160, 192, 256])
+    def test_everything_fits_shared_memory(self, head_dim):
+        for group in (1, 3, 4, 8, 12, 32, 64, 100, 128):
+            for page_size in (8, 24, 64, 256):
+                form = page_format(head_dim, page_size, heads=2)
+                for reads in (reads_of(7), reads_of(40, 9), reads_of(4096, 2)):
+                    got = config.configure(form, 2 * group, reads, COMPILED)
+                    assert got.rows <= got.consumers * 64 <= 128
+                    assert got.block_tokens % got.piece_tokens == page_size % got.piece_tokens == 0
+                    assert got.value_chunk * got.value_chunks == head_dim
+                    assert got.out_rows * head_dim % got.merge_width == 0
+                    assert got.num_units % got.fold == 0
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"dtype": np.dtype(np.float32)}, "no matmul for caches of float32.*backend='xla'"),
+            ({"head_dim": 8}, "head_dim=8 is no multiple of 16"),
+            ({"head_dim": 272}, "head_dim=272 is no multiple of 16 up to 256"),
+            ({"page_size": 20}, "page_size=20 does not fill tiles.*use page_size=24"),
+        ],
+    )
+    def test_what_it_has_not_is_refused_by_name(self, changes, message):
+        form = page_format(**changes)
+        with pytest.raises(NotImplementedError, match=message):
+            config.configure(form, 8, reads_of(4), COMPILED)
+        assert default_for("gpu", "NVIDIA H100 80GB HBM3", form) == "xla"
+
+    def test_options_of_others_are_refused(self):
+        tuning = dataclasses.replace(COMPILED, cores="batch")
+        with pytest.raises(NotImplementedError, match=r"cores='batch'.*pallas_tpu"):
+            config.configure(page_format(), 8, reads_of(4), tuning)
+        with pytest.raises(NotImplementedError, match="129 query heads per KV head"):
+            config.configure(page_format(heads=1), 129, reads_of(4), COMPILED)
+
+    @pytest.mark.parametrize(
+        ("platform", "kind", "expected"),
+        [
+            ("gpu", "NVIDIA H100 80GB HBM3", "pallas_gpu"),
+            ("gpu", "NVIDIA H200", "pallas_gpu"),
+            ("gpu", "NVIDIA GH200 480GB", "pallas_gpu"),
+            ("gpu", "NVIDIA A100-SXM4-80GB", "xla"),
+            ("gpu", "NVIDIA B200", "xla"),
+            ("cpu", "cpu", "xla"),
+            ("tpu", "TPU v5e", "pallas_tpu"),
+        ],
+    )
+    def test_default(self, platform, kind, expected):
+        assert default_for(platform, kind, page_format()) == expected
+
+
+class TestShares:
+    """The shares of all CTAs are the flat list, in order, and none is much larger than another."""
+
+    @staticmethod
+    def shares(num_tiles, num_ctas, num_splits, seed):
+        form = page_format(heads=3)
+        tuning = dataclasses.replace(COMPILED, chip=num_ctas, num_splits=num_splits)
+        made = config.configure(form, 12, reads_of(num_tiles), tuning)
+        rng = np.random.default_rng(seed)
+        stop = rng.choice([0, 1, 128, 129, 700, 5000], num_tiles).astype(np.int32)
+        start = np.where(stop > 0, np.minimum(rng.integers(0, 300, num_tiles), stop - 1), 0)
+        spans = (jnp.asarray(x, jnp.int32) for x in (start, stop))
+        of = jax.vmap(functools.partial(share.share_of, made), in_axes=(None, None, 0))
+        got = jax.jit(of)(*spans, jnp.arange(num_ctas))
+        blocks = -(-stop // 128) - np.where(stop > 0, start // 128, 0)
+        return jax.tree.map(np.asarray, got), np.repeat(blocks, 3)
+
+    @pytest.mark.parametrize("num_splits", [0, 1, 2, 5])
+    @pytest.mark.parametrize(("num_tiles", "num_ctas"), [(1, 5), (40, 7), (70, 132)])
+    def test_cover_the_list(self, num_tiles, num_ctas, num_splits, monkeypatch):
+        monkeypatch.setattr(share, "_AT_ONCE", 3)  # compiles sooner
+        for seed in range(3):
+            got, blocks = self.shares(num_tiles, num_ctas, num_splits, seed)
+            firsts = np.cumsum(blocks) - blocks
+            items = got.begin.item
+            assert items[0] == 0
+            np.testing.assert_array_equal(items[1:], (items + got.count)[:-1])
+            assert items[-1] + got.count[-1] == blocks.sum() == got.total[0]
+            if not num_splits:
+                assert np.ptp(got.count) <= 1
+            for cta in np.flatnonzero(got.count):
+                unit = got.begin.tile[cta] * 3 + got.begin.head[cta]
+                assert firsts[unit] + got.begin.block[cta] == items[cta]
+                assert got.begin.block[cta] < blocks[unit]
+                if num_splits:  # cut between its parts only
+                    part = -(-blocks[unit] // num_splits)
+                    assert got.begin.block[cta] % part == 0
+
+
+class TestTiles:
+    """Queries by the tile, against a loop."""
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_hold_each_query_once(self, seed):
+        rng = np.random.default_rng(seed)
+        lens = rng.choice([0, 1, 2, 9, 40], 6)
+        row = np.repeat(np.arange(6), lens)
+        padding = int(rng.integers(0, 4)) + (not len(row))
+        stop = rng.integers(0, 500, len(row) + padding)
+        stop[len(row) :] = 0
+        start = np.where(stop > 0, rng.integers(0, 500, len(stop)) % np.maximum(stop, 1), 0)
+        row = np.concatenate([row, np.full(padding, 6)])
+        arrays = [jnp.asarray(x, jnp.int32) for x in (row, start, stop)]
+        reads = Reads(jnp.zeros((6, 40), jnp.int32), *arrays)
+        made = config.configure(page_format(heads=2), 8, reads, COMPILED)
+        work = jax.tree.map(np.asarray, tiles.tile(reads, made))
+        count = made.tile_queries
+        assert len(set(work.place)) == len(row)
+        for query, place in enumerate(work.place):
+            tile, at = divmod(place, count)
+            assert work.query[tile, at] == query
+            assert work.tiles.row[tile] == min(row[query], 5)
+            rows = slice(at * 4, at * 4 + 4)
+            assert (work.tiles.starts[tile, rows] == start[query]).all()
+            assert (work.tiles.stops[tile, rows] == stop[query]).all()
+        for tile in range(made.num_tiles):
+            mine = [q for q, place in enumerate(work.place) if place // count == tile]
+            some = [q for q in mine if stop[q] > start[q]]
+            assert len({row[q] for q in mine}) <= 1
+            assert work.tiles.start[tile] == min((start[q] for q in some), default=0)
+            assert work.tiles.stop[tile] == max((stop[q] for q in some), default=0)
+            if some:
+                assert work.tiles.all_start[tile] == max(start[q] for q in some)
+                assert work.tiles.all_stop[tile] == min(stop[q] for q in some)
+
+
+def abstract_cache(head_dim=128, heads=8, page_size=16, layout="blocks_first"):
+    shape = page_format(head_dim, page_size, heads, layout=KVLayout.named(layout)).array_shape(64)
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * (1 if layout == "fused" else 2)
+    return PagedKVCache(arrays, (), KVLayout.named(layout), head_dim)
+
+
+def attend(num_heads, attention, tuning, query, cache, reads):
+    work = pallas_gpu.prepare(reads, num_heads, cache.format, tuning)
+    return pallas_gpu.attend(query, cache, reads, work, attention, tuning)
+
+
+class TestLowersForCuda:
+    """On any machine, in all JAX versions: the kernels' modules are made by JAX, not by the GPU."""
+
+    @pytest.mark.parametrize(
+        ("name", "num_heads", "rows", "changes", "options"),
+        [
+            ("decode", 32, None, {}, {}),
+            ("prompt", 32, 1, {}, {}),
+            ("guesses", 64, 100, {"page_size": 64}, {}),
+            ("dim64", 32, None, {"head_dim": 64, "page_size": 256}, {}),
+            ("dim80", 24, None, {"head_dim": 80, "page_size": 8, "layout": "heads_first"}, {}),
+            ("dim256", 8, None, {"head_dim": 256, "page_size": 256, "layout": "fused"}, {}),
+            ("soft_cap", 8, None, {"page_size": 24}, {"soft_cap": 5.0, "scale": -0.1}),
+        ],
+    )
+    def test_attend(self, name, num_heads, rows, changes, options):
+        cache = abstract_cache(**changes)
+        query = jax.ShapeDtypeStruct((400, num_heads, cache.head_dim), jnp.bfloat16)
+        call = functools.partial(attend, num_heads, Attention(**options), COMPILED)
+        exported = jax.export.export(jax.jit(call), platforms=["cuda"])
+        text = exported(query, cache, reads_of(400, rows)).mlir_module()
+        assert text.count("mosaic_gpu_v2") == 2  # attend, merge
+
+    @pytest.mark.parametrize("layout", KV_LAYOUTS)
+    def test_write(self, layout):
+        cache = abstract_cache(layout=layout)
+        tokens = jax.ShapeDtypeStruct((65, 8, 128), jnp.bfloat16)
+        writes = Writes(*[jax.ShapeDtypeStruct((65,), jnp.int32)] * 2)
+        call = jax.jit(functools.partial(pallas_gpu.write, tuning=COMPILED), donate_argnums=0)
+        exported = jax.export.export(call, platforms=["cuda"])(cache, tokens, tokens, writes)
+        assert exported.mlir_module().count("mosaic_gpu_v2") == 1
+
+    def test_on_a_mesh(self):
+        """Inside a `shard_map` that checks what varies over what."""
+        mesh = build_mesh("data=2,kv=2,context=2")
+        cache, lens = abstract_cache(), jax.ShapeDtypeStruct((8,), jnp.int32)
+        query = jax.ShapeDtypeStruct((8, 32, 128), jnp.bfloat16)
+        tables = jax.ShapeDtypeStruct((8, 4), jnp.int32)
+
+        def call(query, key, value, lens, tables):
+            return page_attention(
+                query, key, value, lens, tables, kv_layout="blocks_first", mesh=mesh,
+                backend="pallas_gpu", interpret=False,
+            )  # fmt: skip
+
+        traced = jax.jit(call).trace(query, *cache.arrays, lens, tables)
+        assert "mosaic_gpu_v2" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    def test_there_are_no_gradients(self):
+        call = functools.partial(attend, 32, Attention(), COMPILED)
+        query = jnp.zeros((4, 32, 128), jnp.bfloat16)
+        cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_cache())
+        reads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), reads_of(4))
+        with pytest.raises(NotImplementedError, match="pallas_gpu has no gradients"):
+            jax.grad(lambda query: call(query, cache, reads).out.sum())(query)
+
+
+def drawn_reads(starts, stops, row, inputs_seed=0, **changes):
+    """A cache of these reads, with NaN in every slot that none of them reads; and the queries."""
+    form = page_format(**{"head_dim": 64, "heads": 2, **changes})
+    rng = np.random.default_rng(inputs_seed)
+    rows = np.arange(len(stops)) if row is None else np.asarray(row)
+    columns = -(-max(stops) // form.page_size) + 1
+    num_pages = (rows.max() + 1) * columns + 2
+    ids = rng.permutation(num_pages)[: num_pages - 2].reshape(-1, columns)
+    tokens = np.full((2, num_pages, form.page_size, form.num_kv_heads, form.key_dim), np.nan)
+    table = np.full(ids.shape, -7)
+    for query, at in enumerate(rows):
+        for token in range(starts[query], stops[query]):
+            page, slot = divmod(token, form.page_size)
+            table[at, page] = ids[at, page]
+            if np.isnan(tokens[0, ids[at, page], slot, 0, 0]):
+                tokens[:, ids[at, page], slot] = rng.standard_normal(tokens.shape[3:])[None]
+    order = {"BLOCKS_FIRST": (0, 1, 3, 2, 4), "HEADS_FIRST": (0, 3, 1, 2, 4)}
+    order = order.get(form.layout.name, (0, 1, 3, 2, 4))
+    both = jnp.asarray(tokens.transpose(order), form.dtype)
+    arrays = (jnp.moveaxis(both, 0, 1),) if form.fused else tuple(both)
+    cache = PagedKVCache(arrays, (), form.layout, form.key_dim)
+    as_int32 = lambda x: jnp.asarray(x, jnp.int32)
+    query = jnp.asarray(rng.standard_normal((len(stops), 8, form.key_dim)), form.dtype)
+    reads = Reads(
+        as_int32(table), None if row is None else as_int32(row), as_int32(starts), as_int32(stops)
+    )
+    return query, cache, reads, tokens, ids, rows
+
+
+def expected_of(query, reads, tokens, ids, rows, page_size):
+    """In float64, by a loop."""
+    query = np.asarray(query.astype(jnp.float32), np.float64)
+    tokens = np.asarray(jnp.asarray(tokens, jnp.bfloat16).astype(jnp.float32), np.float64)
+    out, lse = np.zeros(query.shape), np.full(query.shape[:2], -np.inf)
+    group = query.shape[1] // tokens.shape[3]
+    for i, row in enumerate(rows):
+        span = np.arange(int(reads.start[i]), int(reads.stop[i]))
+        if not len(span):
+            continue
+        key, value = tokens[:, ids[row, span // page_size], span % page_size]
+        for head in range(query.shape[1]):
+            logits = key[:, head // group] @ query[i, head] * query.shape[2] ** -0.5
+            weights = np.exp(logits - logits.max())
+            lse[i, head] = logits.max() + np.log(weights.sum())
+            out[i, head] = weights @ value[:, head // group] / weights.sum()
+    return out, lse
+
+
+READS = {
+    "decode": ([0, 0, 0, 3], [100, 0, 17, 200], None),
+    "one_long": ([5], [900], None),
+    "guesses": ([0, 0, 0, 0, 0, 10, 0], [50, 51, 52, 200, 0, 130, 131], [0, 0, 0, 1, 2, 3, 3]),
+    "prompt": ([0] * 33, list(range(110, 143)), [0] * 33),
+}
+
+
+def check_reads(name, tuning, **changes):
+    query, cache, reads, *rest = drawn_reads(*READS[name], **changes)
+    got = attend(8, Attention(), tuning, query, cache, reads)
+    out, lse = expected_of(query, reads, *rest, cache.format.page_size)
+    # Weights are rounded to bfloat16, half of 2**-8 each, and values are at most some 4.
+    np.testing.assert_allclose(got.out, out, atol=4 * 2**-9)
+    np.testing.assert_allclose(got.lse, lse, rtol=2e-6, atol=2e-6)
+
+
+@in_interpreter
+class TestInterpreted:
+    """Numbers of the kernels' own code, with three CTAs, where JAX interprets it."""
+
+    @pytest.mark.parametrize(
+        ("name", "num_splits", "changes"),
+        [
+            ("decode", 0, {}),
+            ("decode", 1, {"layout": KVLayout.HEADS_FIRST, "page_size": 256}),
+            ("one_long", 2, {"layout": KVLayout.FUSED, "head_dim": 80, "page_size": 24}),
+            ("guesses", 0, {}),
+            ("prompt", 0, {"heads": 1, "head_dim": 16}),
+        ],
+    )
+    def test_attend(self, name, num_splits, changes):
+        check_reads(name, dataclasses.replace(INTERPRETED, num_splits=num_splits), **changes)
+
+    @pytest.mark.parametrize("layout", list(KVLayout))
+    def test_write(self, layout):
+        check_write(layout, 13, dataclasses.replace(INTERPRETED, chip=1))
+
+
+def check_write(layout, num_tokens, tuning, heads=3, head_dim=80):
+    """As `xla` writes, bit for bit; every fourth token is dropped."""
+    form = page_format(head_dim, 8, heads, layout=layout)
+    rng = np.random.default_rng(0)
+    num_pages = 3 + num_tokens // 8
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), form.dtype)
+    arrays = tuple(draw(*form.array_shape(num_pages)) for _ in range(form.num_arrays))
+    cache = PagedKVCache(arrays, (), layout, head_dim)
+    page, slot = np.divmod(rng.permutation(num_pages * 8)[:num_tokens], 8)
+    page[::4] = num_pages
+    writes = Writes(jnp.asarray(page, jnp.int32), jnp.asarray(slot, jnp.int32))
+    tokens = draw(num_tokens, heads, head_dim), draw(num_tokens, heads, head_dim)
+    expected = xla.write(cache, *tokens, writes, Tuning(backend="xla"))
+    got = jax.jit(pallas_gpu.write, static_argnums=4)(cache, *tokens, writes, tuning)
+    for actual, array in zip(got.arrays, expected.arrays, strict=True):
+        np.testing.assert_array_equal(actual, array)
+
+
+def _in_16_bits(case: Case) -> Case:
+    dtype = case.dtype if case.dtype == "float16" else "bfloat16"
+    return case.replace(name=f"{case.name}_16", dtype=dtype)
+
+
+@on_gpu
+class TestOnHopper:
+    """The cases of all backends, in 16 bits and every layout, and what only large ones reach."""
+
+    @pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
+    @pytest.mark.parametrize("case", [_in_16_bits(c) for c in CASES], ids=lambda case: case.name)
+    def test_matches_the_oracle(self, case, kv_layout):
+        if case.page_size % 8 or case.head_dim % 16:
+            pytest.skip("refused by name: see TestConfig")
+        inputs = make(case, kv_layout)
+        out, lse = page_attention(
+            *map(jnp.asarray, (inputs.query, inputs.key_cache)),
+            None if inputs.value_cache is None else jnp.asarray(inputs.value_cache),
+            *map(jnp.asarray, (inputs.context_lens, inputs.block_tables)),
+            sinks=None if inputs.sinks is None else jnp.asarray(inputs.sinks),
+            kv_layout=kv_layout, backend="pallas_gpu", return_lse=True, **case.options,
+        )  # fmt: skip
+        tolerance.assert_within_rounding(inputs, np.array(out), np.array(lse))
+
+    @pytest.mark.parametrize("name", READS)
+    def test_reads(self, name):
+        check_reads(name, COMPILED)
+        check_reads(name, COMPILED, head_dim=256, layout=KVLayout.FUSED)
+
+    @pytest.mark.parametrize("layout", list(KVLayout))
+    def test_write(self, layout):
+        check_write(layout, 13, COMPILED)
+        check_write(layout, 3000, COMPILED, heads=8, head_dim=128)
+
+    @pytest.mark.parametrize(
+        ("which", "position", "value"),
+        [(0, 0, np.nan), (0, 50, -np.inf), (0, 89, np.inf), (1, 0, -np.inf), (1, 89, np.nan)],
+    )
+    def test_what_is_no_number_shows_where_it_is_read(self, which, position, value):
+        query, cache, reads, *_ = drawn_reads([0, 0, 0], [100, 90, 700], None)
+        before = attend(8, Attention(), COMPILED, query, cache, reads)
+        page, slot = int(reads.ids[1, position // 16]), position % 16
+        arrays = list(cache.arrays)
+        arrays[which] = arrays[which].at[page, 1, slot, 3].set(value)
+        after = attend(8, Attention(), COMPILED, query, cache.replace(arrays), reads)
+        for actual, was in ((after.out, before.out), (after.lse, before.lse)):
+            actual, was = np.array(actual), np.array(was)
+            if was.ndim == 3:  # a value shows in its own column of the sums
+                actual, was = actual[..., 3], was[..., 3]
+            elif which == 1:
+                continue
+            assert not np.isfinite(actual[1, 4:]).any()
+            actual[1, 4:] = was[1, 4:]
+            np.testing.assert_array_equal(actual, was)
+
+    def test_it_is_the_default(self):
+        cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_cache())
+        lens, tables = jnp.full((4,), 30, jnp.int32), jnp.zeros((4, 2), jnp.int32)
+        query = jnp.zeros((4, 32, 128), jnp.bfloat16)
+        call = functools.partial(page_attention, kv_layout="blocks_first")
+        for dtype, kernels in ((jnp.bfloat16, True), (jnp.float32, False)):
+            arrays = (x.astype(dtype) for x in cache.arrays)
+            text = jax.jit(call).lower(query, *arrays, lens, tables).as_text()
+            assert ("mosaic_gpu_v2" in text) == kernels
