@@ -1,0 +1,128 @@
+"""The integers that a traced program gives to its Pallas kernels, computed on the CPU.
+
+A kernel's branches, trip counts and copies follow from its integer operands: plans, tables, lengths.
+They are found by evaluating the program around the kernels, as far as it depends on the integers
+among its arguments. What depends on anything else stays unknown: None.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+Value = np.ndarray | None
+
+# On the one device that a program is traced for these change no value.
+_IDENTITIES = (
+    *("sharding_constraint", "pvary", "pcast", "reshard", "layout_constraint", "device_put"),
+    *("psum", "psum_invariant", "pmax", "pmin"),
+)
+# Where an equation that calls keeps what it calls.
+_CALLED = ("jaxpr", "call_jaxpr", "call", "fun_jaxpr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of a kernel.
+
+    Attributes:
+      name: of the kernel; "kernel" if it has none.
+      operands: in order; None for what is not known.
+    """
+
+    name: str
+    operands: tuple[Value, ...]
+
+
+def kernel_calls(closed: Any, arguments: Sequence[Value]) -> list[Call]:
+    """The calls in a traced program, in order; of a loop's, those of its first pass.
+
+    Args:
+      closed: its `ClosedJaxpr`.
+      arguments: a value for each of its inputs, or None.
+    """
+    calls: list[Call] = []
+    with jax.default_device(jax.devices("cpu")[0]):
+        _evaluate(closed, arguments, calls)
+    return calls
+
+
+def integers(value: Any) -> Value:
+    """The value of an array of integers; None for others, and for descriptions of arrays."""
+    if isinstance(value, jax.ShapeDtypeStruct) or np.dtype(value.dtype).kind not in "iub":
+        return None
+    return np.asarray(value)
+
+
+def _evaluate(called: Any, arguments: Sequence[Value], calls: list[Call]) -> list[Value]:
+    """Evaluates a Jaxpr, closed or not; adds the calls in it."""
+    jaxpr, consts = getattr(called, "jaxpr", called), getattr(called, "consts", ())
+    known: dict[Any, Value] = dict(zip(jaxpr.constvars, map(integers, consts), strict=True))
+    known.update(zip(jaxpr.invars, arguments, strict=True))
+    read = lambda atom: np.asarray(atom.val) if isinstance(atom, Literal) else known[atom]
+    for equation in jaxpr.eqns:
+        values = [read(atom) for atom in equation.invars]
+        known.update(zip(equation.outvars, _outputs(equation, values, calls), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _outputs(equation: Any, values: list[Value], calls: list[Call]) -> Sequence[Value]:
+    primitive, params = equation.primitive, equation.params
+    unknown = [None] * len(equation.outvars)
+    match primitive.name:
+        case "pallas_call":
+            calls.append(Call(params.get("name") or "kernel", tuple(values)))
+            return unknown
+        case "axis_index":
+            return [np.int32(0)]
+        case "platform_index":
+            return [np.int32(_tpu_branch(params["platforms"]))]
+        case "cond" if values[0] is not None:
+            return _evaluate(params["branches"][int(values[0])], values[1:], calls)
+        case "cond" | "scan" | "while" if _has_kernel(equation):
+            _evaluate(*_first_pass(equation, values), calls)
+            return unknown
+        case name if name in _IDENTITIES:
+            return values
+        case "scan" | "while" | "reduce" | "reduce_window":
+            called = None
+        case _:
+            called = next((params[key] for key in _CALLED if key in params), None)
+    if called is not None:
+        return _evaluate(called, values, calls)
+    if any(value is None for value in values):
+        return unknown
+    outputs = primitive.bind(*values, **params)
+    return [integers(x) for x in (outputs if primitive.multiple_results else [outputs])]
+
+
+def _first_pass(equation: Any, values: list[Value]) -> tuple[Any, list[Value]]:
+    """What a loop with a kernel runs first, or of branches that are not known the last; its inputs."""
+    params = equation.params
+    if equation.primitive.name == "cond":
+        return params["branches"][-1], values[1:]
+    if equation.primitive.name == "while":
+        return params["body_jaxpr"], values[params["cond_nconsts"] :]
+    kept = params["num_consts"] + params["num_carry"]
+    index = -1 if params["reverse"] else 0
+    first = [None if value is None else value[index] for value in values[kept:]]
+    return params["jaxpr"], values[:kept] + first
+
+
+def _has_kernel(equation: Any) -> bool:
+    if equation.primitive.name == "pallas_call":
+        return True
+    inner = [value for value in jax.tree.leaves(list(equation.params.values())) if _is_jaxpr(value)]
+    return any(_has_kernel(e) for jaxpr in inner for e in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def _tpu_branch(platforms: Sequence[Any]) -> int:
+    """Which branch of `lax.platform_dependent` a TPU takes; None stands for all others."""
+    return next(i for i, names in enumerate(platforms) if names is None or "tpu" in names)
