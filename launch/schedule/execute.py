@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from . import bundles, timing
 from .core import Core
 from .machine import Machine, Run
-from .operands import Call, integers, kernel_calls
+from .operands import integers, kernel_calls
 from .phases import breakdown
 from .program import Program
 
@@ -48,8 +48,7 @@ class Executed:
     """One kernel's call, all cores that run it; figures are of the slowest.
 
     Attributes:
-      topology, device_kind: what it was compiled for.
-      case, kernel: names of the shapes and of the kernel.
+      device_kind: what it was compiled for.
       cores: TensorCores that run it.
       clock_hz: cycles per second.
       cycles: that issue, waits for results included and for copies not.
@@ -61,13 +60,11 @@ class Executed:
       phases: where the cycles go, with waits for copies at 1 us latency.
       guessed: loads of scalars that nobody had written (0 is taken); unknown: instructions whose
         values are not known, by name.
-      temp_bytes: scratch of the whole program in HBM; compile_s: seconds.
+      topology, case, kernel: as they are named in tables.
+      temp_bytes: scratch of the whole program in HBM; compile_s: seconds to compile it.
     """
 
-    topology: str
     device_kind: str
-    case: str
-    kernel: str
     cores: int
     clock_hz: float
     cycles: int
@@ -81,8 +78,11 @@ class Executed:
     phases: list[dict[str, Any]]
     guessed: int
     unknown: dict[str, int]
-    temp_bytes: int
-    compile_s: float
+    topology: str = ""
+    case: str = ""
+    kernel: str = ""
+    temp_bytes: int = 0
+    compile_s: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -90,8 +90,38 @@ class Executed:
         return self.cycles / self.hbm_cycles
 
 
-def execute(subject: Subject, topology: str, mesh: Mesh, dump: pathlib.Path) -> list[Executed]:
-    """Compiles a program for the device of a mesh of one and executes each of its kernels.
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The kernels of a compiled program, in the order in which it calls them.
+
+    Attributes:
+      traced, compiled: JAX's stages of the program.
+      names, programs: of the kernels.
+      compile_s: seconds.
+    """
+
+    traced: Any
+    compiled: Any
+    names: list[str]
+    programs: list[Program]
+    compile_s: float
+
+    def run(self, arguments: Any) -> list[list[Run]]:
+        """Runs each kernel with these arguments, on all cores that have something to do."""
+        values = [integers(leaf) for leaf in jax.tree.leaves(arguments)]
+        calls = kernel_calls(self.traced.jaxpr, values)
+        return [_run(p, call.operands) for p, call in zip(self.programs, calls, strict=True)]
+
+
+def _run(program: Program, operands: Sequence[Any]) -> list[Run]:
+    runs = [Machine(program, operands, core).run() for core in range(program.num_cores)]
+    # One of two cores may find nothing to do.
+    most = max(run.cycles for run in runs)
+    return [run for run in runs if run.cycles > most / 10]
+
+
+def compile_kernels(subject: Subject, mesh: Mesh, dump: pathlib.Path) -> Kernels:
+    """Compiles a program for the device of a mesh of one.
 
     Libtpu must have been told to write to `dump` before it was loaded: see `worker`.
 
@@ -101,24 +131,39 @@ def execute(subject: Subject, topology: str, mesh: Mesh, dump: pathlib.Path) -> 
     for path in dump.iterdir():
         path.unlink()
     start = time.perf_counter()
-    traced, device = trace(subject, mesh), mesh.devices.flat[0]
+    traced, device = _trace(subject, mesh), mesh.devices.flat[0]
     compiled = traced.lower().compile()
     elapsed = time.perf_counter() - start
-    values = [integers(leaf) for leaf in jax.tree.leaves(subject.arguments)]
-    written, kernels = bundles.dumps(dump), _KERNEL.findall(compiled.as_text())
-    core = Core.of(device.device_kind)
-    found = []
-    for call in kernel_calls(traced.jaxpr, values):
-        path = written[_take(call.name, kernels)]
-        program = Program(bundles.parse(path.read_text(errors="replace")), core)
-        runs = run(program, call, getattr(device, "num_cores", 1))
-        found.append(_report(subject, call, program, runs, topology, compiled, elapsed))
-    if not found:
+    written, left = bundles.dumps(dump), _KERNEL.findall(compiled.as_text())
+    unknown = [None] * len(jax.tree.leaves(subject.arguments))
+    names = [call.name for call in kernel_calls(traced.jaxpr, unknown)]
+    if not names:
         raise ValueError(f"no pallas_call in {subject.name}")
-    return found
+    core, cores = Core.of(device.device_kind), getattr(device, "num_cores", 1)
+    texts = [written[_take(name, left)].read_text(errors="replace") for name in names]
+    programs = [Program(bundles.parse(text), core, cores) for text in texts]
+    return Kernels(traced, compiled, names, programs, elapsed)
 
 
-def trace(subject: Subject, mesh: Mesh) -> Any:
+def execute(subject: Subject, topology: str, mesh: Mesh, dump: pathlib.Path) -> list[Executed]:
+    """Compiles a program and executes each of its kernels; see `compile_kernels`."""
+    kernels = compile_kernels(subject, mesh, dump)
+    runs = kernels.run(subject.arguments)
+    temp_bytes = kernels.compiled.memory_analysis().temp_size_in_bytes
+    return [
+        dataclasses.replace(
+            _report(subject.num_bytes, program, of_kernel),
+            topology=topology,
+            case=subject.name,
+            kernel=subject.kernel or name,
+            temp_bytes=temp_bytes,
+            compile_s=round(kernels.compile_s, 2),
+        )
+        for name, program, of_kernel in zip(kernels.names, kernels.programs, runs, strict=True)
+    ]
+
+
+def _trace(subject: Subject, mesh: Mesh) -> Any:
     """Traces a program as if it ran on the device of a mesh of one."""
     here = NamedSharding(mesh, PartitionSpec())
 
@@ -151,45 +196,32 @@ def _take(name: str, compiled: list[str]) -> str:
     return compiled.pop(of_name[0] if of_name else 0)
 
 
-def run(program: Program, call: Call, cores_of_device: int) -> list[Run]:
-    """Runs a call on each core, and leaves out those that have next to nothing to do."""
-    cores = cores_of_device if program.core_id is not None else 1
-    runs = [Machine(program, call.operands, core).run() for core in range(cores)]
-    most = max(run.cycles for run in runs)
-    return [run for run in runs if run.cycles > most / 10]
-
-
-def _report(subject, call, program, runs: Sequence[Run], topology, compiled, elapsed) -> Executed:
-    core: Core = program.core
+def _report(num_bytes: int | None, program: Program, runs: Sequence[Run]) -> Executed:
+    core = program.core
     timings = {
         memory.name: max((timing.replay(run, memory, core) for run in runs), key=lambda t: t.cycles)
         for memory in timing.MEMORIES
     }
     slowest = max(runs, key=lambda run: run.cycles)
-    copies, copied_bytes = (sum(n) for n in zip(*(timing.copies(r.events) for r in runs)))
-    num_bytes = subject.num_bytes or copied_bytes
-    us = lambda cycles: cycles / core.clock_hz * 1e6
-    phases = breakdown(program, slowest, timing.replay(slowest, timing.MEMORIES[1], core))
+    counted = [timing.copies(run.events) for run in runs]
+    copies, copied_bytes = sum(n for n, _ in counted), sum(size for _, size in counted)
+    num_bytes = num_bytes or copied_bytes
+    us = lambda cycles: round(cycles / core.clock_hz * 1e6, 3)
+    phases = breakdown(program, slowest, timing.replay(slowest, timing.ONE_US, core))
+    visited = zip(slowest.visits, program.bundles, strict=True)
     return Executed(
-        topology=topology,
         device_kind=core.device_kind,
-        case=subject.name,
-        kernel=subject.kernel or call.name,
         cores=len(runs),
         clock_hz=core.clock_hz,
         cycles=slowest.cycles,
-        empty=sum(
-            v for v, b in zip(slowest.visits, program.bundles, strict=True) if not b.ops
-        ),
+        empty=sum(visits for visits, bundle in visited if not bundle.ops),
         hbm_cycles=num_bytes / (len(runs) * core.bytes_per_s) * core.clock_hz,
         copies=copies,
         copied_bytes=copied_bytes,
         num_bytes=num_bytes,
-        us={name: round(us(t.cycles), 3) for name, t in timings.items()},
-        wait_us={name: round(us(sum(t.waits.values())), 3) for name, t in timings.items()},
+        us={name: us(t.cycles) for name, t in timings.items()},
+        wait_us={name: us(sum(t.waits.values())) for name, t in timings.items()},
         phases=[dataclasses.asdict(phase) for phase in phases],
         guessed=sum(run.guessed for run in runs),
         unknown=dict(program.unknown),
-        temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        compile_s=round(elapsed, 2),
     )

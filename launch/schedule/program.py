@@ -101,6 +101,7 @@ class Program:
     Attributes:
       bundles: as compiled.
       core: what it was compiled for.
+      cores_of_device: that run it, if it asks which it is on.
       operands: by the register that holds their address.
       core_id: the address of the number of the core that runs it, where the program asks.
       unknown: how often it holds an instruction whose value is not known, by name.
@@ -108,6 +109,7 @@ class Program:
 
     bundles: list[Bundle]
     core: Core
+    cores_of_device: int = 1
     operands: dict[str, Operand] = dataclasses.field(default_factory=dict)
     core_id: int | None = None
     unknown: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -118,6 +120,11 @@ class Program:
         self._index = {bundle.address: i for i, bundle in enumerate(self.bundles)}
         self._slots = self.core.delay_slots
         self.statements = [list(self._statements(bundle)) for bundle in self.bundles]
+
+    @property
+    def num_cores(self) -> int:
+        """TensorCores that run it at the same time."""
+        return 1 if self.core_id is None else self.cores_of_device
 
     # -- from the text of an instruction to Python
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .execute import Executed
-from .timing import MEMORIES
+from .timing import MEMORIES, ONE_US
 
 _NAMED_PHASES = 6
 _NOTE = """\
@@ -153,5 +153,5 @@ def _parts(row: Executed, shown: Sequence[str]) -> dict[str, float]:
         name = phase["function"] if phase["function"] in parts else "other"
         parts[name] += phase["cycles"] - phase["empty"]
     parts["waits for results"] = row.empty
-    parts["waits for copies"] = row.wait_us[MEMORIES[1].name] * 1e-6 * row.clock_hz
+    parts["waits for copies"] = row.wait_us[ONE_US.name] * 1e-6 * row.clock_hz
     return parts

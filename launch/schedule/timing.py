@@ -27,9 +27,10 @@ class Memory:
 
 
 ISSUE = Memory("issue only", is_free=True)
+ONE_US = Memory("1 us", latency_us=1.0)
 MEMORIES = (
     ISSUE,
-    Memory("1 us", latency_us=1.0),
+    ONE_US,
     Memory("2 us", latency_us=2.0),
     Memory("1 us + 10 ns a copy", latency_us=1.0, copy_ns=10.0),
 )
