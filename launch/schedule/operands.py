@@ -6,6 +6,7 @@ among its arguments. What depends on anything else stays unknown: None.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,15 @@ from jax.extend.core import Literal
 
 Value = np.ndarray | None
 
-# On the one device that a program is traced for these change no value.
+# These change no value.
 _IDENTITIES = (
-    *("sharding_constraint", "pvary", "pcast", "reshard", "layout_constraint", "device_put"),
-    *("psum", "psum_invariant", "pmax", "pmin"),
-)
+    "sharding_constraint", "pvary", "pcast", "reshard", "layout_constraint", "device_put",
+)  # fmt: skip
+# What comes from other devices is not known.
+_COLLECTIVES = (
+    "psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_to_all", "ppermute",
+    "psum_scatter", "reduce_scatter",
+)  # fmt: skip
 # Where an equation that calls keeps what it calls.
 _CALLED = ("jaxpr", "call_jaxpr", "call", "fun_jaxpr")
 
@@ -87,6 +92,11 @@ def _outputs(equation: Any, values: list[Value], calls: list[Call]) -> Sequence[
             return unknown
         case name if name in _IDENTITIES:
             return values
+        case name if name in _COLLECTIVES:
+            return unknown
+        case "shard_map":
+            outputs = _evaluate(params["jaxpr"], _first_shards(params, values), calls)
+            return outputs if params["mesh"].size == 1 else unknown
         case "scan" | "while" | "reduce" | "reduce_window":
             called = None
         case _:
@@ -110,6 +120,21 @@ def _first_pass(equation: Any, values: list[Value]) -> tuple[Any, list[Value]]:
     index = -1 if params["reverse"] else 0
     first = [None if value is None else value[index] for value in values[kept:]]
     return params["jaxpr"], values[:kept] + first
+
+
+def _first_shards(params: dict[str, Any], values: list[Value]) -> list[Value]:
+    """The parts of arguments that the first device has."""
+    sizes = params["mesh"].shape
+
+    def part(value: Value, spec: Any) -> Value:
+        if value is None:
+            return None
+        names = [() if n is None else n if isinstance(n, tuple) else (n,) for n in spec]
+        shards = [math.prod(sizes[axis] for axis in each) for each in names]
+        shards += [1] * (value.ndim - len(shards))
+        return value[tuple(slice(n // s) for n, s in zip(value.shape, shards, strict=True))]
+
+    return [part(value, spec) for value, spec in zip(values, params["in_specs"], strict=True)]
 
 
 def _has_kernel(equation: Any) -> bool:

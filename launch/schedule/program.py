@@ -290,11 +290,11 @@ class Program:
             s.register for statements in self.statements for s in statements if s.register
         }
         namespace.update(dict.fromkeys(registers, 0))
+        written = f"global {', '.join(sorted(registers))}" if registers else "pass"
         pieces = {}
         for start in sorted(starts):
-            body = "\n    ".join(self._piece(start, starts))
-            source = f"def piece(now):\n    global {', '.join(sorted(registers))}\n    {body}"
-            exec(source, namespace)
+            body = "\n    ".join([written, *self._piece(start, starts)])
+            exec(f"def piece(now):\n    {body}", namespace)
             pieces[start] = namespace["piece"]
         return pieces, self._exits
 
