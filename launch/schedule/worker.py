@@ -29,17 +29,17 @@ _dump: pathlib.Path
 
 def submit(function: Callable[..., Any], *arguments: Any) -> "concurrent.futures.Future[Any]":
     """Has the worker call a function of this package, which finds the folder with `dump()`."""
-    return _pool().submit(function, *arguments)
+    return _pool(True).submit(function, *arguments)
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The answer of the worker.
+def call(function: Callable[..., Any], *arguments: Any, dumping: bool = True) -> Any:
+    """The answer of the worker; without `dumping`, of one whose compiler writes nothing.
 
     Raises:
       RuntimeError: if the compiler took the process down; and what the function raises.
     """
     try:
-        return submit(function, *arguments).result()
+        return _pool(dumping).submit(function, *arguments).result()
     except BrokenProcessPool:
         _pool.cache_clear()
         raise RuntimeError("the compiler ended its process") from None
@@ -51,20 +51,21 @@ def dump() -> pathlib.Path:
 
 
 @functools.cache
-def _pool() -> concurrent.futures.ProcessPoolExecutor:
+def _pool(dumping: bool) -> concurrent.futures.ProcessPoolExecutor:
     folder = tempfile.TemporaryDirectory(prefix="shardpage_schedule_")
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(1, context, _enter, (folder.name,))
+    pool = concurrent.futures.ProcessPoolExecutor(1, context, _enter, (folder.name, dumping))
     atexit.register(folder.cleanup)
     return pool
 
 
-def _enter(folder: str) -> None:
+def _enter(folder: str, dumping: bool) -> None:
     global _dump
     _dump = pathlib.Path(folder)
-    flags = f"--xla_jf_dump_to={folder} {bundles.FLAGS}"
-    before = os.environ.get("LIBTPU_INIT_ARGS", "")
-    os.environ["LIBTPU_INIT_ARGS"] = f"{before} {flags}".strip()
+    if dumping:
+        before = os.environ.get("LIBTPU_INIT_ARGS", "")
+        flags = f"--xla_jf_dump_to={folder} {bundles.FLAGS}"
+        os.environ["LIBTPU_INIT_ARGS"] = f"{before} {flags}".strip()
     jax.config.update("jax_platforms", "cpu")
 
 
