@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
@@ -61,11 +60,13 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
     return found
 
 
-def loop_bodies(found: dict[str, list[Instruction]]) -> Iterator[str]:
-    """The bodies of loops that the entry runs."""
-    for instruction in found["ENTRY"]:
-        if instruction.opcode == "while" and (body := re.search(r"body=%?([\w.\-]+)", instruction.text)):
-            yield body[1]
+def loop(instruction: Instruction) -> tuple[str, int] | None:
+    """The body of a `while` and how often it runs, once if that is not known; None for others."""
+    body = re.search(r"body=%?([\w.\-]+)", instruction.text)
+    if instruction.opcode != "while" or body is None:
+        return None
+    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.text)
+    return body[1], int(trips[1]) if trips else 1
 
 
 def varying(body: list[Instruction]) -> set[str]:

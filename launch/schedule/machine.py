@@ -70,13 +70,13 @@ class Machine:
         self.now, self.start = 0, 0
         names = "wrap", "load", "store", "copy", "fill", "wait", "signal", "reset"
         self.namespace: dict[str, Any] = {name: getattr(self, name) for name in names}
+        self.namespace["core"] = core
+        self.memory.update(dict.fromkeys(program.core_addresses, core))
         self.namespace["unsigned"] = lambda value: value if value >= 0 else value + 2**32
         self.pieces, self.exits = program.compile(self.namespace)
         self._inputs = {}
         for register, operand in program.operands.items():
             self._give(register, operand)
-        if program.core_id is not None:
-            self.memory[program.core_id] = core
 
     def _give(self, register: str, operand: Operand) -> None:
         self._inputs[operand.base] = operand
@@ -126,10 +126,11 @@ class Machine:
         # Addresses of fast memory count in other units, by a shift of the number of the operand.
         shift = max(0, source.bit_length() - BASE_SHIFT - BASE_BITS)
         base = (source >> shift) >> BASE_SHIFT << BASE_SHIFT
-        operand = self._inputs[base]
-        self._record(time, "copy", semaphore, size, f"{operand.space}_to_smem", 0)
-        words = self._words(operand)
-        if words is None:
+        operand = self._inputs.get(base)
+        space = operand.space if operand else "vmem"
+        self._record(time, "copy", semaphore, size, f"{space}_to_smem", 0)
+        words = self._words(operand) if operand else None
+        if operand is None or words is None:
             return  # loads of it are guessed, and counted
         unit = self.granule if operand.space == "hbm" else _VMEM_GRANULE
         first = ((source >> shift) - base) * unit // 4

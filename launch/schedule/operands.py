@@ -97,6 +97,8 @@ def _outputs(equation: Any, values: list[Value], calls: list[Call]) -> Sequence[
         case "shard_map":
             outputs = _evaluate(params["jaxpr"], _first_shards(params, values), calls)
             return outputs if params["mesh"].size == 1 else unknown
+        case "scan" if all(value is not None for value in values):
+            return _scan(params, values, calls)
         case "scan" | "while" | "reduce" | "reduce_window":
             called = None
         case _:
@@ -107,6 +109,23 @@ def _outputs(equation: Any, values: list[Value], calls: list[Call]) -> Sequence[
         return unknown
     outputs = primitive.bind(*values, **params)
     return [integers(x) for x in (outputs if primitive.multiple_results else [outputs])]
+
+
+def _scan(params: dict[str, Any], values: list[Value], calls: list[Call]) -> list[Value]:
+    """All passes of a `scan` without a kernel. (As a primitive it would check mesh axes, too.)"""
+    kept, num_carry = params["num_consts"], params["num_carry"]
+    consts, carry, rows = values[:kept], values[kept : kept + num_carry], values[kept + num_carry :]
+    collected: list[list[Value]] = []
+    order = range(params["length"])
+    for index in reversed(order) if params["reverse"] else order:
+        row = [None if value is None else value[index] for value in rows]
+        outputs = _evaluate(params["jaxpr"], [*consts, *carry, *row], calls)
+        carry = outputs[:num_carry]
+        collected.append(outputs[num_carry:])
+    if params["reverse"]:
+        collected.reverse()
+    columns = list(zip(*collected, strict=True))
+    return [*carry, *(None if c[0] is None else np.stack(c) for c in columns)]
 
 
 def _first_pass(equation: Any, values: list[Value]) -> tuple[Any, list[Value]]:

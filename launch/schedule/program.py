@@ -101,9 +101,10 @@ class Program:
     Attributes:
       bundles: as compiled.
       core: what it was compiled for.
-      cores_of_device: that run it, if it asks which it is on.
+      cores_of_device: that run a program which asks on which it is.
       operands: by the register that holds their address.
-      core_id: the address of the number of the core that runs it, where the program asks.
+      asks_core: whether it asks which of those runs it (`core`, a number); core_addresses: of
+        scalar memory that says so, too.
       unknown: how often it holds an instruction whose value is not known, by name.
     """
 
@@ -111,7 +112,8 @@ class Program:
     core: Core
     cores_of_device: int = 1
     operands: dict[str, Operand] = dataclasses.field(default_factory=dict)
-    core_id: int | None = None
+    asks_core: bool = False
+    core_addresses: set[int] = dataclasses.field(default_factory=set)
     unknown: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def __post_init__(self) -> None:
@@ -124,7 +126,7 @@ class Program:
     @property
     def num_cores(self) -> int:
         """TensorCores that run it at the same time."""
-        return 1 if self.core_id is None else self.cores_of_device
+        return self.cores_of_device if self.asks_core else 1
 
     # -- from the text of an instruction to Python
 
@@ -216,7 +218,10 @@ class Program:
         if base == "sld":
             address = self._address(rest.removeprefix("[smem:").removesuffix("]"))
             if "core id" in op.note:
-                self.core_id = int(address.strip("()"))
+                self.asks_core = True
+                if "s" not in address:  # not a register
+                    self.core_addresses.add(int(address.strip("()")))
+                return "core"
             return f"load({address})"
         if base == "scalar_lea":
             # Behind the sum stands the allocation that the pointer is already in.

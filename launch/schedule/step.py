@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,8 @@ from .program import Program
 
 # The body of the loop is the same whatever their number, and caches of so few fit.
 _MOST_LAYERS = 8
+# Parts of a path that say how, not what.
+_CALLS = ("closed_call", "shard_map", "while", "body", "cond")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -35,21 +37,24 @@ class Op:
       name, opcode: in HLO.
       maker: "model", "write" or "attend", with the part of the library; "compiler" for copies that
         it adds.
-      in_layers: whether it runs in each layer, or once a step.
-      is_equal: whether nothing that it reads differs between layers but their number.
       cycles: executed, waits for results included; None if it has no program of its own.
-      us: with waits for copies at 1 us latency.
+      us: with waits for copies at 1 us latency, if those are all its own.
       estimated_cycles: what the compiler thinks.
+      in_layers: whether it runs in each layer, or once a step.
+      is_equal: whether nothing that it reads differs between layers but their number; not said
+        of what is in a loop of its own.
+      times: how often it runs in a layer.
     """
 
     name: str
     opcode: str
     maker: str
-    in_layers: bool
-    is_equal: bool
     cycles: int | None
     us: float
     estimated_cycles: int | None
+    in_layers: bool = False
+    is_equal: bool = False
+    times: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +97,12 @@ def analyze(topology: str, spec: str | None, work: Workload) -> Step:
     times = [_us(run, core) for run in runs]
     memory = kernels.compiled.memory_analysis()
     found = hlo.computations(text)
-    bodies = [found[name] for name in hlo.loop_bodies(found)]
     programs = bundles.dumps(dump)
-    ops = [_op(i, False, True, programs, core) for i in found["ENTRY"] if _counts(i)]
-    for body in bodies:
-        changed = hlo.varying(body)
-        ops += [_op(i, True, i.name not in changed, programs, core) for i in body if _counts(i)]
-    in_bodies = "\n".join(f"  %{i.name} = {i.result} {i.opcode}({i.text}" for b in bodies for i in b)
-    sent = meshes.collectives(in_bodies, split.mesh)
+    once = [_op(i, programs, core) for i in found["ENTRY"] if _counts(i)]
+    layers = [loop[0] for i in found["ENTRY"] if (loop := hlo.loop(i))]
+    ops = once + [op for body in layers for op in _in_layers(found, body, programs, core)]
+    lines = (f"  %{i.name} = {i.result} {i.opcode}({i.text}" for body in layers for i in found[body])
+    sent = meshes.collectives("\n".join(lines), split.mesh)
     return Step(
         title=f"{work.model.name}, {work.batch} x {work.context}, page {work.page_size}, {split.spec}",
         topology=topology,
@@ -112,29 +115,44 @@ def analyze(topology: str, spec: str | None, work: Workload) -> Step:
     )
 
 
+def _in_layers(
+    found: dict[str, list[hlo.Instruction]],
+    body: str,
+    programs: dict[str, pathlib.Path],
+    core: Core,
+    times: int = 1,
+) -> Iterator[Op]:
+    """What the loop over layers runs in each, also in loops of its own."""
+    changed = hlo.varying(found[body])
+    for instruction in found[body]:
+        if (inner := hlo.loop(instruction)) is not None:
+            yield from _in_layers(found, inner[0], programs, core, times * inner[1])
+        elif _counts(instruction):
+            op = _op(instruction, programs, core)
+            is_equal = instruction.name not in changed and times == 1
+            yield dataclasses.replace(op, in_layers=True, is_equal=is_equal, times=times)
+
+
 def _counts(instruction: hlo.Instruction) -> bool:
     return instruction.takes_time and "tpu_custom_call" not in instruction.text
 
 
-def _op(
-    instruction: hlo.Instruction,
-    in_layers: bool,
-    is_equal: bool,
-    programs: dict[str, pathlib.Path],
-    core: Core,
-) -> Op:
+def _op(instruction: hlo.Instruction, programs: dict[str, pathlib.Path], core: Core) -> Op:
     cycles, us = None, 0.0
-    if (path := programs.get(instruction.name)) is not None:
-        program = Program(bundles.parse(path.read_text(errors="replace")), core)
+    path = programs.get(instruction.name)
+    if path is not None and not instruction.opcode.startswith(_COLLECTIVES):
         # Operands that are not integers do not matter, and XLA's loops have fixed lengths.
+        program = Program(bundles.parse(path.read_text(errors="replace")), core)
         run = Machine(program, ()).run()
-        cycles, us = run.cycles, _us(run, core)[1]
+        cycles = run.cycles
+        try:
+            us = _us(run, core)[1]
+        except RuntimeError:  # it waits for another core or device
+            us = round(cycles / core.clock_hz * 1e6, 3)
     return Op(
         instruction.name,
         instruction.opcode,
         _maker(instruction),
-        in_layers,
-        is_equal,
         cycles,
         us,
         instruction.estimated_cycles,
@@ -156,7 +174,7 @@ def _maker(instruction: hlo.Instruction) -> str:
     for scope in ("write", "attend"):
         if f"step_{scope}" in parts:
             inner = parts[parts.index(f"step_{scope}") + 1 : -1]
-            named = [part for part in inner if part.isidentifier() and part != "closed_call"]
+            named = [part for part in inner if part.isidentifier() and part not in _CALLS]
             return f"{scope}: {named[0]}" if named else scope
     return "model" if instruction.op_name else "compiler"
 
@@ -171,8 +189,9 @@ def _subject(work: Workload, split: Split) -> Subject:
     hidden, where = num_heads * dim, {"mesh": mesh, "layout": layout}
 
     def attention(x, weights, cache, lens, tables):
-        qkv = (x @ weights["qkv"]).reshape(num_seqs, num_heads + 2 * kv_heads, dim)
-        query, key, value = jnp.split(qkv, [num_heads, num_heads + kv_heads], axis=1)
+        query, key, value = (
+            (x @ weights[name]).reshape(num_seqs, -1, dim) for name in ("query", "key", "value")
+        )
         with jax.named_scope("step_write"):
             rows = jnp.arange(num_seqs, dtype=jnp.int32)
             cache = write_kv(cache, key, value, rows, lens - 1, tables, **where)
@@ -203,8 +222,9 @@ def _subject(work: Workload, split: Split) -> Subject:
         num_layers * pages, kv_heads, work.page_size, dim, dtype=work.dtype, **where
     )
     heads, seqs = layout.heads, layout.seqs
-    qkv = array((num_layers, hidden, hidden + 2 * kv_heads * dim), None, None, heads)
-    weights = {"qkv": qkv, "out": array((num_layers, hidden, hidden), None, heads, None)}
+    wide, narrow = (array((num_layers, hidden, n * dim), None, None, heads) for n in (num_heads, kv_heads))
+    out = array((num_layers, hidden, hidden), None, heads, None)
+    weights = {"query": wide, "key": narrow, "value": narrow, "out": out}
     lens = np.full(num_seqs, work.context, np.int32)
     tables = np.arange(pages, dtype=np.int32).reshape(num_seqs, -1)
     arguments = (cache, weights, array((num_seqs, hidden), seqs, None), lens, tables)
@@ -220,10 +240,11 @@ def table(step: Step) -> str:
     ours = [op for maker, ops in groups.items() for op in ops if _is_ours(maker)]
     rows = [*sorted(groups.items()), ("attention's, in a layer", ours)]
     for maker, ops in rows:
-        equal = [op for op in ops if op.is_equal and op.in_layers]
-        cycles = [str(sum(op.cycles or 0 for op in some)) for some in (ops, equal)]
-        us = f"{sum(op.us for op in ops):.1f}"
-        cells.append((maker, str(len(ops)), cycles[0], us, str(len(equal)), cycles[1]))
+        equal = [op for op in ops if op.is_equal]
+        cycles = [str(sum(op.times * (op.cycles or 0) for op in some)) for some in (ops, equal)]
+        us = f"{sum(op.times * op.us for op in ops):.1f}"
+        runs = str(sum(op.times for op in ops))
+        cells.append((maker, runs, cycles[0], us, str(len(equal)), cycles[1]))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     kernels = [f"{n}: {issue:.1f} us issue, {us:.1f} at 1 us" for n, issue, us in step.kernels]
