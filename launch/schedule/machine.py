@@ -13,7 +13,6 @@ import numpy as np
 from .program import BASE_BITS, BASE_SHIFT, Exit, Operand, Program
 
 _LANES = 128
-_VMEM_GRANULE = 512
 _MOST_CYCLES = 200_000_000
 
 
@@ -28,7 +27,7 @@ class Event:
       semaphore: which; amount: how much.
       path: of a copy: from where to where, e.g. "hbm_to_vmem".
       num_bytes: of a copy.
-      address: of a copy: in HBM, in granules behind the operand's base.
+      place: of a copy: the operand in HBM and granules behind its start; None within the chip.
     """
 
     time: int
@@ -38,7 +37,7 @@ class Event:
     amount: int
     path: str = ""
     num_bytes: int = 0
-    address: int = 0
+    place: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,23 +118,28 @@ class Machine:
         self.memory[address] = value
 
     def copy(self, time: int, path: str, size: int, address: int, semaphore: int) -> None:
-        self._record(time, "copy", semaphore, size, path, address)
+        operand, offset = self._place(address)
+        place = (operand.index, offset) if operand else None
+        self._record(time, "copy", semaphore, size, path, place)
 
     def fill(self, time: int, source: int, size: int, target: int, semaphore: int) -> None:
         """A copy to scalar memory, the contents of which matter."""
-        # Addresses of fast memory count in other units, by a shift of the number of the operand.
-        shift = max(0, source.bit_length() - BASE_SHIFT - BASE_BITS)
-        base = (source >> shift) >> BASE_SHIFT << BASE_SHIFT
-        operand = self._inputs.get(base)
+        operand, offset = self._place(source)
         space = operand.space if operand else "vmem"
-        self._record(time, "copy", semaphore, size, f"{space}_to_smem", 0)
+        self._record(time, "copy", semaphore, size, f"{space}_to_smem")
         words = self._words(operand) if operand else None
         if operand is None or words is None:
             return  # loads of it are guessed, and counted
-        unit = self.granule if operand.space == "hbm" else _VMEM_GRANULE
-        first = ((source >> shift) - base) * unit // 4
+        first = offset * self.granule // 4
         part = words[first : first + size * self.granule // 4]
         self.memory.update(enumerate(map(int, part), target))
+
+    def _place(self, address: int) -> tuple[Operand | None, int]:
+        """The operand that an address points into, and how many granules; None for scratch."""
+        # Programs count in larger units before, and shift sums to granules in the end.
+        shift = max(0, address.bit_length() - BASE_SHIFT - BASE_BITS)
+        base = (address >> shift) >> BASE_SHIFT << BASE_SHIFT
+        return self._inputs.get(base), address - (base << shift)
 
     def wait(self, time: int, semaphore: int, amount: int) -> None:
         self._record(time, "wait", semaphore, amount)
@@ -146,10 +150,10 @@ class Machine:
     def reset(self, time: int, semaphore: int, amount: int) -> None:
         self._record(time, "reset", semaphore, amount)
 
-    def _record(self, time, kind, semaphore, amount, path="", address=0) -> None:
+    def _record(self, time, kind, semaphore, amount, path="", place=None) -> None:
         bundle = self.start + time - self.now - 1
         num_bytes = amount * self.granule if kind == "copy" else 0
-        self.events.append(Event(time, bundle, kind, semaphore, amount, path, num_bytes, address))
+        self.events.append(Event(time, bundle, kind, semaphore, amount, path, num_bytes, place))
 
     # -- running
 

@@ -53,7 +53,7 @@ def _shares(program: Program) -> list[dict[str, float]]:
     shares: list[dict[str, float]] = []
     following = {"(compiler)": 1.0}
     for bundle in reversed(program.bundles):
-        names = [_function(op.place) for op in bundle.ops if op.place]
+        names = [_function(op.place) for op in bundle.ops if op.place and op.name != "sphi"]
         if names:
             following = {n: c / len(names) for n, c in collections.Counter(names).items()}
         shares.append(following)
