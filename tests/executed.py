@@ -1,4 +1,4 @@
-"""What `test_schedule.py` has the process that compiles do, and the Pallas kernel that it executes."""
+"""What `test_schedule.py` has the compiling process do, and a Pallas kernel of a user's."""
 
 import re
 
@@ -12,6 +12,7 @@ from launch.bench.shapes import Shape
 from launch.schedule import bundles, cases, worker
 from launch.schedule.execute import compile_kernels
 
+_SCALAR = re.compile(r"%([sp]\d+)_([sp]\d+)")
 # Short sequences, in a cache that is too large for XLA to keep it on the chip.
 SMALL = Shape("64 of 1..512", 64, 16384, (1, 512), num_heads=8, num_kv_heads=1, page_size=16)
 
@@ -33,30 +34,31 @@ def pages_fetched(topology: str) -> tuple[list[int], list[int]]:
     return sorted(a // page for a in addresses), sorted(np.concatenate(needed).tolist())
 
 
-def stale_reads(topology: str, kernel: str) -> list[str]:
-    """Reads of a register's value from before the last write to it, in the dumps of a kernel.
-
-    A core that had loads in flight without waiting for them could make use of such a value; the
-    executor, which writes at once, would be wrong. The compiler numbers values, so they show.
-    """
+def stale_reads_of(topology: str, kernel: str) -> list[str]:
+    """Those in the program of a kernel and in what XLA puts around it."""
     mesh = worker.one_device(topology)
     compile_kernels(cases.subject(kernel, SMALL, mesh, "off"), mesh, worker.dump())
+    texts = (path.read_text(errors="replace") for path in bundles.dumps(worker.dump()).values())
+    return [line for text in texts for line in stale_reads(text)]
+
+
+def stale_reads(text: str) -> list[str]:
+    """Bundles that read what a register held before the last write to it, some cycles ago.
+
+    A core with loads under way could make use of such values; the executor, which writes at once,
+    would be wrong. The compiler numbers values, so they show.
+    """
     found = []
-    for name, path in bundles.dumps(worker.dump()).items():
-        text = re.sub(r"/\*.*?\*/", "", path.read_text(errors="replace"), flags=re.DOTALL)
-        written: dict[str, list[tuple[int, str]]] = {}
-        for index, bundle in enumerate(text.split("\n")):
-            ops = [op for op in bundle.split(";;") if " = sphi " not in op]
-            parts = [op.partition(" = ") for op in ops]
-            for _, _, read in parts:
-                for value, register in re.findall(r"%([sp]\d+)_([sp]\d+)", read):
-                    before = written.get(register, [])[-2:]
-                    if len(before) == 2 and before[0][1] == value != before[1][1]:
-                        if index - before[1][0] <= 8:
-                            found.append(f"{name}: {bundle.strip()[:80]}")
-            for target, _, _ in parts:
-                for value, register in re.findall(r"%([sp]\d+)_([sp]\d+)$", target.strip()):
-                    written.setdefault(register, []).append((index, value))
+    written: dict[str, list[tuple[int, str]]] = {}
+    for index, bundle in enumerate(re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL).split("\n")):
+        ops = [op.partition(" = ") for op in bundle.split(";;") if " = sphi " not in op]
+        for value, register in _SCALAR.findall(" ".join(read for _, _, read in ops)):
+            match written.get(register, [])[-2:]:
+                case [(_, old), (last, new)] if old == value != new and index - last <= 8:
+                    found.append(bundle.strip())
+        for target, _, _ in ops:
+            for value, register in _SCALAR.findall(target):
+                written.setdefault(register, []).append((index, value))
     return found
 
 

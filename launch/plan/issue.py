@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -113,10 +112,17 @@ def submit(
     work: Workload, chip: str, separate: bool, pages: tuple[int, ...]
 ) -> "concurrent.futures.Future[Schedule]":
     """Has the worker execute one device's work; `separate`: a device is one core of its chip."""
-    return worker.submit(_execute, work, chip, separate, pages)
+    return worker.submit(execute, work, chip, separate, pages)
 
 
-def _execute(work: Workload, chip: str, separate: bool, pages: tuple[int, ...]) -> Schedule:
+def execute(
+    work: Workload,
+    chip: str,
+    separate: bool,
+    pages: tuple[int, ...],
+    most_tokens: int = _MOST_TOKENS,
+) -> Schedule:
+    """Executes the kernels of a layer with so many pages a sequence each; in the worker."""
     host = meshes.chips()[chip].host[: meshes.chips()[chip].dims]
     name = f"{chip}:{'x'.join(map(str, host))}"
     pod = meshes.topology(name, megacore=False if separate else None)
@@ -124,23 +130,21 @@ def _execute(work: Workload, chip: str, separate: bool, pages: tuple[int, ...]) 
     program = layer_program(work, Split(mesh, ShardLayout.of(mesh), 1, 1, 1), work.model.layers[0])
     subject = Subject("a layer", "", program.step, program.arguments)
     kernels = compile_kernels(subject, mesh, worker.dump())
-    executed = {each: _cycles(kernels, work, program.arguments, each) for each in pages}
+    num_seqs = max(1, min(work.batch, most_tokens // (max(pages) * work.page_size)))
+    executed = {each: _cycles(kernels, work, program.arguments, each, num_seqs) for each in pages}
     return Schedule(
         cycles={each: cycles for each, (cycles, _) in executed.items()},
-        executed_seqs=min(_executed_seqs(work, each) for each in pages),
+        executed_seqs=num_seqs,
         num_seqs=work.batch,
         cores=max(cores for _, cores in executed.values()),
         clock_hz=kernels.programs[0].core.clock_hz,
     )
 
 
-def _executed_seqs(work: Workload, pages: int) -> int:
-    return max(1, min(work.batch, _MOST_TOKENS // (pages * work.page_size)))
-
-
-def _cycles(kernels: Kernels, work: Workload, arguments: Any, pages: int) -> tuple[float, int]:
+def _cycles(
+    kernels: Kernels, work: Workload, arguments: Any, pages: int, num_seqs: int
+) -> tuple[float, int]:
     """Cycles of all kernels of a layer, and the cores that run them."""
-    num_seqs = _executed_seqs(work, pages)
     lens = np.zeros(work.batch, np.int32)
     lens[:num_seqs] = pages * work.page_size
     ids = np.random.default_rng(0).permutation(work.batch * work.pages_per_seq)

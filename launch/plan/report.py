@@ -206,9 +206,9 @@ def _issue(issue: Issue) -> str:
     pages = max(kernel.cycles)
     some = f" ({kernel.executed_seqs} of them executed)" if _is_part(kernel) else ""
     return (
-        f"The kernels of a layer, executed as compiled, issue for {kernel.cycles[pages]:.0f} cycles "
-        f"with {kernel.num_seqs} sequences of {pages} pages on a device{some}, at "
-        f"{kernel.clock_hz / 1e9:.3g} GHz"
+        "The kernels of a layer, executed as compiled, issue for "
+        f"{kernel.cycles[pages]:.0f} cycles with {kernel.num_seqs} sequences of {pages} pages "
+        f"on a device{some}, at {kernel.clock_hz / 1e9:.3g} GHz"
         + (f" on each of {kernel.cores} cores" if kernel.cores > 1 else "")
         + ". It overlaps with HBM: the longer counts."
     )

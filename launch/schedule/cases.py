@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -118,7 +117,12 @@ def _ragged(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
     name = "jax.experimental.pallas.ops.tpu.ragged_paged_attention"
     attend = importlib.import_module(name).ragged_paged_attention
     cache = jax.ShapeDtypeStruct(
-        (shape.num_seqs * shape.max_blocks, shape.page_size, 2 * shape.num_kv_heads, shape.head_dim),
+        (
+            shape.num_seqs * shape.max_blocks,
+            shape.page_size,
+            2 * shape.num_kv_heads,
+            shape.head_dim,
+        ),
         shape.dtype,
     )
     starts = np.arange(shape.num_seqs + 1, dtype=np.int32)

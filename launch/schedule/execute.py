@@ -19,7 +19,9 @@ from .phases import breakdown
 from .program import Program
 
 # Kernels in compiled HLO, in order.
-_KERNEL = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*custom_call_target="tpu_custom_call"', re.MULTILINE)
+_KERNEL = re.compile(
+    r'^\s*(?:ROOT )?%?(\S+) = .*custom_call_target="tpu_custom_call"', re.MULTILINE
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Compiles this library's kernels with their defaults for every chip in many shapes: do all compile?"""
+"""Compiles this library's kernels for every chip in many shapes: do all its defaults compile?"""
 
 import collections
 import dataclasses
@@ -173,8 +173,12 @@ def table(report: dict[str, Any]) -> str:
         outcomes = collections.Counter(
             outcome for name, (outcome, _) in results.items() if f"topology={chip} " in name
         )
-        lines.append(f"{chip:<14}" + "".join(f"{outcomes[o]:>10}" for o in (COMPILED, REFUSED, FAILED)))
-    refused = collections.Counter(_kind(why) for outcome, why in results.values() if outcome == REFUSED)
+        lines.append(
+            f"{chip:<14}" + "".join(f"{outcomes[o]:>10}" for o in (COMPILED, REFUSED, FAILED))
+        )
+    refused = collections.Counter(
+        _kind(why) for outcome, why in results.values() if outcome == REFUSED
+    )
     lines += [f"refused {count} of {len(results)}: {why}" for why, count in refused.most_common()]
     failures = [(name, why) for name, (outcome, why) in results.items() if outcome == FAILED]
     return "\n".join([*lines, *(f"FAILED {name}: {why}" for name, why in failures)])

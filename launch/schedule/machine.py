@@ -1,7 +1,7 @@
 """A core that runs the scalar side of a kernel: how many cycles issue, and which copies start.
 
-What a kernel issues does not depend on when its copies arrive, only on its scalars. So it runs once,
-and leaves a record of copies, signals and waits, which `timing` replays with any model of memory.
+What a kernel issues does not depend on when its copies arrive, only on its scalars. So it runs
+once, and leaves a record of copies, signals and waits, which `timing` replays with any memory.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Run:
       cycles: in which something issued or a result was waited for; not what copies take.
       visits: how often each bundle was issued.
       events: in order.
-      guessed: loads of scalars that the program did not write and nobody gave; they were taken as 0.
+      guessed: loads of scalars that the program did not write and nobody gave: taken as 0.
     """
 
     cycles: int
@@ -58,7 +58,7 @@ class Run:
 
 
 class Machine:
-    """One core. `operands` are the kernel's inputs in order; those that are not integers are None."""
+    """One core. `operands`: the kernel's inputs in order, None for those that are no integers."""
 
     def __init__(self, program: Program, operands: Sequence[np.ndarray | None], core: int = 0):
         self.program, self.operands = program, operands

@@ -1,8 +1,8 @@
 """The integers that a traced program gives to its Pallas kernels, computed on the CPU.
 
-A kernel's branches, trip counts and copies follow from its integer operands: plans, tables, lengths.
-They are found by evaluating the program around the kernels, as far as it depends on the integers
-among its arguments. What depends on anything else stays unknown: None.
+A kernel's branches, trip counts and copies follow from its integer operands: plans, tables and
+lengths. They are found by evaluating the program around the kernels, as far as it depends on the
+integers among its arguments. What depends on anything else stays unknown: None.
 """
 
 import dataclasses
@@ -85,30 +85,36 @@ def _outputs(equation: Any, values: list[Value], calls: list[Call]) -> Sequence[
             return [np.int32(0)]
         case "platform_index":
             return [np.int32(_tpu_branch(params["platforms"]))]
-        case "cond" if values[0] is not None:
-            return _evaluate(params["branches"][int(values[0])], values[1:], calls)
-        case "cond" | "scan" | "while" if _has_kernel(equation):
-            _evaluate(*_first_pass(equation, values), calls)
-            return unknown
         case name if name in _IDENTITIES:
             return values
         case name if name in _COLLECTIVES:
             return unknown
-        case "shard_map":
-            outputs = _evaluate(params["jaxpr"], _first_shards(params, values), calls)
-            return outputs if params["mesh"].size == 1 else unknown
-        case "scan" if all(value is not None for value in values):
-            return _scan(params, values, calls)
-        case "scan" | "while" | "reduce" | "reduce_window":
-            called = None
-        case _:
-            called = next((params[key] for key in _CALLED if key in params), None)
-    if called is not None:
-        return _evaluate(called, values, calls)
+    inside = _inside(equation, values, calls)
+    if inside is not None:
+        return inside
     if any(value is None for value in values):
         return unknown
     outputs = primitive.bind(*values, **params)
     return [integers(x) for x in (outputs if primitive.multiple_results else [outputs])]
+
+
+def _inside(equation: Any, values: list[Value], calls: list[Call]) -> Sequence[Value] | None:
+    """What an equation that calls, branches or loops gives; None for others."""
+    params = equation.params
+    match equation.primitive.name:
+        case "cond" if values[0] is not None:
+            return _evaluate(params["branches"][int(values[0])], values[1:], calls)
+        case "cond" | "scan" | "while" if _has_kernel(equation):
+            _evaluate(*_first_pass(equation, values), calls)
+            return [None] * len(equation.outvars)
+        case "scan" if all(value is not None for value in values):
+            return _scan(params, values, calls)
+        case "cond" | "scan" | "while" | "reduce" | "reduce_window":
+            return None
+        case "shard_map":
+            return _shard_map(params, values, calls)
+    called = next((params[key] for key in _CALLED if key in params), None)
+    return None if called is None else _evaluate(called, values, calls)
 
 
 def _scan(params: dict[str, Any], values: list[Value], calls: list[Call]) -> list[Value]:
@@ -129,7 +135,7 @@ def _scan(params: dict[str, Any], values: list[Value], calls: list[Call]) -> lis
 
 
 def _first_pass(equation: Any, values: list[Value]) -> tuple[Any, list[Value]]:
-    """What a loop with a kernel runs first, or of branches that are not known the last; its inputs."""
+    """What a loop with a kernel runs first, or the last of branches not known; and its inputs."""
     params = equation.params
     if equation.primitive.name == "cond":
         return params["branches"][-1], values[1:]
@@ -141,19 +147,27 @@ def _first_pass(equation: Any, values: list[Value]) -> tuple[Any, list[Value]]:
     return params["jaxpr"], values[:kept] + first
 
 
-def _first_shards(params: dict[str, Any], values: list[Value]) -> list[Value]:
-    """The parts of arguments that the first device has."""
+def _shard_map(params: dict[str, Any], values: list[Value], calls: list[Call]) -> list[Value]:
+    """What the first device does. Its results stand for those of all, so that it finds its own."""
     sizes = params["mesh"].shape
 
-    def part(value: Value, spec: Any) -> Value:
+    def shards(value: np.ndarray, spec: Any) -> list[int]:
+        names = [() if n is None else n if isinstance(n, tuple) else (n,) for n in spec]
+        counts = [math.prod(sizes[axis] for axis in each) for each in names]
+        return counts + [1] * (value.ndim - len(counts))
+
+    def first(value: Value, spec: Any) -> Value:
         if value is None:
             return None
-        names = [() if n is None else n if isinstance(n, tuple) else (n,) for n in spec]
-        shards = [math.prod(sizes[axis] for axis in each) for each in names]
-        shards += [1] * (value.ndim - len(shards))
-        return value[tuple(slice(n // s) for n, s in zip(value.shape, shards, strict=True))]
+        parts = zip(value.shape, shards(value, spec), strict=True)
+        return value[tuple(slice(size // count) for size, count in parts)]
 
-    return [part(value, spec) for value, spec in zip(values, params["in_specs"], strict=True)]
+    firsts = [first(*each) for each in zip(values, params["in_specs"], strict=True)]
+    outputs = _evaluate(params["jaxpr"], firsts, calls)
+    return [
+        None if value is None else np.tile(value, shards(value, spec))
+        for value, spec in zip(outputs, params["out_specs"], strict=True)
+    ]
 
 
 def _has_kernel(equation: Any) -> bool:

@@ -35,7 +35,7 @@ class Phase:
 
 
 def breakdown(program: Program, run: Run, timing: Timing) -> list[Phase]:
-    """All phases, the longest first. A bundle of several functions is shared by its instructions."""
+    """All phases, the longest first. Functions share a bundle by their instructions in it."""
     cycles, empty, waits = (collections.Counter() for _ in range(3))
     loops = _loops(program)
     for index, (bundle, shares) in enumerate(zip(program.bundles, _shares(program), strict=True)):
@@ -94,7 +94,7 @@ def _function(place: Place) -> str:
 
 @functools.cache
 def _functions(file: str) -> list[tuple[int, int, str]]:
-    """First line, last line and qualified name of each function in a file; none if it is not there."""
+    """First line, last line and qualified name of each function in a file, if it is there."""
     try:
         tree = ast.parse(pathlib.Path(file).read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):

@@ -24,9 +24,7 @@ BASE_SHIFT = 64
 BASE_BITS = 11
 _FIRST_BASE = 1 << BASE_BITS - 1
 
-_OPERAND = re.compile(
-    r"\[shape: (\w+\[[\d,]*\]).*?, index: (\d+), kind: (\w+)", re.DOTALL
-)
+_OPERAND = re.compile(r"\[shape: (\w+\[[\d,]*\]).*?, index: (\d+), kind: (\w+)", re.DOTALL)
 _PREDICATE = re.compile(r"\((!?%p\d+_p\d+)(?:, ([^)]*))?\),?\s*")
 _TARGET = re.compile(r"target bundleno = (\d+)")
 _SCALAR = re.compile(r"^%\w+_([sp]\d+)$")
@@ -159,7 +157,9 @@ class Program:
                 raise ValueError("a branch without a target")
             return Statement("branch", predicate or "True", target=int(target[1]))
         if (effect := self._effect(op, rest)) is not None:
-            return Statement("effect", f"{effect} if {predicate} else None" if predicate else effect)
+            return Statement(
+                "effect", f"{effect} if {predicate} else None" if predicate else effect
+            )
         if op.register is None:
             return None  # a vector instruction
         value = self._value(op, rest)
@@ -277,7 +277,9 @@ class Program:
 
     # -- straight pieces of code
 
-    def compile(self, namespace: dict[str, Any]) -> tuple[dict[int, Callable[[int], int]], Sequence[Exit]]:
+    def compile(
+        self, namespace: dict[str, Any]
+    ) -> tuple[dict[int, Callable[[int], int]], Sequence[Exit]]:
         """Makes the pieces run in a namespace, which has the machine's functions.
 
         Returns:
@@ -291,9 +293,7 @@ class Program:
             if statement.kind == "branch"
         }
         starts.discard(len(self.bundles))
-        registers = {
-            s.register for statements in self.statements for s in statements if s.register
-        }
+        registers = {s.register for statements in self.statements for s in statements if s.register}
         namespace.update(dict.fromkeys(registers, 0))
         written = f"global {', '.join(sorted(registers))}" if registers else "pass"
         pieces = {}

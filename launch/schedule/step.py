@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import meshes
 from shardpage import PagedKVCache, page_attention, write_kv
@@ -101,10 +101,13 @@ def analyze(topology: str, spec: str | None, work: Workload) -> Step:
     once = [_op(i, programs, core) for i in found["ENTRY"] if _counts(i)]
     layers = [loop[0] for i in found["ENTRY"] if (loop := hlo.loop(i))]
     ops = once + [op for body in layers for op in _in_layers(found, body, programs, core)]
-    lines = (f"  %{i.name} = {i.result} {i.opcode}({i.text}" for body in layers for i in found[body])
+    lines = (
+        f"  %{i.name} = {i.result} {i.opcode}({i.text}" for body in layers for i in found[body]
+    )
     sent = meshes.collectives("\n".join(lines), split.mesh)
+    shape = f"{work.batch} x {work.context}, page {work.page_size}"
     return Step(
-        title=f"{work.model.name}, {work.batch} x {work.context}, page {work.page_size}, {split.spec}",
+        title=f"{work.model.name}, {shape}, {split.spec}",
         topology=topology,
         device_kind=core.device_kind,
         kernels=[(n, *us) for n, us in zip(kernels.names, times, strict=True)],
@@ -222,7 +225,9 @@ def _subject(work: Workload, split: Split) -> Subject:
         num_layers * pages, kv_heads, work.page_size, dim, dtype=work.dtype, **where
     )
     heads, seqs = layout.heads, layout.seqs
-    wide, narrow = (array((num_layers, hidden, n * dim), None, None, heads) for n in (num_heads, kv_heads))
+    wide, narrow = (
+        array((num_layers, hidden, n * dim), None, None, heads) for n in (num_heads, kv_heads)
+    )
     out = array((num_layers, hidden, hidden), None, heads, None)
     weights = {"query": wide, "key": narrow, "value": narrow, "out": out}
     lens = np.full(num_seqs, work.context, np.int32)
@@ -246,7 +251,9 @@ def table(step: Step) -> str:
         runs = str(sum(op.times for op in ops))
         cells.append((maker, runs, cycles[0], us, str(len(equal)), cycles[1]))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    ]
     kernels = [f"{n}: {issue:.1f} us issue, {us:.1f} at 1 us" for n, issue, us in step.kernels]
     sent = [f"{kind} over {axes or 'all'}, {size} B" for kind, axes, size in step.collectives]
     return "\n".join([
