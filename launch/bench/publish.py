@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..schedule.execute import Executed
+from ..schedule.report import draw as draw_calls
 from .draw import draw
 from .peers import OURS
 from .report import Row, speed
@@ -174,7 +176,10 @@ def generated(text: str) -> str:
 
 
 def draw_all() -> None:
-    """A picture beside each measured report."""
+    """A picture beside each report."""
+    calls = [Executed.from_json(call) for call in load("tpu_schedule")["calls"]]
+    ours = [call for call in calls if call.kernel == "decode"]
+    draw_calls(ours, FOLDER / "results/tpu_schedule.png")
     for name in MEASURED:
         report = load(name)
         title = f"{report['num_devices']} x {report['device']}, jax {report['versions']['jax']}"

@@ -139,7 +139,7 @@ def _executed(
 
 
 def _content(rows: list[Executed]) -> dict[str, Any]:
-    return {"calls": [dataclasses.asdict(row) | {"ratio": round(row.ratio, 4)} for row in rows]}
+    return {"calls": [row.to_json() for row in rows]}
 
 
 def _steps(

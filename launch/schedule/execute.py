@@ -86,6 +86,15 @@ class Executed:
     temp_bytes: int = 0
     compile_s: float = 0.0
 
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Executed":
+        """From what `to_json` made."""
+        return cls(**{name: value for name, value in row.items() if name != "ratio"})
+
+    def to_json(self) -> dict[str, Any]:
+        """With the ratio, for other programs."""
+        return dataclasses.asdict(self) | {"ratio": round(self.ratio, 4)}
+
     @property
     def ratio(self) -> float:
         """Issue over HBM: above 1 the core is the bottleneck."""

@@ -82,9 +82,9 @@ def _outputs(equation: Any, values: list[Value], calls: list[Call]) -> Sequence[
             calls.append(Call(params.get("name") or "kernel", tuple(values)))
             return unknown
         case "axis_index":
-            return [np.int32(0)]
+            return [np.zeros((), np.int32)]
         case "platform_index":
-            return [np.int32(_tpu_branch(params["platforms"]))]
+            return [np.asarray(_tpu_branch(params["platforms"]), np.int32)]
         case name if name in _IDENTITIES:
             return values
         case name if name in _COLLECTIVES:
@@ -119,7 +119,7 @@ def _inside(equation: Any, values: list[Value], calls: list[Call]) -> Sequence[V
 
 def _scan(params: dict[str, Any], values: list[Value], calls: list[Call]) -> list[Value]:
     """All passes of a `scan` without a kernel. (As a primitive it would check mesh axes, too.)"""
-    kept, num_carry = params["num_consts"], params["num_carry"]
+    kept, num_carry = _scan_counts(params)
     consts, carry, rows = values[:kept], values[kept : kept + num_carry], values[kept + num_carry :]
     collected: list[list[Value]] = []
     order = range(params["length"])
@@ -134,6 +134,14 @@ def _scan(params: dict[str, Any], values: list[Value], calls: list[Call]) -> lis
     return [*carry, *(None if c[0] is None else np.stack(c) for c in columns)]
 
 
+def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants, and values carried, a `scan` has; later JAX keeps them as a tree."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))
+
+
 def _first_pass(equation: Any, values: list[Value]) -> tuple[Any, list[Value]]:
     """What a loop with a kernel runs first, or the last of branches not known; and its inputs."""
     params = equation.params
@@ -141,7 +149,7 @@ def _first_pass(equation: Any, values: list[Value]) -> tuple[Any, list[Value]]:
         return params["branches"][-1], values[1:]
     if equation.primitive.name == "while":
         return params["body_jaxpr"], values[params["cond_nconsts"] :]
-    kept = params["num_consts"] + params["num_carry"]
+    kept = sum(_scan_counts(params))
     index = -1 if params["reverse"] else 0
     first = [None if value is None else value[index] for value in values[kept:]]
     return params["jaxpr"], values[:kept] + first

@@ -44,7 +44,11 @@ def breakdown(program: Program, run: Run, timing: Timing) -> list[Phase]:
             cycles[phase] += run.visits[index] * share
             empty[phase] += run.visits[index] * share * (not bundle.ops)
             waits[phase] += timing.waits.get(index, 0) * share
-    found = [Phase(*p, cycles[p], empty[p], waits[p]) for p in cycles if cycles[p]]
+    found = [
+        Phase(loop, function, cycles[loop, function], empty[loop, function], waits[loop, function])
+        for loop, function in cycles
+        if cycles[loop, function]
+    ]
     return sorted(found, key=lambda phase: -phase.cycles - phase.waits)
 
 

@@ -110,8 +110,8 @@ def draw(rows: Sequence[Executed], path: pathlib.Path) -> None:
     figure.suptitle("Time of a call over HBM's time for its bytes, at 1 us of latency (executed)")
     panels = figure.subplots(1, len(topologies), sharey=True, squeeze=False)[0]
     shown = _longest(rows)
-    palette = colormaps["tab10"].colors
-    colors = dict(zip([*shown, "other"], palette, strict=False))
+    palette = colormaps["tab10"]
+    colors: dict[str, Any] = {part: palette(i) for i, part in enumerate([*shown, "other"])}
     colors |= {"waits for results": "#c8c8c8", "waits for copies": "#707070"}
     for panel, topology in zip(panels, topologies, strict=True):
         for row in (row for row in rows if row.topology == topology):

@@ -184,26 +184,25 @@ def _maker(instruction: hlo.Instruction) -> str:
 
 def _subject(work: Workload, split: Split) -> Subject:
     """All layers in a `scan`, which carries one cache that has all layers' pages."""
-    model, mesh, layout = work.model, split.mesh, split.layout
-    num_layers, num_seqs, dim = min(_MOST_LAYERS, model.num_layers), work.batch, model.head_dim
-    pages = num_seqs * work.pages_per_seq
-    shard_pages = pages // split.page_shards
-    num_heads, kv_heads = model.num_heads, model.num_kv_heads
-    hidden, where = num_heads * dim, {"mesh": mesh, "layout": layout}
+    num_layers, num_seqs = min(_MOST_LAYERS, work.model.num_layers), work.batch
+    shard_pages = num_seqs * work.pages_per_seq // split.page_shards
+    where = {"mesh": split.mesh, "layout": split.layout}
+    window = work.model.layers[0].window
 
     def attention(x, weights, cache, lens, tables):
         query, key, value = (
-            (x @ weights[name]).reshape(num_seqs, -1, dim) for name in ("query", "key", "value")
+            (x @ weights[name]).reshape(num_seqs, -1, work.model.head_dim)
+            for name in ("query", "key", "value")
         )
         with jax.named_scope("step_write"):
             rows = jnp.arange(num_seqs, dtype=jnp.int32)
             cache = write_kv(cache, key, value, rows, lens - 1, tables, **where)
         with jax.named_scope("step_attend"):
-            out = page_attention(
-                query, cache.key, cache.value, lens, tables, sliding_window=model.layers[0].window,
+            out: Any = page_attention(
+                query, cache.key, cache.value, lens, tables, sliding_window=window,
                 kv_layout=cache.kv_layout, **where,
             )  # fmt: skip
-        return x + out.reshape(num_seqs, hidden) @ weights["out"], cache
+        return x + out.reshape(num_seqs, -1) @ weights["out"], cache
 
     def step(cache, weights, x, lens, tables):
         def layer(carry, xs):
@@ -217,23 +216,31 @@ def _subject(work: Workload, split: Split) -> Subject:
         (x, cache), _ = jax.lax.scan(layer, (x, cache), (weights, numbers))
         return cache, x
 
+    return Subject("step", "", step, _arguments(work, split, num_layers), donate=(0,))
+
+
+def _arguments(work: Workload, split: Split, num_layers: int) -> tuple[Any, ...]:
+    """Cache, weights, activations, lengths and tables of a step."""
+    model, layout, num_seqs = work.model, split.layout, work.batch
+    hidden, pages = model.num_heads * model.head_dim, num_seqs * work.pages_per_seq
+
     def array(shape: Sequence[int], *spec: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        sharding = NamedSharding(split.mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(tuple(shape), work.dtype, sharding=sharding)
 
+    dims = (model.num_kv_heads, work.page_size, model.head_dim)
     cache = PagedKVCache.abstract(
-        num_layers * pages, kv_heads, work.page_size, dim, dtype=work.dtype, **where
+        num_layers * pages, *dims, dtype=work.dtype, mesh=split.mesh, layout=layout
     )
-    heads, seqs = layout.heads, layout.seqs
     wide, narrow = (
-        array((num_layers, hidden, n * dim), None, None, heads) for n in (num_heads, kv_heads)
+        array((num_layers, hidden, heads * model.head_dim), None, None, layout.heads)
+        for heads in (model.num_heads, model.num_kv_heads)
     )
-    out = array((num_layers, hidden, hidden), None, heads, None)
+    out = array((num_layers, hidden, hidden), None, layout.heads, None)
     weights = {"query": wide, "key": narrow, "value": narrow, "out": out}
     lens = np.full(num_seqs, work.context, np.int32)
     tables = np.arange(pages, dtype=np.int32).reshape(num_seqs, -1)
-    arguments = (cache, weights, array((num_seqs, hidden), seqs, None), lens, tables)
-    return Subject("step", "", step, arguments, donate=(0,))
+    return cache, weights, array((num_seqs, hidden), layout.seqs, None), lens, tables
 
 
 def table(step: Step) -> str:

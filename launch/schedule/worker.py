@@ -99,7 +99,8 @@ def load(spec: str) -> Subject:
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    if not callable(make := getattr(module, name, None)):
+    make: Any = getattr(module, name, None)
+    if make is None:
         raise ValueError(f"--subject {spec}: {file} has no function {name!r}")
     function, arguments = make()
     return Subject(name, "", function, tuple(arguments))
