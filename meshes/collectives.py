@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from shardpage.arguments import instance
+
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
 _OPERATION = re.compile(
     rf"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<result>.*?) "
@@ -62,7 +64,12 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     Returns:
       One entry per instruction, in program order. A TPU collective over several slices is two
       entries: one inside each slice, and one, `dcn-...`, between slices.
+
+    Raises:
+      ValueError: if an argument is of another type, or replica groups are written in a new way.
     """
+    instance("hlo", hlo, str, "the text of a compiled program, compiled.as_text()")
+    instance("mesh", mesh, Mesh, "the jax.sharding.Mesh, with devices, that it was compiled for")
     of_first_slice, of_slices = _slice_view(mesh)
     found = []
     for line in hlo.splitlines():

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from .spec import MeshSpec, divisors
+from shardpage import ShardLayout
+from shardpage.arguments import choice, instance, integer
 
-if TYPE_CHECKING:
-    from shardpage import ShardLayout
+from .spec import MeshSpec, divisors
 
 Surplus = Literal["context", "replicate", "refuse"]
 REST = "rest"
@@ -42,10 +43,8 @@ class HeadPlan:
     reason: str
 
     @property
-    def layout(self) -> "ShardLayout":
+    def layout(self) -> ShardLayout:
         """The `layout` argument of the library's functions."""
-        from shardpage import ShardLayout  # the only import of the library in `meshes`
-
         return ShardLayout(seqs=self.seqs, heads=self.heads, context=self.context)
 
 
@@ -86,9 +85,12 @@ def plan_heads(
       ValueError: if the KV heads do not divide the query heads, or if `surplus="refuse"` and the
         KV axis does not divide the KV heads.
     """
-    if surplus not in get_args(Surplus):
-        raise ValueError(f"{surplus=} is none of {get_args(Surplus)}")
-    if min(num_q_heads, num_kv_heads) < 1 or num_q_heads % num_kv_heads:
+    choice("surplus", surplus, get_args(Surplus))
+    for name, axis in {"seqs": seqs, "heads": heads, "context": context}.items():
+        instance(name, axis, str, "the name of a mesh axis; one that the mesh lacks splits nothing")
+    if cache_bytes is not None:
+        integer("cache_bytes", cache_bytes, "of the whole cache, or None", most=sys.maxsize)
+    if integer("num_q_heads", num_q_heads) % integer("num_kv_heads", num_kv_heads):
         raise ValueError(
             f"{num_q_heads=} must be a multiple of {num_kv_heads=}: each KV head serves equally "
             f"many query heads"
@@ -159,12 +161,14 @@ def _refusal(num_kv_heads: int, heads: str, kv_size: int) -> str:
 def _as_mesh(mesh: Mesh | AbstractMesh | MeshSpec | str | Mapping[str, int]) -> Mesh | AbstractMesh:
     if isinstance(mesh, Mesh | AbstractMesh):
         return mesh
-    if isinstance(mesh, str):
-        mesh = MeshSpec.parse(mesh)
-    if isinstance(mesh, MeshSpec):
-        mesh = dict(zip(mesh.names, mesh.shape, strict=True))
-    if any(size < 1 for size in mesh.values()):
-        raise ValueError(f"mesh sizes must be known here, without -1; got {dict(mesh)}")
+    what = "a mesh, or sizes such as 'data=2,kv=8' or {'data': 2, 'kv': 8}"
+    instance("mesh", mesh, str | MeshSpec | Mapping, what)
+    if not isinstance(mesh, Mapping):
+        spec = MeshSpec.of(mesh)
+        mesh = dict(zip(spec.names, spec.shape, strict=True))
+    for name, size in mesh.items():
+        instance("mesh", name, str, what)
+        integer(f"mesh[{name!r}]", size, "sizes must be known here, without -1")
     return AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh))
 
 

@@ -4,10 +4,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
+
+from shardpage.arguments import instance, shown
 
 from .placement import Device, place
 from .spec import MeshSpec
+
+_AXIS_TYPES = "a jax.sharding.AxisType, or one for each axis"
 
 
 def make(
@@ -38,21 +43,34 @@ def make(
       ValueError: if the spec is malformed, or the devices do not divide into it; the message
         lists factorings that work.
     """
-    spec = MeshSpec.parse(spec) if isinstance(spec, str) else spec
-    if devices is None:
-        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    if len(set(devices)) != len(devices) or not devices:
-        raise ValueError(f"a mesh needs distinct devices, at least one; got {list(devices)}")
+    spec = MeshSpec.of(spec)
+    devices = _checked(devices)
     slices = split_slices(devices, spec.num_slices)
     resolved = spec.over_slices(len(slices)).resolve(len(devices), len(slices))
+    instance("axis_types", axis_types, AxisType | Sequence, _AXIS_TYPES)
     if isinstance(axis_types, AxisType):
         axis_types = (axis_types,) * len(resolved.axes)
+    for axis_type in axis_types:
+        instance("axis_types", axis_type, AxisType, _AXIS_TYPES)
     if len(axis_types) != len(resolved.axes):
         raise ValueError(
             f"{len(axis_types)} axis types for the {len(resolved.axes)} axes of mesh '{spec}'; "
             f"give one for each, or one for all"
         )
     return Mesh(place(resolved, slices), resolved.names, axis_types=tuple(axis_types))
+
+
+def _checked(devices: Sequence[Device] | None) -> list[Device]:
+    """The devices of a mesh; by default all, in the same order on every process."""
+    if devices is None:
+        return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    instance("devices", devices, Sequence | np.ndarray, "a list of JAX devices")
+    devices = list(devices)
+    if not all(hasattr(device, "device_kind") for device in devices):
+        raise ValueError(f"devices must all be JAX devices; got {shown(devices)}")
+    if len(set(devices)) != len(devices) or not devices:
+        raise ValueError(f"a mesh needs distinct devices, at least one; got {devices}")
+    return devices
 
 
 def split_slices(devices: Sequence[Device], num_simulated_slices: int = 1) -> list[list[Device]]:

@@ -6,9 +6,14 @@ from typing import Any, overload
 import jax
 from jax.sharding import Mesh
 
+from shardpage.arguments import integer
+
 from .make import make
 from .slices import PodSlice
 from .spec import MeshSpec
+
+# Of one process: each takes some 200 kB and a thread; several pods' worth.
+_MOST_DEVICES = 1 << 16
 
 _config: Any = jax.config  # its options are attributes that type checkers do not see
 
@@ -43,14 +48,17 @@ def simulate(
       ValueError: if there is nothing to simulate, or the spec does not fit.
       RuntimeError: if JAX has already started with fewer CPU devices.
     """
-    num_devices = what if isinstance(what, int) else PodSlice.parse(what).num_devices * num_slices
-    if num_devices < 1 or num_slices < 1:
-        raise ValueError(f"cannot simulate {num_devices} devices; ask for 1 or more")
+    num_slices = integer("num_slices", num_slices)
+    num_devices: Any = what
+    if isinstance(what, str):
+        num_devices = PodSlice.parse(what).num_devices * num_slices
+    meaning = "CPU devices to simulate, or the name of a slice, such as 'v5e:2x4'"
+    num_devices = integer("what", num_devices, meaning, most=_MOST_DEVICES)
+    parsed = None if spec is None else MeshSpec.of(spec)
     _request_cpu_devices(num_devices)
-    if isinstance(what, int) and spec is None:
+    if parsed is None and not isinstance(what, str):
         return None
-    parsed = MeshSpec.parse(spec or "data=-1") if not isinstance(spec, MeshSpec) else spec
-    over_slices = parsed.over_slices(num_slices)
+    over_slices = (parsed or MeshSpec.parse("data=-1")).over_slices(num_slices)
     if num_slices > 1:
         over_slices = over_slices.resolve(num_devices, num_slices)
     return make(over_slices, jax.devices("cpu")[:num_devices])

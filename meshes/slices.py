@@ -8,6 +8,8 @@ import re
 import tomllib
 from typing import Any, Self
 
+from shardpage.arguments import instance, shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -38,6 +40,7 @@ class Chip:
     @classmethod
     def of_kind(cls, device_kind: str) -> "Chip | None":
         """The generation with this `jax.Device.device_kind`; None for CPUs and others."""
+        instance("device_kind", device_kind, str, "what a JAX device has under that name")
         return next((chip for chip in chips().values() if chip.device_kind == device_kind), None)
 
 
@@ -62,6 +65,10 @@ class PodSlice:
     chip: Chip
     shape: tuple[int, ...]
 
+    def __post_init__(self):
+        instance("chip", self.chip, Chip, "one of meshes.chips()")
+        _check_shape(self.chip, self.shape)
+
     @classmethod
     def parse(cls, name: str) -> Self:
         """Reads `"v5p:4x4x4"` or a product name such as `"v5p-128"` or `"v5litepod-16"`.
@@ -69,17 +76,18 @@ class PodSlice:
         Raises:
           ValueError: for an unknown generation, size or shape, listing the known ones.
         """
-        topology = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-        product = re.fullmatch(r"(\w+?)-(\d+)", name)
+        instance("name", name, str, "the name of a slice, such as 'v5p:4x4x4'")
+        topology = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9}){0,9})", name)
+        product = re.fullmatch(r"(\w+?)-(\d{1,9})", name)
         if topology and topology[1] in chips():
-            chip = chips()[topology[1]]
-            return cls(chip, _checked_shape(chip, topology[2]))
+            return cls(chips()[topology[1]], tuple(map(int, topology[2].split("x"))))
         for chip in chips().values():
             if product and product[1] in chip.names:
                 return cls(chip, _shape_of_size(chip, name, int(product[2])))
         raise ValueError(
-            f"unknown slice {name!r}; write GENERATION:SHAPE with one of {', '.join(chips())}, "
-            f"as in v5p:4x4x4 or v5e:4x8, or a product name such as v5p-128, v5litepod-32 or v6e-8"
+            f"unknown slice {shown(name)}; write GENERATION:SHAPE with one of "
+            f"{', '.join(chips())}, as in v5p:4x4x4 or v5e:4x8, or a product name such as "
+            f"v5p-128, v5litepod-32 or v6e-8"
         )
 
     @property
@@ -104,8 +112,10 @@ class PodSlice:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
 
-def _checked_shape(chip: Chip, text: str) -> tuple[int, ...]:
-    shape = tuple(map(int, text.split("x")))
+def _check_shape(chip: Chip, shape: tuple[int, ...]) -> None:
+    if not isinstance(shape, tuple) or not all(type(size) is int for size in shape):
+        raise ValueError(f"shape={shown(shape)} must be a tuple of integers, such as (4, 4, 4)")
+    text = "x".join(map(str, shape))
     cubes = chip.cubes and len(shape) == 3 and all(size % 4 == 0 and size for size in shape)
     if text not in chip.shapes and not (cubes and math.prod(shape) <= chip.max_chips):
         others = f", or {chip.dims} multiples of 4" if chip.cubes else ""
@@ -113,7 +123,6 @@ def _checked_shape(chip: Chip, text: str) -> tuple[int, ...]:
             f"{chip.name} has no slice of shape {text}; one slice has up to {chip.max_chips} "
             f"chips, and its shapes are {', '.join(chip.shapes)}{others}"
         )
-    return shape
 
 
 def _shape_of_size(chip: Chip, name: str, count: int) -> tuple[int, ...]:

@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
+
+from shardpage.arguments import instance, integer, shown
 
 DCN_PREFIX = "dcn."
 UNKNOWN = -1  # a size to be deduced from the number of devices
@@ -17,11 +19,17 @@ SLICED_AXIS = "data"
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxis:
-    """One mesh axis: `ici` devices inside each of `dcn` slices."""
+    """One mesh axis: `ici` devices inside each of `dcn` slices; -1 leaves a size open."""
 
     name: str
     ici: int = 1
     dcn: int = 1
+
+    def __post_init__(self):
+        instance("name", self.name, str, "the name of a mesh axis")
+        for name in ("ici", "dcn"):
+            if getattr(self, name) != UNKNOWN:
+                integer(name, getattr(self, name), f"the size of a mesh axis, or {UNKNOWN}")
 
     @property
     def size(self) -> int:
@@ -40,6 +48,29 @@ class MeshSpec:
 
     axes: tuple[MeshAxis, ...]
 
+    def __post_init__(self):
+        several = isinstance(self.axes, tuple) and all(isinstance(x, MeshAxis) for x in self.axes)
+        if not several or not self.axes:
+            raise ValueError(
+                f"axes={shown(self.axes)} must be a tuple of MeshAxis, at least one; "
+                "MeshSpec.parse('data=2,kv=4') makes them from a text"
+            )
+        if len(set(self.names)) < len(self.axes):
+            raise ValueError(f"mesh '{self}' has an axis twice; each needs a name of its own")
+        if (self.ici_shape + self.dcn_shape).count(UNKNOWN) > 1:
+            raise ValueError(f"mesh '{self}' leaves more than one size open; only one may be -1")
+
+    @classmethod
+    def of(cls, spec: Any) -> "MeshSpec":
+        """A spec, given as one or in the text form.
+
+        Raises:
+          ValueError: if it is neither, or the text breaks the grammar.
+        """
+        what = "a text such as 'data=2,kv=4', or a MeshSpec"
+        instance("spec", spec, str | MeshSpec, what)
+        return cls.parse(spec) if isinstance(spec, str) else spec
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """Reads the text form.
@@ -47,6 +78,7 @@ class MeshSpec:
         Raises:
           ValueError: naming the entry that breaks the grammar, and the grammar.
         """
+        instance("text", text, str, "axes and their sizes, such as 'data=2,kv=4'")
         sizes: dict[str, dict[bool, int]] = {}
         for entry in text.split(","):
             name, is_dcn, size = _parse_entry(entry, text)
@@ -56,8 +88,6 @@ class MeshSpec:
                 )
             sizes[name][is_dcn] = size
         axes = tuple(MeshAxis(name, s.get(False, 1), s.get(True, 1)) for name, s in sizes.items())
-        if sum((axis.ici, axis.dcn).count(UNKNOWN) for axis in axes) > 1:
-            raise ValueError(f"mesh {text!r} leaves more than one size open; only one may be -1")
         return cls(axes)
 
     @property
@@ -96,7 +126,7 @@ class MeshSpec:
 
     def over_slices(self, num_slices: int) -> Self:
         """Lets `data` span the slices if no axis does: sequences never communicate."""
-        if num_slices == 1 or any(size != 1 for size in self.dcn_shape):
+        if integer("num_slices", num_slices) == 1 or any(size != 1 for size in self.dcn_shape):
             return self
         axes = []
         for axis in self.axes:
@@ -119,7 +149,7 @@ class MeshSpec:
         Raises:
           ValueError: naming the axes and the factorings that work.
         """
-        if num_devices % num_slices:
+        if integer("num_devices", num_devices) % integer("num_slices", num_slices):
             raise ValueError(f"{num_devices=} do not divide into {num_slices} equal slices")
         per_slice = num_devices // num_slices
         dcn = self._fill(self.dcn_shape, num_slices, num_devices, num_slices)
@@ -176,12 +206,20 @@ class MeshSpec:
 
 
 def factorings(total: int, num_axes: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write `total` as an ordered product of `num_axes` positive sizes."""
+    """All ways to write `total` as an ordered product of `num_axes` positive sizes.
+
+    Raises:
+      ValueError: if either is no positive integer.
+    """
+    return _factorings(integer("total", total), integer("num_axes", num_axes))
+
+
+def _factorings(total: int, num_axes: int) -> Iterator[tuple[int, ...]]:
     if num_axes == 1:
         yield (total,)
         return
     for first in divisors(total):
-        for rest in factorings(total // first, num_axes - 1):
+        for rest in _factorings(total // first, num_axes - 1):
             yield (first, *rest)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from shardpage.arguments import instance, integer
+
 from .make import make
 from .slices import PodSlice
 from .spec import MeshSpec
@@ -21,6 +23,10 @@ _LOADING = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+
+
+# What libtpu is asked to describe at once: more chips than any job has, in some seconds and 10 GB.
+_MOST_DEVICES = 1 << 20
 
 
 def topology(
@@ -53,10 +59,13 @@ def topology(
       RuntimeError: if libtpu is missing or refuses the slice.
     """
     pod = PodSlice.parse(name) if isinstance(name, str) else name
-    if num_slices < 1:
-        raise ValueError(f"{num_slices=} must be 1 or more")
+    instance("name", pod, PodSlice, "a slice such as 'v5p:4x4x4', or a PodSlice")
+    instance("megacore", megacore, bool | None, "True, False or None")
+    most = _MOST_DEVICES // pod.num_devices
+    integer("num_slices", num_slices, f"{_MOST_DEVICES} devices in all", most=most)
+    spec = MeshSpec.of("data=-1" if spec is None else spec)
     devices = _compile_only_devices(pod, num_slices, _config(pod, megacore))
-    return make("data=-1" if spec is None else spec, devices, axis_types=axis_types)
+    return make(spec, devices, axis_types=axis_types)
 
 
 def _config(pod: PodSlice, megacore: bool | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from .arguments import integer
+from .arguments import INT32_MAX, choice, hashable, instance, integer
 
 Placement = Literal["round_robin", "contiguous"]
 
@@ -89,10 +89,9 @@ class PageAllocator:
         self.page_size = integer("page_size", page_size)
         self.num_seq_shards = integer("num_seq_shards", num_seq_shards)
         self.num_context_shards = integer("num_context_shards", num_context_shards)
-        self.max_blocks = None if max_blocks is None else integer("max_blocks", max_blocks)
+        self.max_blocks = None if max_blocks is None else self._check_width(max_blocks)
         self.placement = placement
-        if placement not in get_args(Placement):
-            raise ValueError(f"{placement=} is not one of {', '.join(get_args(Placement))}")
+        choice("placement", placement, get_args(Placement))
         if placement == "contiguous" and num_context_shards > 1 and max_blocks is None:
             raise ValueError(
                 "placement='contiguous' gives each context shard a range of "
@@ -127,7 +126,7 @@ class PageAllocator:
           OutOfPages: if too few pages are free.
           ValueError: if the sequence exists, or an argument is out of range.
         """
-        self._check_new(seq_id)
+        self._check_new("seq_id", seq_id)
         num_tokens = integer("num_tokens", num_tokens, least=0)
         seq_shard = self._check_index("seq_shard", seq_shard, self.num_seq_shards)
         free = [len(pool) for pool in self._pools_of(seq_shard)]
@@ -182,8 +181,8 @@ class PageAllocator:
           OutOfPages: if a page for that is needed and none is free.
           ValueError: if the parent is unknown or shorter, or the child exists.
         """
-        original = self._get(parent)
-        self._check_new(child)
+        original = self._get(parent, "parent")
+        self._check_new("child", child)
         if num_tokens is None:
             num_tokens = original.num_tokens
         elif integer("num_tokens", num_tokens, least=0) > original.num_tokens:
@@ -206,7 +205,7 @@ class PageAllocator:
         """The block tables of some sequences, as `page_attention` takes them.
 
         Args:
-          seq_ids: the sequence of each row; None is an empty row.
+          seq_ids: the sequence of each row, a list or the like; None is an empty row.
           max_blocks: width of the tables; by default the allocator's, or else that of the longest
             of these sequences.
 
@@ -216,8 +215,8 @@ class PageAllocator:
         Raises:
           ValueError: if a sequence is unknown or has more pages than the table is wide.
         """
-        rows = [[] if seq_id is None else self._get(seq_id).pages for seq_id in seq_ids]
-        width = self.max_blocks if max_blocks is None else integer("max_blocks", max_blocks)
+        rows = [sequence.pages if sequence else [] for sequence in self._rows(seq_ids)]
+        width = self.max_blocks if max_blocks is None else self._check_width(max_blocks)
         if width is None:
             width = max((len(row) for row in rows), default=0) or 1
         tables = np.full((len(rows), width), -1, np.int32)
@@ -232,7 +231,7 @@ class PageAllocator:
 
     def context_lens(self, seq_ids: Sequence[Hashable | None]) -> np.ndarray:
         """[len(seq_ids)] int32: the tokens that each sequence holds; None gives 0."""
-        lens = [0 if seq_id is None else self._get(seq_id).num_tokens for seq_id in seq_ids]
+        lens = [sequence.num_tokens if sequence else 0 for sequence in self._rows(seq_ids)]
         return np.array(lens, np.int32)
 
     def pages(self, seq_id: Hashable) -> list[int]:
@@ -270,6 +269,7 @@ class PageAllocator:
         return list(self._sequences)
 
     def __contains__(self, seq_id: Hashable) -> bool:
+        hashable("seq_id", seq_id)
         return seq_id in self._sequences
 
     def __repr__(self) -> str:
@@ -312,7 +312,15 @@ class PageAllocator:
         first = seq_shard * self.num_context_shards
         return self._pools[first : first + self.num_context_shards]
 
-    def _get(self, seq_id: Hashable) -> "_Sequence":
+    def _rows(self, seq_ids: Sequence[Hashable | None]) -> list["_Sequence | None"]:
+        what = "a list of sequences' names, as block_tables has rows"
+        instance("seq_ids", seq_ids, Sequence | np.ndarray, what)
+        if isinstance(seq_ids, str | bytes):  # a name, of which each letter would be one
+            raise ValueError(f"seq_ids must be {what}; got {seq_ids!r}: use [{seq_ids!r}]")
+        return [None if seq_id is None else self._get(seq_id) for seq_id in seq_ids]
+
+    def _get(self, seq_id: Hashable, name: str = "seq_id") -> "_Sequence":
+        hashable(name, seq_id)
         if seq_id not in self._sequences:
             raise ValueError(
                 f"there is no sequence {seq_id!r}: never allocated, or freed already; "
@@ -320,7 +328,8 @@ class PageAllocator:
             )
         return self._sequences[seq_id]
 
-    def _check_new(self, seq_id: Hashable) -> None:
+    def _check_new(self, name: str, seq_id: Hashable) -> None:
+        hashable(name, seq_id)
         if seq_id is None:
             raise ValueError("None cannot name a sequence: in block_tables it is an empty row")
         if seq_id in self._sequences:
@@ -328,6 +337,10 @@ class PageAllocator:
                 f"sequence {seq_id!r} exists already; extend it, or free it before its name is "
                 "used again"
             )
+
+    def _check_width(self, max_blocks: int) -> int:
+        meaning = f"pages of {self.page_size} tokens; a sequence has fewer than 2**31"
+        return integer("max_blocks", max_blocks, meaning, most=INT32_MAX // self.page_size)
 
     @staticmethod
     def _check_index(what: str, value: int, count: int) -> int:

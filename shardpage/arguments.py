@@ -1,6 +1,7 @@
 """Errors about single arguments: each names the argument, its value, the rule and the way out."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def integer(
         return int(value)
     rule = "a positive integer" if least == 1 else f"an integer >= {least}"
     if is_integer and value > most:
-        rule, meaning = f"at most {most}", "" if most != INT32_MAX else "lengths are int32"
+        rule, meaning = f"at most {most}", meaning if most != INT32_MAX else "lengths are int32"
     raise ValueError(f"{name}={shown(value)} must be {rule}{meaning and ': '}{meaning}")
 
 
@@ -51,6 +52,22 @@ def instance(name: str, value: Any, types: Any, what: str) -> None:
     """Checks that an argument is of a type; `what` says which, and how to come by it."""
     if not isinstance(value, types):
         raise ValueError(f"{name} must be {what}; got {shown(value)}")
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Checks that an argument is one of some texts."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(choices)}")
+
+
+def hashable(name: str, value: Any) -> None:
+    """Checks that an argument can be a key, all through: not so a tuple that holds a list."""
+    try:
+        hash(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be hashable: a string, a number or a tuple of such; got {shown(value)}"
+        ) from None
 
 
 def array(name: str, value: Any) -> None:

@@ -48,12 +48,15 @@ class PagedKVCache:
           ValueError: if a row of theirs neither is one token's head nor packed with several.
         """
         array("key", key)
+        integer("head_dim", head_dim)
         row = key.shape[-1]
-        if row != head_dim and (row != PACKED_ROW or head_dim < 1 or PACKED_ROW % head_dim):
+        if row != head_dim and (row != PACKED_ROW or PACKED_ROW % head_dim):
             raise ValueError(
                 f"the cache has rows of {row} elements for {head_dim=}; they must be equal, or the "
                 f"cache packed in rows of {PACKED_ROW}, which head_dim must divide"
             )
+        if value is not None:
+            array("value", value)
         arrays = (key,) if value is None else (key, value)
         return cls(arrays, (), KVLayout.named(kv_layout), head_dim)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .arguments import array
+from .arguments import array, shown
 
 
 class Partial(NamedTuple):
@@ -162,6 +162,13 @@ def merge_partials(
             f"merge_partials needs out [..., heads, dim] and lse [..., heads] of equal leading "
             f"shapes; got out {out_a.shape} and {out_b.shape}, lse {lse_a.shape} and {lse_b.shape}"
         )
+    return _merge_cast(out_a, lse_a, out_b, lse_b)
+
+
+@jax.jit  # eagerly each of its fifteen operations would be a program
+def _merge_cast(
+    out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     merged = merge(_float32(out_a, lse_a), _float32(out_b, lse_b))
     return merged.out.astype(out_a.dtype), merged.lse
 
@@ -183,9 +190,19 @@ def merge_across(
 
     Returns:
       `(out, lse)` over all devices' keys, equal on all of them; out in its own dtype.
+
+    Raises:
+      ValueError: if an argument is no array, or no axis has that name here.
     """
     array("out", out)
     array("lse", lse)
+    try:
+        lax.axis_size(axis_name)
+    except (NameError, TypeError, ValueError):
+        raise ValueError(
+            f"axis_name={shown(axis_name)} must name one or several axes of the shard_map that "
+            "this is called in"
+        ) from None
     merged = merge_over_axis(_float32(out, lse), axis_name)
     return merged.out.astype(out.dtype), merged.lse
 

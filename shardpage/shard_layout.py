@@ -43,6 +43,7 @@ class ShardLayout:
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh) -> "ShardLayout":
         """The default layout for a mesh: those of "data", "kv" and "context" that it has."""
+        _check_mesh(mesh)
         names = dataclasses.astuple(cls())
         return cls(*(name if name in mesh.axis_names else None for name in names))
 
@@ -53,6 +54,7 @@ class ShardLayout:
 
     def shards(self, mesh: Mesh | AbstractMesh) -> "ShardCounts":
         """How many shards each of the three splits makes on this mesh."""
+        _check_mesh(mesh)
         count = lambda axis: math.prod(mesh.shape[name] for name in axis_names(axis))
         return ShardCounts(count(self.seqs), count(self.heads), count(self.context))
 
@@ -92,7 +94,7 @@ class Split:
             if layout is not None:
                 raise ValueError(f"{layout=} names axes of a mesh; pass mesh= as well")
             return None
-        instance("mesh", mesh, Mesh | AbstractMesh, "a jax.sharding.Mesh, or None for one device")
+        _check_mesh(mesh)
         return cls(mesh, layout or ShardLayout.of(mesh))
 
     def __post_init__(self):
@@ -146,6 +148,10 @@ class Split:
                 f"{factorings}. Moving the surplus to context={layout.context or 'context'!r} "
                 "costs no KV copies: each device keeps other pages of the same heads"
             )
+
+
+def _check_mesh(mesh: object) -> None:
+    instance("mesh", mesh, Mesh | AbstractMesh, "a jax.sharding.Mesh, or None for one device")
 
 
 def axis_names(axis: Axis) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from .arguments import integer
+from .arguments import integer, shown
 from .array_checks import rank
 
 
@@ -34,9 +34,14 @@ def validate_tables(
     Raises:
       ValueError: naming the sequence, the entry, its value and the rule that it breaks.
     """
-    lens, tables = np.asarray(context_lens), np.asarray(block_tables)
-    rank("context_lens", lens, "[num_seqs]")
-    rank("block_tables", tables, "[num_seqs, max_blocks]")
+    lens = _integers("context_lens", context_lens, "[num_seqs]")
+    tables = _integers("block_tables", block_tables, "[num_seqs, max_blocks]")
+    for name, value in {
+        "max_context_len": max_context_len,
+        "sliding_window": sliding_window,
+    }.items():
+        if value is not None:
+            integer(name, value, "tokens, or None")
     num_seqs, max_blocks = tables.shape
     if lens.shape != (num_seqs,):
         raise ValueError(f"context_lens has {lens.shape[0]} entries, block_tables {num_seqs} rows")
@@ -86,10 +91,9 @@ def validate_writes(
     Raises:
       ValueError: naming the token, its sequence and position, and the rule that it breaks.
     """
-    seq_ids, positions, tables = map(np.asarray, (seq_ids, positions, block_tables))
-    rank("seq_ids", seq_ids, "[num_tokens]")
-    rank("positions", positions, "[num_tokens]")
-    rank("block_tables", tables, "[num_seqs, max_blocks]")
+    seq_ids = _integers("seq_ids", seq_ids, "[num_tokens]")
+    positions = _integers("positions", positions, "[num_tokens]")
+    tables = _integers("block_tables", block_tables, "[num_seqs, max_blocks]")
     (num_tokens,), (num_seqs, max_blocks) = seq_ids.shape, tables.shape
     if len(positions) != num_tokens:
         raise ValueError(f"positions has {len(positions)} entries, seq_ids {num_tokens}")
@@ -120,6 +124,18 @@ def validate_writes(
                 f"{where}: page id {page} must be in [{first}, {first + pages_per_shard}), the "
                 f"pages of shard {shard} of {num_seq_shards}; {num_pages=}"
             )
+
+
+def _integers(name: str, values: Any, dims: str) -> np.ndarray:
+    """The values, of an array or of lists, as an array of integers with these axes."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f"{name} must be {dims}; got {shown(values)}: {error}") from None
+    rank(name, array, dims)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must hold integers; got {array.dtype}")
+    return array
 
 
 def _divisible(num_seq_shards: int, **counts: int) -> None:

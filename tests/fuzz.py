@@ -209,14 +209,17 @@ def main() -> int:
     from . import backends, cases  # after the devices are there
 
     mesh = cases.build_mesh(options.mesh) if options.mesh else None
-    right = 0
-    for seed in range(options.seed, options.seed + options.calls):
-        wrong = check(seed, backends.attend, backend=options.backend, mesh=mesh)
-        right += wrong is None
-        if wrong:
-            print(f"seed {seed}: {wrong}", flush=True)
-    print(f"{right} of {options.calls} right")
-    return 0 if right == options.calls else 1
+    done = right = 0
+    try:
+        for seed in range(options.seed, options.seed + options.calls):
+            wrong = check(seed, backends.attend, backend=options.backend, mesh=mesh)
+            done, right = done + 1, right + (wrong is None)
+            if wrong:
+                print(f"seed {seed}: {wrong}", flush=True)
+    except KeyboardInterrupt:  # what was seen until then counts
+        print(f"interrupted after {done} of {options.calls} calls")
+    print(f"{right} of {done} right")
+    return 0 if right == done else 1
 
 
 if __name__ == "__main__":

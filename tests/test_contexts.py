@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import meshes
-from shardpage import PagedKVCache, page_attention, write_kv
+from shardpage import PagedKVCache, merge_partials, page_attention, write_kv
 from shardpage.backends.pallas_tpu import chip
 from shardpage.options import Tuning
 from shardpage.shard_layout import Split
@@ -19,26 +19,31 @@ from .cases import Case, build_mesh, make, named
 CASE = Case("context", num_seqs=2, lens=(40, 64))
 
 
-def written(backend):
-    cache = PagedKVCache.zeros(8, 2, 16, 64, dtype=jnp.float32)
+def written(backend, mesh=None):
+    cache = PagedKVCache.zeros(8, 2, 16, 64, dtype=jnp.float32, mesh=mesh)
     tokens = jnp.ones((3, 2, 64), jnp.float32)
     where = jnp.array([0, 1, 1]), jnp.array([3, 20, 70]), jnp.arange(8).reshape(2, 4)
-    return write_kv(cache, tokens, tokens, *where, backend=backend, interpret=interpret(backend))
+    how = {"backend": backend, "interpret": interpret(backend), "mesh": mesh}
+    return write_kv(cache, tokens, tokens, *where, **how)
 
 
 @backends
 class TestSettings:
+    @pytest.mark.parametrize("spec", [None, "kv=2,context=2"])
     @pytest.mark.parametrize("name", ["jax_numpy_rank_promotion", "jax_enable_x64"])
-    def test_that_concern_types(self, backend, name):
-        inputs = make(CASE)
+    def test_that_concern_types(self, backend, name, spec):
+        mesh = spec and build_mesh(spec)
+        inputs = make(CASE, num_context_shards=2 if mesh else 1)
         settings = {
             "jax_numpy_rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
             "jax_enable_x64": lambda: jax.enable_x64(True),
         }
         with settings[name]():
-            out, lse = attend(inputs, backend)
-            cache = written(backend)
+            out, lse = attend(inputs, backend, mesh=mesh)
+            cache = written(backend, mesh)
+            merged, _ = merge_partials(*map(jnp.asarray, (out, lse, out, lse)))
         tolerance.assert_within_rounding(inputs, out, lse)
+        np.testing.assert_allclose(merged, out, rtol=1e-6)
         assert cache.key.sum() == 2 * 2 * 64
 
     def test_no_implicit_transfers(self, backend):
@@ -49,6 +54,28 @@ class TestSettings:
         with jax.transfer_guard("disallow"):
             out = page_attention(*arrays, **call)
         np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({}, {"num_splits": np.int64(3), "sliding_window": np.int64(20)}),
+        ({}, {"attn_scale": np.float64(0.5), "attn_logits_soft_cap": np.float32(3)}),
+        ({"head_dim": 128, "dtype": "bfloat16"}, {"pages_per_compute_block": 1}),
+        ({"num_heads": 71, "num_kv_heads": 1}, {"max_context_len": np.int32(30)}),
+        ({"max_blocks": 4000}, {"num_splits": 600}),
+    ],
+    ids=["splits and window", "logits", "one page a block", "mqa", "wide table in many splits"],
+)
+def test_kernels_are_traced_in_64_bits(shape, options):
+    """Each mode has index arithmetic of its own, in which int32 must not meet int64."""
+    inputs = make(CASE.replace(**shape))
+    with jax.enable_x64(True):
+        call = lambda *arrays: page_attention(
+            *arrays, kv_layout="blocks_first", backend="pallas_tpu", return_lse=True, **options
+        )
+        out, lse = jax.eval_shape(call, *map(jnp.asarray, inputs.arrays))
+    assert (out.dtype, lse.dtype) == (inputs.query.dtype, jnp.float32)
 
 
 @backends

@@ -1,6 +1,7 @@
 """Every error about arguments, by its message: the value, the rule, the way out.
 
-All are raised before anything is compiled. Those about meshes are in test_sharding.py.
+All are raised before anything is compiled. Those about meshes are in test_sharding.py, those about
+wrong types in test_wrong_types.py.
 """
 
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import shardpage
 
-from .cases import cache_shape, named
+from .cases import build_mesh, cache_shape, named
 
 PLAIN = named("plain")  # 8 sequences, 8 / 4 heads of 64, tables of 4 pages of 16
 NUM_PAGES = 32
@@ -187,119 +188,10 @@ def test_kv_layout(kv_layout, changes, message):
         ("interpret", "yes", "interpret must be True, False or None .*; got 'yes'"),
     ],
 )
-def test_options(option, value, message):
+@pytest.mark.parametrize("spec", [None, "data=2,kv=2,context=2"])
+def test_options(option, value, message, spec):
     with pytest.raises(ValueError, match=message):
-        call(**{option: value})
-
-
-class Odd:
-    """Nothing that any argument could be."""
-
-    def __repr__(self):
-        return "Odd()"
-
-
-CACHE = shardpage.PagedKVCache.zeros(8, 2, 16, 64)
-
-
-@pytest.mark.parametrize("value", [Odd(), "text", [1, 2], {}, 3, CACHE], ids=repr)
-class TestWrongTypes:
-    """An error of ours that names the argument, and never one from inside."""
-
-    @pytest.mark.parametrize(
-        "name", ["query", "key_cache", "value_cache", "context_lens", "block_tables", "sinks"]
-    )
-    def test_arrays(self, name, value):
-        with pytest.raises(
-            ValueError, match=rf"{name} must be an array; got {type(value).__name__}"
-        ):
-            call(**{name: value})
-
-    @pytest.mark.parametrize(
-        ("name", "what"),
-        [
-            ("attn_scale", "must be a finite number|must be 0 or between"),
-            ("attn_logits_soft_cap", "must be a finite number"),
-            ("mask_value", "stands in for -inf"),
-            ("max_context_len", "must be a positive integer"),
-            ("pages_per_compute_block", "must be a positive integer"),
-            ("sliding_window", "must be a positive integer"),
-            ("num_splits", "must be an integer >= 0"),
-            ("megacore_mode", "must be one of"),
-            ("inline_seq_dim", "must be True or False"),
-            ("return_lse", "must be True or False"),
-            ("interpret", "must be True, False or None"),
-            ("backend", "is none of"),
-            ("kv_layout", "is unknown; choose one of"),
-            ("mesh", "must be a jax.sharding.Mesh"),
-            ("layout", "must be a ShardLayout"),
-        ],
-    )
-    def test_options(self, name, what, value):
-        numbers = "attn_scale", "attn_logits_soft_cap", "max_context_len", "num_splits"
-        if value == 3 and name in (*numbers, "pages_per_compute_block", "sliding_window"):
-            pytest.skip("a good number")
-        with pytest.raises(ValueError, match=f"{name}.* ({what})"):
-            call(**{name: value})
-
-    @pytest.mark.parametrize("name", ["num_pages", "num_kv_heads", "page_size", "head_dim"])
-    def test_sizes_of_a_cache(self, name, value):
-        if value == 3:
-            value = True
-        sizes = {"num_pages": 8, "num_kv_heads": 2, "page_size": 16, "head_dim": 64} | {name: value}
-        with pytest.raises(ValueError, match=f"{name}=.* must be a positive integer"):
-            shardpage.PagedKVCache.zeros(**sizes)
-
-    @pytest.mark.parametrize("name", ["dtype", "kv_layout", "mesh", "layout"])
-    def test_options_of_a_cache(self, name, value):
-        with pytest.raises(ValueError, match=f"{name}.* (is no cache's|is unknown|must be a)"):
-            shardpage.PagedKVCache.zeros(8, 2, 16, 64, **{name: value})
-
-    @pytest.mark.parametrize(
-        "name", ["cache", "key", "value", "seq_ids", "positions", "block_tables", "mesh", "layout"]
-    )
-    def test_writes(self, name, value):
-        ids, tokens = zeros(3, dtype=jnp.int32), zeros(3, 2, 64)
-        arguments = {"cache": CACHE, "key": tokens, "value": tokens, "seq_ids": ids,
-                     "positions": ids, "block_tables": zeros(1, 2, dtype=jnp.int32)}  # fmt: skip
-        if name == "cache" and value is CACHE:
-            pytest.skip("a good cache")
-        with pytest.raises(ValueError, match=f"{name} must be a"):
-            shardpage.write_kv(**arguments | {name: value})
-
-    @pytest.mark.parametrize("name", ["out_a", "lse_a", "out_b", "lse_b"])
-    def test_merges(self, name, value):
-        out, lse = zeros(2, 4), zeros(2)
-        arguments = {"out_a": out, "lse_a": lse, "out_b": out, "lse_b": lse} | {name: value}
-        with pytest.raises(ValueError, match=f"{name} must be an array"):
-            shardpage.merge_partials(**arguments)
-
-    @pytest.mark.parametrize("name", ["out", "lse"])
-    def test_merges_over_an_axis(self, name, value):
-        arguments = {"out": zeros(2, 4), "lse": zeros(2)} | {name: value}
-        with pytest.raises(ValueError, match=f"{name} must be an array"):
-            shardpage.merge_across(**arguments, axis_name="context")
-
-    @pytest.mark.parametrize("name", ["num_pages", "page_size", "num_seq_shards"])
-    def test_host_checks(self, name, value):
-        sizes = {"num_pages": 4, "page_size": 16, "num_seq_shards": 1}
-        sizes[name] = 0 if value == 3 and name != "num_pages" else -1 if value == 3 else value
-        with pytest.raises(ValueError, match=f"{name}=.* must be"):
-            shardpage.validate_tables([3], np.zeros((1, 2), int), **sizes)
-        with pytest.raises(ValueError, match=f"{name}=.* must be"):
-            shardpage.validate_writes([0], [3], np.zeros((1, 2), int), **sizes)
-
-    @pytest.mark.parametrize("name", ["num_pages", "page_size", "num_seq_shards", "max_blocks"])
-    def test_allocators(self, name, value):
-        sizes = {"num_pages": 4, "page_size": 16, name: False if value == 3 else value}
-        with pytest.raises(ValueError, match=f"{name}=.* must be a positive integer"):
-            shardpage.PageAllocator(**sizes)
-
-    @pytest.mark.parametrize("name", ["seqs", "heads", "context"])
-    def test_axes(self, name, value):
-        value = ("a", 1) if value == "text" else value or 1
-        with pytest.raises(ValueError, match=f"{name}=.* must be an axis name"):
-            shardpage.ShardLayout(**{name: value})
+        call(**{option: value}, mesh=spec and build_mesh(spec))
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 import shardpage
+from shardpage.backends import load
+from shardpage.options import Tuning
+from shardpage.page_format import KVLayout, PageFormat
+from shardpage.plan import Reads
 
 from . import tolerance
 from .backends import attend, backends
-from .cases import Case, make, named
+from .cases import Case, build_mesh, make, named
 
 
 @backends
@@ -90,26 +94,41 @@ def test_sinks_of_minus_infinity_have_gradients():
     assert (gradient[4:] != 0).all()
 
 
+def on(spec, case: Case):
+    """The inputs of a case, and where a call takes them."""
+    mesh = spec and build_mesh(spec)
+    return make(case, num_context_shards=2 if mesh else 1), {"mesh": mesh}
+
+
 @backends
+@pytest.mark.parametrize("spec", [None, "kv=2,context=2"])
 class TestExtremeOptions:
     """Exact for whatever a float32 and an int32 hold."""
 
     @pytest.mark.parametrize("cap", [2.0**126, 1e15])
-    def test_a_soft_cap_far_above_the_logits_changes_nothing(self, backend, cap):
-        inputs = make(named("plain"))
-        tolerance.assert_within_rounding(inputs, *attend(inputs, backend, attn_logits_soft_cap=cap))
+    def test_a_soft_cap_far_above_the_logits_changes_nothing(self, backend, cap, spec):
+        inputs, where = on(spec, named("plain"))
+        out_lse = attend(inputs, backend, attn_logits_soft_cap=cap, **where)
+        tolerance.assert_within_rounding(inputs, *out_lse)
 
-    def test_a_window_past_any_context_changes_nothing(self, backend):
-        inputs, window = make(named("plain")), np.int64(2**31 - 1)
-        tolerance.assert_within_rounding(inputs, *attend(inputs, backend, sliding_window=window))
+    def test_a_window_past_any_context_changes_nothing(self, backend, spec):
+        (inputs, where), window = on(spec, named("plain")), np.int64(2**31 - 1)
+        out_lse = attend(inputs, backend, sliding_window=window, **where)
+        tolerance.assert_within_rounding(inputs, *out_lse)
 
-    def test_logits_near_the_end_of_float32_are_not_taken_for_masked(self, backend):
+    def test_logits_near_the_end_of_float32_are_not_taken_for_masked(self, backend, spec):
         """All of them around -3e37, which is finite, and below most stand-ins for -inf."""
-        inputs = make(Case("low", num_seqs=2, lens=(33, 64), attn_scale=1e36))
+        inputs, where = on(spec, Case("low", num_seqs=2, lens=(33, 64), attn_scale=1e36))
         inputs.query[...], size = -1.0, inputs.key_cache.shape
         inputs.key_cache = np.where(np.isnan(inputs.key_cache), np.nan, np.ones(size, np.float32))
-        out, lse = attend(inputs, backend)
+        out, lse = attend(inputs, backend, **where)
         assert (lse < -6e37).all()
+        if (
+            spec
+        ):  # no lse of -6e37 can say how many keys it is of: parts merge as if of equally many
+            assert (out != 0).all(axis=-1).all()
+            assert np.isfinite(out).all()
+            return
         inputs.query[...] = 0.0  # all logits are equal, too
         exact_out, _ = tolerance.exact(inputs)
         tolerance.assert_close("out", out, exact_out)
@@ -137,3 +156,52 @@ class TestManySequences:
 
         for two, one in zip(gradients(), gradients(pages_per_compute_block=6), strict=True):
             np.testing.assert_allclose(two, one, atol=1e-5)
+
+
+class TestWhatGrows:
+    """Counted: neither the width of a table nor the number of sequences costs more than it must."""
+
+    @pytest.mark.parametrize("spec", [None, "context=2"])
+    def test_columns_past_the_longest_context_are_not_looked_at(self, spec, monkeypatch):
+        """Of 5 pieces of 2048 columns the one and the two that are in use, on each device."""
+        pieces, loop = [], jax.lax.fori_loop
+
+        def counted(first, last, body, state):
+            def count(piece, state):
+                if not body.__module__.startswith("shardpage.backends"):
+                    jax.debug.callback(lambda piece: pieces.append(int(piece)), piece)
+                return body(piece, state)
+
+            return loop(first, last, count, state)
+
+        monkeypatch.setattr(jax.lax, "fori_loop", counted)
+        mesh = spec and build_mesh(spec)
+        cache = jnp.ones((8, 1, 8, 8))
+        query, tables = jnp.ones((2, 1, 8)), jnp.zeros((2, 5 * 2048), jnp.int32)
+        call = lambda lens: shardpage.page_attention(
+            query, cache, cache, lens, tables, kv_layout="blocks_first", backend="xla", mesh=mesh
+        )
+        for longest, expected in ((2048, [0]), (2049, [0, 1])):
+            pieces.clear()
+            np.testing.assert_allclose(call(jnp.array([8 * longest, 5])), 1.0, rtol=1e-6)
+            jax.effects_barrier()
+            assert sorted(pieces) == sorted(expected * (2 if mesh else 1))
+
+    @pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
+    def test_laying_out_the_work_is_linear_in_the_sequences(self, backend):
+        """Operations, bytes and temporaries of the index arithmetic, compiled."""
+        page_format = PageFormat(KVLayout.BLOCKS_FIRST, 2, 16, 128, 128, jnp.dtype(jnp.bfloat16))
+        tuning = Tuning(backend, platform="cpu", interpret=backend != "xla")
+
+        def cost(num_seqs: int) -> np.ndarray:
+            ids, stop = (jax.ShapeDtypeStruct((num_seqs, *x), jnp.int32) for x in ((1,), ()))
+            prepare = lambda ids, stop: load(tuning).prepare(
+                Reads(ids, None, jnp.zeros_like(stop), stop), 8, page_format, tuning
+            )
+            compiled = jax.jit(prepare).lower(ids, stop).compile()
+            counts, memory = compiled.cost_analysis(), compiled.memory_analysis()
+            return np.array([
+                counts["flops"], counts["bytes accessed"], memory.temp_size_in_bytes
+            ])  # fmt: skip
+
+        assert (cost(16384) <= 4.5 * cost(4096)).all()

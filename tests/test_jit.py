@@ -213,8 +213,37 @@ def test_a_function_that_is_jitted_is_traced_once(calls, spec):
         jitted(*(jax.tree.map(lambda x: x.astype(jnp.bfloat16), a) for a in arguments[0]))
 
 
-def test_zeros_compiles_once_for_all_layers():
-    make_cache = lambda: PagedKVCache.zeros(16, 2, 16, 64, kv_layout="heads_first")
+@pytest.mark.parametrize("spec", [None, "data=1,kv=2"])
+@pytest.mark.parametrize(
+    ("calls", "programs"), [(attends, 1), (writes, 1), (merges, 1), (decodes, 2)]
+)
+def test_an_eager_call_is_one_program_and_moves_nothing(calls, programs, spec):
+    """Of arrays that are where the call needs them: a cast or a move would be another dispatch."""
+    mesh = spec and build_mesh(spec)
+    call, arguments = calls(mesh)
+    first, second = (placed(each, mesh) for each in arguments[:2])
+    jax.clear_caches()
+    with compilations() as events:
+        jax.block_until_ready(call(*first))
+    assert [event for event, _ in events].count("backend_compile_duration") == programs
+    with jax.transfer_guard("disallow_explicit"):
+        jax.block_until_ready(call(*second))
+
+
+def placed(arguments, mesh):
+    """The arrays of a call on a mesh of `kv` alone: what has heads, split over them."""
+
+    def put(array):
+        spec = {3: (None, "kv"), 4: (None, "kv")}.get(array.ndim, ())
+        return jax.device_put(array, mesh and NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(put, arguments)
+
+
+@pytest.mark.parametrize("spec", [None, "data=2,kv=2,context=2"])
+def test_zeros_compiles_once_for_all_layers(spec):
+    mesh = spec and build_mesh(spec)
+    make_cache = lambda: PagedKVCache.zeros(16, 2, 16, 64, kv_layout="heads_first", mesh=mesh)
     make_cache()
     with compilations() as events:
         make_cache()

@@ -223,7 +223,7 @@ class TestSimulate:
             meshes.simulate(4096)
 
     def test_refuses_no_devices(self):
-        with pytest.raises(ValueError, match="cannot simulate 0 devices"):
+        with pytest.raises(ValueError, match="what=0 must be a positive integer: CPU devices"):
             meshes.simulate(0)
 
     def test_import_and_request_do_not_start_jax(self):

@@ -100,7 +100,7 @@ class TestTopology:
     def test_refuses(self):
         with pytest.raises(ValueError, match="v5e has no megacore to switch: always 1 device"):
             meshes.topology("v5e:2x2", megacore=True)
-        with pytest.raises(ValueError, match="num_slices=0 must be 1 or more"):
+        with pytest.raises(ValueError, match="num_slices=0 must be a positive integer"):
             meshes.topology("v5e:2x2", num_slices=0)
         with pytest.raises(ValueError, match="there are 4 devices"):
             meshes.topology("v5e:2x2", "data=8")
