@@ -15,7 +15,7 @@ from . import bundles, timing
 from .core import Core
 from .machine import Machine, Run
 from .operands import integers, kernel_calls
-from .phases import breakdown
+from .phases import breakdown, longest
 from .program import Program
 
 # Kernels in compiled HLO, in order.
@@ -59,7 +59,7 @@ class Executed:
       copies, copied_bytes: from and to HBM, all cores.
       us: microseconds by model of memory.
       wait_us: of those, waiting for copies.
-      phases: where the cycles go, with waits for copies at 1 us latency.
+      phases: where the cycles go, the longest first, with waits for copies at 1 us latency.
       guessed: loads of scalars that nobody had written (0 is taken); unknown: instructions whose
         values are not known, by name.
       topology, case, kernel: as they are named in tables.
@@ -218,7 +218,7 @@ def _report(num_bytes: int | None, program: Program, runs: Sequence[Run]) -> Exe
     copies, copied_bytes = sum(n for n, _ in counted), sum(size for _, size in counted)
     num_bytes = num_bytes or copied_bytes
     us = lambda cycles: round(cycles / core.clock_hz * 1e6, 3)
-    phases = breakdown(program, slowest, timing.replay(slowest, timing.ONE_US, core))
+    phases = longest(breakdown(program, slowest, timing.replay(slowest, timing.ONE_US, core)))
     visited = zip(slowest.visits, program.bundles, strict=True)
     return Executed(
         device_kind=core.device_kind,

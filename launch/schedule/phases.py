@@ -52,6 +52,16 @@ def breakdown(program: Program, run: Run, timing: Timing) -> list[Phase]:
     return sorted(found, key=lambda phase: -phase.cycles - phase.waits)
 
 
+def longest(phases: Sequence[Phase], share: float = 0.005) -> list[Phase]:
+    """Those that take this share of all, and one phase for the others."""
+    least = share * sum(phase.cycles + phase.waits for phase in phases)
+    kept = [phase for phase in phases if phase.cycles + phase.waits >= least]
+    rest = phases[len(kept) :]
+    total = lambda name: sum(getattr(phase, name) for phase in rest)
+    others = Phase("", "others", total("cycles"), total("empty"), total("waits"))
+    return kept + [others] if rest else kept
+
+
 def _shares(program: Program) -> list[dict[str, float]]:
     """Of each bundle, the functions that it works for; an empty one for those of the next."""
     shares: list[dict[str, float]] = []
