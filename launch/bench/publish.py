@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..schedule.core import Core
 from ..schedule.execute import Executed
 from ..schedule.report import draw as draw_calls
 from .draw import draw
@@ -18,6 +19,7 @@ from .peers import OURS
 from .report import Row, speed
 
 FOLDER = Path(__file__).parent
+_LARGEST = 5  # fusions of a step
 MEASURED = ("cpu_decode", "gpu_decode", "gpu_sharded")
 
 
@@ -122,15 +124,16 @@ def _ops(ops: list[dict[str, Any]]) -> str:
 
 
 def _estimates(report: dict[str, Any]) -> str:
-    """Executed cycles of XLA's fusions beside libtpu's estimates, by size."""
-    cells = [["chip", "least estimate", "fusions", "executed over the rest of the estimate"]]
+    """The fusions of a step that libtpu thinks take longest: its estimate, and as executed."""
+    cells = [["chip", "fusion", "made by", "libtpu, us", "executed, us at 1 us latency", "ratio"]]
     for step in report["steps"]:
+        clock_hz = Core.of(step["device_kind"]).clock_hz
         ops = [op for op in step["ops"] if op["estimated_cycles"] and op["cycles"]]
-        least = min(op["estimated_cycles"] for op in ops if op["estimated_cycles"] > 1000)
-        larger = [op for op in ops if op["estimated_cycles"] > least + 300]
-        ratios = sorted(op["cycles"] / (op["estimated_cycles"] - least) for op in larger)
-        shown = f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {ratios[len(ratios) // 2]:.2f}"
-        cells.append([step["topology"].partition(":")[0], f"{least}", f"{len(larger)}", shown])
+        for op in sorted(ops, key=lambda op: -op["estimated_cycles"])[:_LARGEST]:
+            us = op["estimated_cycles"] / clock_hz * 1e6
+            chip = step["topology"].partition(":")[0]
+            figures = f"{us:.1f}", f"{op['us']:.1f}", f"{op['us'] / us:.2f}"
+            cells.append([chip, f"`{op['name']}`", op["maker"], *figures])
     return _table(cells)
 
 

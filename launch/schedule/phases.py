@@ -59,7 +59,7 @@ def longest(phases: Sequence[Phase], share: float = 0.005) -> list[Phase]:
     rest = phases[len(kept) :]
     total = lambda name: sum(getattr(phase, name) for phase in rest)
     others = Phase("", "others", total("cycles"), total("empty"), total("waits"))
-    return kept + [others] if rest else kept
+    return [*kept, others] if rest else kept
 
 
 def _shares(program: Program) -> list[dict[str, float]]:

@@ -143,6 +143,7 @@ def _longest(rows: Sequence[Executed]) -> list[str]:
     for row in rows:
         for phase in row.phases:
             total[phase["function"]] += (phase["cycles"] - phase["empty"]) / row.cycles
+    total.pop("others", None)
     return [name for name, _ in total.most_common(_NAMED_PHASES)]
 
 
