@@ -167,7 +167,7 @@ class Program:
             return None  # only another type, of what the same bundle may have written
         if predicate:
             value = f"{value} if {predicate} else {otherwise or op.register}"
-        return Statement("set", value, register=op.register, is_load=op.name == "sld")
+        return Statement("set", value, register=op.register)
 
     def _operand(self, op: Op) -> None:
         match = _OPERAND.search(op.arguments)
@@ -350,7 +350,6 @@ class Statement:
     code: str
     register: str | None = None
     target: int = -1
-    is_load: bool = False
 
 
 def _split(arguments: str) -> list[str]:
