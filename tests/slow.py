@@ -63,9 +63,11 @@ test_tpu_aot.py::test_write_updates_the_cache_in_place[*]
 !test_tpu_aot.py::test_write_updates_the_cache_in_place[{g4k8-tpu7x,dim64-v5e,dim80-v4}:*]
 test_tpu_aot.py::test_tables_that_do_not_fit_scalar_memory[1024-*]
 test_tpu_aot.py::test_megacore_compiles[*]
-test_schedule.py::TestCompiled::{test_the_job,test_block_loops_stay_within_their_limits[*]}
+test_schedule.py::TestCompiled::*
+!test_schedule.py::TestCompiled::test_the_kernel_fetches_each_page_of_each_sequence_once[v5e*]
+!test_schedule.py::TestCompiled::test_defaults_compile[{5,10,13}]
 test_plan.py::TestEstimate::{test_the_largest_batch_fits*,test_too_much_for_one_layer*}
-test_plan.py::TestIssue::{test_agrees_with_the_schedule*,test_both_cores_of_a_chip*}
+test_plan.py::TestIssue::{test_agrees_with*,test_of_many_tokens*,test_both_cores_of_a_chip*}
 test_plan_command.py::TestSearch::test_stops_when_no_other_can_win_and_is_right
 test_plan_command.py::TestPod::*
 test_bench.py::TestDecode::test_calls_of_one_program_have_tables_of_their_own

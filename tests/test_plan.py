@@ -13,7 +13,7 @@ from launch.plan.estimate import confirm_largest_batch, estimate, shrink_to_fit
 from launch.plan.issue import Issue, Schedule
 from launch.plan.read import read_layer
 from launch.plan.workload import LayerKind, Model, Workload, preset_names
-from launch.schedule.measure import measure
+from launch.schedule import worker
 
 from .plans import CACHE_BYTES, MODEL, V5E, WORK, planned
 
@@ -175,22 +175,14 @@ class TestEstimate:
         assert 0 < smaller.largest_batch < 4096
 
 
-SCHEDULE = Schedule(
-    block_cycles=400,
-    block_pages=4,
-    sequence_cycles=1000,
-    call_cycles=50,
-    cores=2,
-    walks=2,
-    clock_hz=1e9,
-)
+# WORK has 32 pages a sequence, and 8 sequences.
+SCHEDULE = Schedule({32: 3000.0}, executed_seqs=1, num_seqs=1, cores=2, clock_hz=1e9)
 
 
 class TestIssue:
-    def test_a_sequence_costs_its_loop_and_the_blocks_after_the_first(self):
-        assert SCHEDULE.cycles(8, 32) == 50 + 8 * (1000 + 7 * 400) / 2
-        assert SCHEDULE.cycles(8, 2) == 50 + 8 * 1000 / 2
-        assert Issue(SCHEDULE).seconds(8, 2) == SCHEDULE.cycles(8, 2) / 1e9
+    def test_seconds_are_cycles_over_the_clock(self):
+        assert Issue(SCHEDULE).seconds(32) == 3000 / 1e9
+        assert Issue(reason="none").seconds(32) == 0
 
     def test_the_longer_of_issue_and_memory_counts_in_each_layer(self):
         bounds = planned("data=8")
@@ -205,16 +197,16 @@ class TestIssue:
         assert 0 < quick.issue < quick.hbm
         slow = dataclasses.replace(bounds, issue=at(1e6)).times
         assert slow is not None
-        assert slow.attend == slow.issue == pytest.approx(3 * SCHEDULE.cycles(1, 32) / 1e6)
+        assert slow.attend == slow.issue == pytest.approx(3 * 3000 / 1e6)
         assert slow.total == slow.attend + slow.ici + slow.dcn
 
     def test_the_report_says_what_it_is_made_of(self):
         bounds = dataclasses.replace(planned("data=8"), issue=Issue(SCHEDULE))
         text = report.describe(bounds, None)
         assert "issue of the kernel" in text
-        assert "400 cycles per block of 4 pages" in text
-        assert "2 cores share the blocks" in text
-        assert report.as_json(bounds)["issue"]["block_cycles"] == 400
+        assert "issue for 3000 cycles with 1 sequences of 32 pages" in text
+        assert "on each of 2 cores" in text
+        assert report.as_json(bounds)["issue"]["cycles"] == {32: 3000.0}
         assert report.as_json(bounds)["least_seconds"]["issue"] > 0
 
     def test_what_one_device_runs_does_not_depend_on_context_shards(self):
@@ -243,31 +235,36 @@ class TestIssue:
         bounds = estimate(work, meshes.topology(V5E, "data=8"))
         assert bounds.issue.reason == "the compiler gave no schedule: no such flag"
 
-    @pytest.mark.slow
-    def test_a_schedule_without_a_loop_over_blocks_is_a_reason(self):
-        work = dataclasses.replace(WORK, backend=None)
-        bounds = estimate(work, meshes.topology(V5E, "data=2,kv=4"))
-        assert "none with a loop that fetches" in bounds.issue.reason
-        assert bounds.times is not None
-        assert bounds.times.issue is None
-
-    def test_agrees_with_the_schedule_of_the_same_shapes(self):
-        model = Model("one", 8, 1, 128, (LayerKind(1),))
+    def test_agrees_with_the_schedule_of_the_same_calls(self):
+        model = Model("one", 8, 1, 128, (LayerKind(1), LayerKind(1, 1024)))
         work = Workload(model, batch=64 * 4, context=4096, page_size=64)
         bounds = estimate(work, meshes.topology("v5e:2x2", "data=4"))
-        (row,) = measure("v5e:2x2", ["G8 K1 page 64"], ["fused"])
-        kernel = bounds.issue.schedule
-        assert kernel is not None
-        assert kernel.block_cycles == pytest.approx(row.issue_cycles, rel=0.05)
-        assert kernel.block_pages == row.block_pages
-        assert (kernel.cores, kernel.walks) == (1, 1)
+        case = "64 x 4096, G8 K1, page 64"
+        attend, write = (
+            worker.call(worker.execute_case, "v5e:2x2", kernel, case, "off")[0].cycles
+            for kernel in ("decode", "write")
+        )
+        found = bounds.issue.schedule
+        assert found is not None
+        assert found.cycles[64] == pytest.approx(attend + write, rel=0.05)
+        assert found.cycles[64] / 6 < found.cycles[16] < found.cycles[64] / 1.5
+        assert (found.cores, found.executed_seqs, found.num_seqs) == (1, 64, 64)
         assert bounds.times is not None
         assert bounds.times.issue is not None
-        assert bounds.times.issue < bounds.times.hbm
 
-    @pytest.mark.parametrize(("kv_heads", "walks"), [(1, 2), (16, 1)])
-    def test_both_cores_of_a_chip_share_blocks_or_heads(self, kv_heads, walks):
+    def test_of_many_tokens_some_are_executed(self):
+        model = Model("one", 8, 1, 128, (LayerKind(1),))
+        work = Workload(model, batch=16, context=4096, page_size=64)
+        whole, part = (
+            worker.call(issue.execute, work, "v5e", False, (64,), most)
+            for most in (1 << 20, 1 << 14)
+        )
+        assert (whole.executed_seqs, part.executed_seqs) == (16, 4)
+        assert part.cycles[64] == pytest.approx(whole.cycles[64], rel=0.1)
+
+    @pytest.mark.parametrize("kv_heads", [1, 16])
+    def test_both_cores_of_a_chip_work(self, kv_heads):
         model = Model("one", 16, kv_heads, 128, (LayerKind(1),))
         bounds = estimate(Workload(model, batch=8), meshes.topology("v5p:2x2x1", "data=4"))
         assert bounds.issue.schedule is not None
-        assert (bounds.issue.schedule.cores, bounds.issue.schedule.walks) == (2, walks)
+        assert bounds.issue.schedule.cores == 2

@@ -12,11 +12,10 @@ from launch.bench.report import Row
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RESULTS = (ROOT / "launch/bench/RESULTS.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 LINKS = [
     (document, link)
-    for document in ("README.md", "meshes/README.md", "launch/bench/RESULTS.md")
+    for document in ("README.md", "meshes/README.md", *(str(p) for p in publish.DOCUMENTS))
     for link in re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text())
 ]
 
@@ -30,8 +29,10 @@ def test_examples_run_as_they_stand(example, tmp_path):
     assert done.stdout.strip() == re.search(r"print\(.*# (.*)", example).group(1)
 
 
-def test_tables_are_those_of_the_kept_reports():
-    assert publish.generated(RESULTS) == RESULTS, "run: python -m launch.bench.publish"
+@pytest.mark.parametrize("document", publish.DOCUMENTS, ids=lambda path: path.parent.name)
+def test_tables_are_those_of_the_kept_reports(document):
+    text = document.read_text()
+    assert publish.generated(text) == text, "run: python -m launch.bench.publish"
 
 
 def speed_ups(name, peer):

@@ -1,4 +1,4 @@
-"""`python -m launch.bench.publish`: draws the kept reports and puts their figures in RESULTS.md.
+"""`python -m launch.bench.publish`: draws the kept reports and puts their figures in documents.
 
 Each table stands between its markers:
 
@@ -11,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..schedule.core import Core
+from ..schedule.execute import Executed
+from ..schedule.report import draw as draw_calls
 from .draw import draw
 from .peers import OURS
 from .report import Row, speed
 
 FOLDER = Path(__file__).parent
+_LARGEST = 5  # fusions of a step
 MEASURED = ("cpu_decode", "gpu_decode", "gpu_sharded")
 
 
@@ -66,18 +70,70 @@ def _sharded(report: dict[str, Any]) -> str:
     return _table(cells)
 
 
-def _schedule(report: dict[str, Any]) -> str:
-    """Issue cycles over HBM cycles: both layouts of this library, and JAX's kernel."""
-    ratios = {(r["case"], r["topology"], r["kernel"]): r["ratio"] for r in report["schedules"]}
+def _ratios(report: dict[str, Any]) -> str:
+    """Issue over HBM cycles of whole calls: this library's kernel, and JAX's two."""
+    kernels = ("decode", "jax paged_attention", "jax ragged_paged_attention")
+    ratios = {(c["case"], c["topology"], c["kernel"]): c["ratio"] for c in report["calls"]}
     topologies = list(dict.fromkeys(topology for _, topology, _ in ratios))
     cells = [["case", *(t.partition(":")[0] for t in topologies)]]
-    for case in dict.fromkeys(r["case"] for r in report["schedules"] if r["limit"] is not None):
-        found = [
-            [ratios.get((case, topology, kernel)) for kernel in ("fused", "separate", "stock")]
-            for topology in topologies
-        ]
+    for case in dict.fromkeys(case for case, _, _ in ratios):
+        found = ([ratios.get((case, topology, k)) for k in kernels] for topology in topologies)
         shown = (" / ".join("-" if r is None else f"{r:.2f}" for r in each) for each in found)
         cells.append([case, *shown])
+    return _table(cells)
+
+
+def _microseconds(report: dict[str, Any]) -> str:
+    """Times of this library's calls on one chip, under each model of memory."""
+    calls = [c for c in report["calls"] if c["topology"] == "v6e:2x2"]
+    cells = [["case", "kernel", "HBM us", *calls[0]["us"], "no issue in", "copies x KiB"]]
+    for c in calls:
+        if not c["kernel"].startswith("jax"):
+            hbm = f"{c['hbm_cycles'] / c['clock_hz'] * 1e6:.1f}"
+            size = f"{c['copies']} x {c['copied_bytes'] / c['copies'] / 1024:.3g}"
+            us = (f"{us:.1f}" for us in c["us"].values())
+            cells.append(
+                [c["case"], c["kernel"], hbm, *us, f"{c['empty'] / c['cycles']:.0%}", size]
+            )
+    return _table(cells)
+
+
+def _step(report: dict[str, Any]) -> str:
+    """What stands around the kernels in a layer, by who made it: ops / us."""
+    steps = report["steps"]
+    makers = sorted({op["maker"] for step in steps for op in step["ops"] if op["in_layers"]})
+    cells = [["made by", *(f"{s['topology'].partition(':')[0]}: ops, us" for s in steps)]]
+    for maker in makers:
+        found = [[o for o in s["ops"] if o["in_layers"] and o["maker"] == maker] for s in steps]
+        cells.append([maker, *(_ops(ops) for ops in found)])
+    ours = [[o for o in s["ops"] if o["in_layers"] and _is_ours(o)] for s in steps]
+    equal = [[op for op in ops if op["is_equal"]] for ops in ours]
+    cells += [["**attention's**", *map(_ops, ours)], ["equal in all layers", *map(_ops, equal)]]
+    for number, (name, *_) in enumerate(steps[0]["kernels"]):
+        us = (f"{s['kernels'][number][1]:.1f} / {s['kernels'][number][2]:.1f} us" for s in steps)
+        cells.append([f"{name}, issue only / 1 us", *us])
+    return f"{_table(cells)}\n\n({steps[0]['title']}.)"
+
+
+def _is_ours(op: dict[str, Any]) -> bool:
+    return op["maker"].startswith(("write", "attend"))
+
+
+def _ops(ops: list[dict[str, Any]]) -> str:
+    return f"{sum(op['times'] for op in ops)}, {sum(op['times'] * op['us'] for op in ops):.1f}"
+
+
+def _estimates(report: dict[str, Any]) -> str:
+    """The fusions of a step that libtpu thinks take longest: its estimate, and as executed."""
+    cells = [["chip", "fusion", "made by", "libtpu, us", "executed, us at 1 us latency", "ratio"]]
+    for step in report["steps"]:
+        clock_hz = Core.of(step["device_kind"]).clock_hz
+        ops = [op for op in step["ops"] if op["estimated_cycles"] and op["cycles"]]
+        for op in sorted(ops, key=lambda op: -op["estimated_cycles"])[:_LARGEST]:
+            us = op["estimated_cycles"] / clock_hz * 1e6
+            chip = step["topology"].partition(":")[0]
+            figures = f"{us:.1f}", f"{op['us']:.1f}", f"{op['us'] / us:.2f}"
+            cells.append([chip, f"`{op['name']}`", op["maker"], *figures])
     return _table(cells)
 
 
@@ -98,26 +154,35 @@ def _with_source(table: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, 
     return both
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "cpu_decode": _with_source(_decode),
-    "gpu_decode": _with_source(_decode),
-    "gpu_sharded": _with_source(_sharded),
-    "tpu_schedule": _schedule,
+# The report and the table that it becomes, by the name in a document.
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "cpu_decode": ("cpu_decode", _with_source(_decode)),
+    "gpu_decode": ("gpu_decode", _with_source(_decode)),
+    "gpu_sharded": ("gpu_sharded", _with_source(_sharded)),
+    "tpu_ratios": ("tpu_schedule", _ratios),
+    "tpu_us": ("tpu_schedule", _microseconds),
+    "tpu_step": ("tpu_step", _step),
+    "tpu_estimates": ("tpu_step", _estimates),
 }
+DOCUMENTS = (FOLDER / "RESULTS.md", FOLDER.parent / "schedule" / "README.md")
 
 
 def generated(text: str) -> str:
-    """The text of RESULTS.md with every table made anew from its report."""
+    """The text of a document with every table made anew from its report."""
 
     def table(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- figures: {name} -->\n{TABLES[name](load(name))}\n<!-- end -->"
+        report, make = TABLES[name]
+        return f"<!-- figures: {name} -->\n{make(load(report))}\n<!-- end -->"
 
     return re.sub(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def draw_all() -> None:
-    """A picture beside each measured report."""
+    """A picture beside each report."""
+    calls = [Executed.from_json(call) for call in load("tpu_schedule")["calls"]]
+    ours = [call for call in calls if call.kernel == "decode"]
+    draw_calls(ours, FOLDER / "results/tpu_schedule.png")
     for name in MEASURED:
         report = load(name)
         title = f"{report['num_devices']} x {report['device']}, jax {report['versions']['jax']}"
@@ -127,5 +192,5 @@ def draw_all() -> None:
 
 if __name__ == "__main__":
     draw_all()
-    path = FOLDER / "RESULTS.md"
-    path.write_text(generated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in DOCUMENTS:
+        path.write_text(generated(path.read_text(encoding="utf-8")), encoding="utf-8")

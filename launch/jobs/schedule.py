@@ -1,56 +1,166 @@
-"""`shardpage schedule`: does the TPU kernel keep up with memory? Asked of the compiler."""
+"""`shardpage schedule`: where the cycles of a TPU kernel go, asked of the compiler alone."""
 
+import dataclasses
 import sys
-from typing import Annotated
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer import Option
 
 from ..json_file import JsonOption
-from ..schedule.cases import CASES, KERNELS
+from ..plan.workload import Model, Workload, preset_names
+from ..schedule import grid as grids
+from ..schedule import report, worker
+from ..schedule import step as steps
+from ..schedule.cases import ALL, CASES, KERNELS
+from ..schedule.execute import Executed
 from . import options
 
 DEFAULT_TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+_GRID_CASES = 500
+_CASE_HELP = (
+    f"One of {', '.join(repr(c.name) for c in CASES)}, or a shape of `bench`; by default all of "
+    "the former."
+)
 
 
 def schedule(
     topology: Annotated[list[str] | None, options.TOPOLOGY] = None,
-    case: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(repr(c.name) for c in CASES)}.")
+    case: Annotated[list[str] | None, Option(help=_CASE_HELP)] = None,
+    kernel: Annotated[
+        list[str] | None, Option(help=f"One of {', '.join(KERNELS)}; by default decode.")
     ] = None,
-    kernel: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(KERNELS)}.")] = None,
+    cores: Annotated[
+        str, Option(help="TensorCores of a v4 or v5p chip: off (one), auto, batch or kv_head.")
+    ] = "off",
+    subject: Annotated[
+        str | None,
+        Option(
+            metavar="FILE.py:FUNCTION",
+            help="Execute the Pallas kernels of what FUNCTION() returns instead: a function and "
+            "its arguments, integers as arrays.",
+        ),
+    ] = None,
+    phases: Annotated[bool, Option("--phases", help="Show where the cycles go.")] = False,
+    step: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            help="Show what stands around the kernels in each layer of a decode step instead, of a "
+            f"model of `plan`: {', '.join(preset_names())}.",
+        ),
+    ] = None,
+    mesh: options.Mesh = None,
+    batch: Annotated[int, Option(help="Sequences of a step, over all devices.")] = 64,
+    context: Annotated[int, Option(help="Tokens of each, in a step.")] = 4096,
+    page_size: Annotated[int, Option(help="Tokens per page, in a step.")] = 16,
+    grid: Annotated[
+        bool,
+        Option(
+            "--grid",
+            help=f"Only compile {_GRID_CASES} shapes for all chips; goes on where --json ends.",
+        ),
+    ] = False,
     json_file: options.Json = None,
     plot: options.Plot = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compile the attention kernels for TPUs, without one, and count the cycles they issue.
+    """Compile TPU kernels without a TPU, and execute what the compiler made of them.
 
-    Each case is compiled with libtpu for this library's kernel, with keys and values in one array
-    and in two, and for JAX's own. The compiler writes its schedule out; the bundles of the loop
-    over blocks, over the cycles that HBM needs for a block's bytes, say which waits for which.
-    --topology, --case and --kernel may be repeated; the default is all of them.
+    A modelled core runs the compiled program of a whole call, bundle by bundle: real branches, trip
+    counts and copies, waits for results counted. What memory does is a model, of several latencies.
+    --topology, --case and --kernel may be repeated. See launch/schedule/README.md.
     """
-    from ..schedule import report
-    from ..schedule.measure import measure, to_json
-
-    for what, chosen, known in (
-        ("case", case, [c.name for c in CASES]),
-        ("kernel", kernel, list(KERNELS)),
-    ):
+    for what, chosen, known in (("case", case, [*ALL]), ("kernel", kernel, [*KERNELS])):
         if unknown := [name for name in chosen or () if name not in known]:
-            print(f"error: --{what} {unknown[0]!r} is none of {known}", file=sys.stderr)
-            raise typer.Exit(2)
-    say = options.progress(quiet)
-    rows = []
+            _fail(f"--{what} {unknown[0]!r} is none of {known}")
+    say, topologies = options.progress(quiet), topology or DEFAULT_TOPOLOGIES
     try:
-        for name in topology or DEFAULT_TOPOLOGIES:
-            say(f"compiling for {name} ...")
-            rows += measure(name, case or (), kernel or ())
-        if plot is not None and rows:
-            report.draw(rows, plot)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        with options.stoppable():
+            if grid:
+                _grid(json_file, say)
+            elif step is not None:
+                work = Workload(Model.preset(step), batch, context, page_size)
+                _steps(topologies, mesh, work, json_file, say)
+            else:
+                cases = case or [shape.name for shape in CASES]
+                calls = _calls(topologies, cases, kernel or ["decode"], cores, subject, say)
+                _executed(calls, phases, json_file, plot)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _calls(
+    topologies: Sequence[str],
+    cases: Sequence[str],
+    kernels: Sequence[str],
+    cores: str,
+    subject: str | None,
+    say: Callable[[str], None],
+) -> Iterator[Executed]:
+    """All cases with all kernels; what JAX's kernels refuse is said, and left out."""
+    for topology in topologies:
+        say(f"executing for {topology} ...")
+        if subject is not None:
+            yield from worker.call(worker.execute_file, topology, subject)
+            continue
+        for case in cases:
+            for kernel in kernels:
+                try:
+                    yield from worker.call(worker.execute_case, topology, kernel, case, cores)
+                except Exception as error:  # JAX's kernels assert what they do not have
+                    if not kernel.startswith("jax "):
+                        raise
+                    reason = repr(error).partition("\\n")[0]
+                    print(f"{topology} {case}: {kernel} fails: {reason}", file=sys.stderr)
+
+
+def _executed(
+    calls: Iterator[Executed], phases: bool, json_file: Path | None, plot: Path | None
+) -> None:
+    file, rows = JsonOption(json_file), []
+    for row in calls:
+        rows.append(row)
+        file.write(_content(rows))
+    if plot is not None and rows:
+        report.draw(rows, plot)
     print(report.table(rows))
-    file = JsonOption(json_file)
-    file.write({"schedules": to_json(rows)}, last=True)
+    if phases:
+        print(*map(report.phases, rows), sep="\n")
+    file.write(_content(rows), last=True)
     file.close()
+
+
+def _content(rows: list[Executed]) -> dict[str, Any]:
+    return {"calls": [row.to_json() for row in rows]}
+
+
+def _steps(
+    topologies: Sequence[str],
+    mesh: str | None,
+    work: Workload,
+    json_file: Path | None,
+    say: Callable[[str], None],
+) -> None:
+    file, found = JsonOption(json_file), []
+    for topology in topologies:
+        say(f"compiling a step for {topology} ...")
+        found.append(worker.call(steps.analyze, topology, mesh, work))
+        print(steps.table(found[-1]))
+    file.write({"steps": [dataclasses.asdict(step) for step in found]}, last=True)
+    file.close()
+
+
+def _grid(json_file: Path | None, say: Callable[[str], None]) -> None:
+    """Exit code 1 if the compiler failed."""
+    found = grids.run(_GRID_CASES, json_file, say)
+    print(grids.table(found))
+    if any(outcome == grids.FAILED for outcome, _ in found["results"].values()):
+        raise typer.Exit(1)

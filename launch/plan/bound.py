@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 import meshes
 
 from .compile import Split
-from .issue import Issue
+from .issue import Issue, device_pages
 from .read import Layer
 from .workload import ITEMSIZE, Workload
 
@@ -51,7 +51,8 @@ class Times:
 
     Attributes:
       hbm: reading and writing memory.
-      issue: issuing the kernel's instructions; None where its schedule is not known.
+      issue: issuing the kernels' instructions and waiting for their results; None where their
+        schedule is not known.
       attend: the longer of the two in each layer: they overlap.
       ici, dcn: sending.
     """
@@ -96,7 +97,7 @@ class Bounds:
       workload, split, device: what was compiled, and for what.
       layers: what the compiler said, one of each kind.
       reserved_bytes: memory of each device that is left alone.
-      issue: the kernel's schedule on each device, or why there is none.
+      issue: the kernels, executed as on each device, or why they are not.
     """
 
     workload: Workload
@@ -149,9 +150,7 @@ class Bounds:
         )
 
     def _layer_issue_s(self, layer: Layer) -> float:
-        # Each of the shards of a context holds the same share of its pages, or others hold more.
-        pages = self.workload.window_pages(layer.kind) / self.split.context_shards
-        return self.issue.seconds(self.workload.batch // self.split.seq_shards, pages)
+        return self.issue.seconds(device_pages(self.workload, self.split, layer.kind))
 
     def _sending_s(self, *, between_slices: bool) -> float:
         device, seconds = self.device, 0.0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .bound import Bounds, sent_bytes
-from .issue import Issue
+from .issue import Issue, Schedule
 from .search import Candidate
 
 GIB = 2**30
@@ -203,14 +203,19 @@ def _issue(issue: Issue) -> str:
     kernel = issue.schedule
     if kernel is None:
         return f"No bound by the kernel's issue cycles: {issue.reason}."
-    shared = "share the heads" if kernel.walks < kernel.cores else "share the blocks"
+    pages = max(kernel.cycles)
+    some = f" ({kernel.executed_seqs} of them executed)" if _is_part(kernel) else ""
     return (
-        f"The kernel issues {kernel.block_cycles} cycles per block of {kernel.block_pages} pages, "
-        f"{kernel.sequence_cycles} per sequence with its first block, {kernel.call_cycles} per "
-        f"layer, at {kernel.clock_hz / 1e9:.3g} GHz"
-        + (f"; {kernel.cores} cores {shared}" if kernel.cores > 1 else "")
+        "The kernels of a layer, executed as compiled, issue for "
+        f"{kernel.cycles[pages]:.0f} cycles with {kernel.num_seqs} sequences of {pages} pages "
+        f"on a device{some}, at {kernel.clock_hz / 1e9:.3g} GHz"
+        + (f" on each of {kernel.cores} cores" if kernel.cores > 1 else "")
         + ". It overlaps with HBM: the longer counts."
     )
+
+
+def _is_part(kernel: Schedule) -> bool:
+    return kernel.executed_seqs < kernel.num_seqs
 
 
 def ranking(candidates: list[Candidate], most: int = 12) -> str:

@@ -1,112 +1,119 @@
-"""Reads the compiler's schedule of a TPU kernel: loops, and how many bundles each has.
+"""Reads what libtpu writes of a compiled kernel: one bundle of instructions a cycle, as text.
 
-A TensorCore issues one bundle of instructions a cycle. libtpu writes the final bundles of every
-kernel as text, one per line, with the depth of the loop that it is in:
+    0x26   : > { %131 = sbr.rel (%p9367_p0) target bundleno = 140 (0x8c), region = 72  ;;  ... }
 
-    0x2c LB: >> { %113 = dma.hbm_to_vmem ...  ;;  ... }
+The pass `packed-bundles-post-ra` is the last that still has the EMPTY bundles: the cycles in which
+nothing can issue because a result is not there yet. (`final_bundles` leaves them out; the hardware
+waits all the same.) With source annotations each instruction says where it comes from:
 
-`LB` begins a loop body, `>>` says that it is two loops deep. Bundles count once however often
-they run, on both sides of a branch, and stalls are not in them: a bound from below on time.
+    %s24_s3 = sshll.u32 %s13_s20, 8 /* loc("kernel.py":109:12 to :94) */
 """
 
-import collections
 import dataclasses
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Self
 
-_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|\d+)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{(.*)$")
-_OPERATIONS = {
-    "dma_in": re.compile(r"= dma\.hbm_to_vmem"),
-    "dma_out": re.compile(r"= dma\.vmem_to_hbm"),
-    "matmul": re.compile(r"= vmatmul"),
-}
-# Kernels that libtpu adds to every program; they are not looked into.
+PASS = "packed-bundles-post-ra"
+# What libtpu must be told before it loads, to write that pass (of some 60) to a folder.
+FLAGS = (
+    f"--xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*{PASS} "
+    "--xla_mosaic_enable_llo_source_annotations=true"
+)
+# Parts that libtpu adds to every program; they are no kernels.
 _INTERNAL = ("<", "TLP")
+_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:LB|LH|LE|PB|PF|CT)?\s*:\s*>*\s*\{", re.MULTILINE)
+_COMMENT = re.compile(r"/\*(.*?)\*/", re.DOTALL)
+_PLACE = re.compile(r'loc\("([^"]+)":(\d+):')
+_NAMED = re.compile(r"/\*(\w+)=\*/([^,/]+)")
+_DEFINED = re.compile(r"^%(\w+) = (\S+) ?(.*)$", re.DOTALL)
 
 
-@dataclasses.dataclass
-class Loop:
-    """A loop, or at depth 0 the kernel.
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An instruction.
 
     Attributes:
-      address: of its first bundle, as the compiler writes it.
-      depth: loops around it, itself included.
-      own: bundles of its own, not those of the loops inside.
-      operations: how many of each kind its own bundles hold.
-      children: the loops inside, in order.
+      name: e.g. "sadd.s32".
+      register: the scalar or predicate register ("s3", "p0") that it sets, or None.
+      arguments: the rest of its text, without comments.
+      named: the arguments that the compiler names, those of copies.
+      place: (file, line) that it comes from, or None.
+      note: its comments, as the compiler wrote them.
     """
 
-    address: str
-    depth: int
-    own: int = 0
-    operations: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    children: list[Self] = dataclasses.field(default_factory=list)
-
-    @property
-    def bundles(self) -> int:
-        """Its own and those of the loops inside."""
-        return self.own + sum(child.bundles for child in self.children)
-
-    def count(self, operation: str) -> int:
-        """How often an operation stands in it or in the loops inside."""
-        return self.operations[operation] + sum(child.count(operation) for child in self.children)
-
-    def walk(self) -> Iterator[Self]:
-        yield self
-        for child in self.children:
-            yield from child.walk()
+    name: str
+    register: str | None
+    arguments: str
+    named: dict[str, str]
+    place: tuple[str, int] | None
+    note: str
 
 
-def parse(text: str) -> Loop:
-    """Reads the text of a final_bundles dump into a tree of loops.
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """What issues in one cycle; without ops the core waits for a result."""
+
+    address: int
+    ops: tuple[Op, ...]
+
+
+def parse(text: str) -> list[Bundle]:
+    """The bundles of a dump, in order.
 
     Raises:
-      ValueError: if there is no bundle in it: the compiler's format has changed.
+      ValueError: if there is none in it: the compiler's format has changed.
     """
-    kernel = current = Loop("kernel", 0)
-    opened = [kernel]  # the loop opened last, at each depth
-    for line in text.splitlines():
-        if (match := _BUNDLE.match(line)) is not None:
-            address, tag, arrows, line = match.groups()
-            if tag == "LB":
-                loop = Loop(address, len(arrows))
-                del opened[loop.depth :]
-                opened[-1].children.append(loop)
-                opened.append(loop)
-            # A line of fewer arrows does not end a loop: more of its lines may follow.
-            current = opened[min(len(arrows), len(opened) - 1)]
-            current.own += 1
-        for name, pattern in _OPERATIONS.items():
-            current.operations[name] += len(pattern.findall(line))
-    if not kernel.bundles:
+    starts = list(_BUNDLE.finditer(text))
+    if not starts:
         raise ValueError("no bundle found; this libtpu writes its schedule in another format")
-    return kernel
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    return [
+        Bundle(int(match[1], 16), tuple(_ops(text[match.end() : end])))
+        for match, end in zip(starts, ends, strict=True)
+    ]
 
 
-def block_loop(kernel: Loop) -> tuple[Loop, Loop]:
-    """The loop over blocks, and the outermost loop that it is in: that over sequences.
+def _ops(text: str) -> Iterator[Op]:
+    # Comments are hidden while the text is cut, since they may hold what it is cut at.
+    comments: list[str] = []
 
-    The block loop is the innermost that both fetches pages and multiplies, itself or inside. A
-    kernel whose blocks are grid steps has no such loop: all of it runs once per block.
-    """
-    block = sequences = kernel
-    for outer in kernel.children:
-        for loop in outer.walk():
-            if loop.depth > block.depth and loop.count("dma_in") and loop.count("matmul"):
-                block, sequences = loop, outer
-    return block, sequences
+    def hide(match: re.Match[str]) -> str:
+        comments.append(match[0])
+        return f"\0{len(comments) - 1}\0"
+
+    hidden = _COMMENT.sub(hide, text)
+    body = hidden[: hidden.rfind("}")]
+    show = lambda part: re.sub(r"\0(\d+)\0", lambda match: comments[int(match[1])], part)
+    for part in body.split(";;"):
+        if part.strip():
+            yield _op(show(part).strip())
 
 
-def read_dump(folder: pathlib.Path) -> dict[str, Loop]:
-    """The kernels of a program, by name, from the folder that the compiler wrote to."""
-    kernels = {}
-    for path in sorted(folder.glob("*final_bundles.txt")):
-        if "schedule-analysis" in path.name:
-            continue
-        # 1795...-NAME-71-final_bundles.txt
-        name = path.name.partition("-")[2].rsplit("-", 2)[0]
+def _op(text: str) -> Op:
+    place = _PLACE.search(text)
+    defined = _DEFINED.match(_COMMENT.sub("", text).strip())
+    if defined is None:
+        raise ValueError(f"not an instruction: {text[:100]!r}")
+    value, name, arguments = defined.groups()
+    register = value.rpartition("_")[2]
+    is_scalar = "_" in value and register[0] in "sp"
+    return Op(
+        name,
+        register if is_scalar else None,
+        arguments.strip(),
+        {key: value.strip() for key, value in _NAMED.findall(text)},
+        (place[1], int(place[2])) if place else None,
+        " ".join(_COMMENT.findall(text)),
+    )
+
+
+def dumps(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The files of this pass that libtpu wrote to a folder, by the name of the kernel or fusion."""
+    found = {}
+    for path in sorted(folder.glob(f"*-{PASS}.txt")):
+        # 1795...-NAME-64-packed-bundles-post-ra.txt
+        name = path.name.removesuffix(f"-{PASS}.txt").partition("-")[2].rpartition("-")[0]
         if not name.startswith(_INTERNAL):
-            kernels[name] = parse(path.read_text(errors="replace"))
-    return kernels
+            found[name] = path
+    return found

@@ -1,69 +1,83 @@
-"""Schedules as a table, and as a picture."""
+"""Executed calls as tables, and as a picture."""
 
-import itertools
+import collections
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from .cases import KERNELS
-from .measure import Measured
+from .execute import Executed
+from .timing import MEMORIES, ONE_US
 
-_COLORS = {"fused": "#1b6ca8", "separate": "#7fb3d5", "stock": "#c44536"}
-_LABELS = {
-    "fused": "shardpage, K and V in one array",
-    "separate": "shardpage, two arrays",
-    "stock": "jax.experimental paged_attention",
-}
-_TICKS = (0.1, 0.3, 1, 3, 10)
-HEADER = (
-    *("kernel", "block", "issue", "HBM", "issue/HBM", "limit", "DMAs x KiB"),
-    *("in flight/needed MB", "per sequence", "per call", "temp MB"),
-)
-NOTE = """\
-issue: bundles of the loop over blocks; HBM: cycles in which memory delivers a block. Stalls
-are left out, and a whole call takes longer: up to 3 times at one KV head, so below 1 does not mean
-that memory is the limit. 'per sequence', 'per call': bundles outside that loop, counted once each
-(this library's kernel works on a sequence of a single block there). Bounds from below: stalls, DMA
-latency and trip counts are not in them."""
+_NAMED_PHASES = 6
+_NOTE = """\
+issue: the compiled kernel executed on a modelled core, waits for results ('empty': their share)
+included; HBM: the bytes that a call must read at the chip's bandwidth (what it moves, for kernels
+without such a figure). us: microseconds if copies cost nothing ('issue only'), or if HBM's full
+bandwidth comes with this latency; '10 ns' is the least that a copy then occupies HBM. Nothing here
+was measured on a TPU: what a copy costs there is not published."""
 
 
-def table(rows: Sequence[Measured]) -> str:
+def table(rows: Sequence[Executed]) -> str:
     """One table per chip, a case after the other."""
     lines: list[str] = []
     for topology in dict.fromkeys(row.topology for row in rows):
         of_chip = [row for row in rows if row.topology == topology]
-        cases = [""] + [row.case for row in of_chip]
-        shown = [case if case != before else "" for before, case in itertools.pairwise(cases)]
-        cells = [("", *HEADER)] + [(c, *_cells(row)) for c, row in zip(shown, of_chip, strict=True)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines += ["", f"{of_chip[0].device_kind} ({topology})", *(_line(c, widths) for c in cells)]
-    return "\n".join([*lines, "", NOTE])
+        header = ("case", "kernel", "issue/HBM", "HBM us", *(m.name for m in MEMORIES))
+        cells = [(*header, "empty", "copies x KiB", "MB"), *map(_cells, of_chip)]
+        lines += ["", f"{of_chip[0].device_kind} ({topology})", *_aligned(cells)]
+    return "\n".join([*lines, "", _NOTE, *_doubts(rows)])
 
 
-def _cells(row: Measured) -> list[str]:
-    over = "" if row.within_limit else " over"
-    verdict = "" if row.limit is None else f"{row.limit:.2f}{over}"
-    return [
-        row.kernel,
-        f"{row.block_bytes >> 10} KiB",
-        str(row.issue_cycles),
-        f"{row.hbm_cycles:.0f}",
+def _cells(row: Executed) -> tuple[str, ...]:
+    cores = f", {row.cores} cores" if row.cores > 1 else ""
+    return (
+        row.case,
+        row.kernel + cores,
         f"{row.ratio:.2f}",
-        verdict,
-        f"{row.copies} x {row.copy_bytes / 1024:.3g}",
-        f"{row.bytes_in_flight / 1e6:.1f} / {row.bytes_needed / 1e6:.1f}",
-        str(row.per_sequence),
-        str(row.per_call + row.around),
-        f"{row.temp_bytes / 1e6:.1f}",
+        f"{row.hbm_cycles / row.clock_hz * 1e6:.1f}",
+        *(f"{row.us[memory.name]:.1f}" for memory in MEMORIES),
+        f"{row.empty / row.cycles:.0%}",
+        f"{row.copies} x {row.copied_bytes / max(1, row.copies) / 1024:.3g}",
+        f"{row.copied_bytes / 1e6:.1f}",
+    )
+
+
+def _doubts(rows: Sequence[Executed]) -> list[str]:
+    """What keeps a figure from being exact."""
+    return [
+        f"{row.topology} {row.case} {row.kernel}: {row.guessed} loads of scalars that nobody wrote "
+        "were taken as 0: its branches may be others"
+        for row in rows
+        if row.guessed
     ]
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [
-        cell.ljust(width) if i < 2 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+def phases(row: Executed, most: int = 14) -> str:
+    """Where the cycles of a call go: functions of its source, by the loop that they run in."""
+    header = ("function", "in the loop at", "cycles", "of all", "empty", "waits for copies (1 us)")
+    cells = [header]
+    for phase in row.phases[:most]:
+        cells.append((
+            phase["function"],
+            phase["loop"],
+            f"{phase['cycles']:.0f}",
+            f"{phase['cycles'] / row.cycles:.1%}",
+            f"{phase['empty']:.0f}",
+            f"{phase['waits']:.0f}",
+        ))  # fmt: skip
+    title = f"{row.device_kind}, {row.case}, {row.kernel}: {row.cycles} cycles"
+    return "\n".join(["", title, *_aligned(cells)])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     ]
-    return "  ".join(padded).rstrip()
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -82,36 +96,63 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def draw(rows: Sequence[Measured], path: pathlib.Path) -> None:
-    """Writes a PNG: issue cycles over HBM cycles, a panel per chip.
-
-    Of the cases that have a target: short sequences hardly enter the loop over blocks.
+def draw(rows: Sequence[Executed], path: pathlib.Path) -> None:
+    """Writes a PNG: where the time of each call goes, over HBM's time, a panel per chip.
 
     Raises:
       RuntimeError: without matplotlib.
     """
-    aimed = {row.case for row in rows if row.limit is not None}
-    rows = [row for row in rows if row.case in aimed or not aimed]
+    from matplotlib import colormaps
+
     topologies = list(dict.fromkeys(row.topology for row in rows))
-    cases = list(dict.fromkeys(row.case for row in rows))
-    figure = new_figure(3 + 2.6 * len(topologies), 1.6 + 0.5 * len(cases))
-    figure.suptitle("Issue cycles of the block loop over the HBM cycles of its bytes (log scale)")
-    panels = figure.subplots(1, len(topologies), sharex=True, sharey=True, squeeze=False)[0]
-    kernels = [kernel for kernel in KERNELS if any(row.kernel == kernel for row in rows)]
+    names = list(dict.fromkeys(_label(row, rows) for row in rows))
+    figure = new_figure(3 + 2.8 * len(topologies), 1.8 + 0.32 * len(names))
+    figure.suptitle("Time of a call over HBM's time for its bytes, at 1 us of latency (executed)")
+    panels = figure.subplots(1, len(topologies), sharey=True, squeeze=False)[0]
+    shown = _longest(rows)
+    palette = colormaps["tab10"]
+    colors: dict[str, Any] = {part: palette(i) for i, part in enumerate([*shown, "other"])}
+    colors |= {"waits for results": "#c8c8c8", "waits for copies": "#707070"}
     for panel, topology in zip(panels, topologies, strict=True):
-        for number, kernel in enumerate(kernels):
-            here = [row for row in rows if (row.topology, row.kernel) == (topology, kernel)]
-            height = 0.8 / len(kernels)
-            places = [cases.index(row.case) + height * (number - 1) for row in here]
-            ratios = [row.ratio for row in here]
-            panel.barh(places, ratios, height, color=_COLORS[kernel], label=_LABELS[kernel])
+        for row in (row for row in rows if row.topology == topology):
+            left, place = 0.0, names.index(_label(row, rows))
+            for part, cycles in _parts(row, shown).items():
+                width = cycles / row.hbm_cycles
+                panel.barh(place, width, left=left, color=colors[part], label=part)
+                left += width
         panel.axvline(1, color="black", linewidth=1)
-        panel.set_xscale("log")
-        panel.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
-        panel.minorticks_off()
         panel.set_xlabel(topology)
-        panel.set_yticks(range(len(cases)), cases)
+        panel.set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    legend: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            legend.setdefault(label, handle)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _label(row: Executed, rows: Sequence[Executed]) -> str:
+    several = len({row.kernel for row in rows}) > 1
+    return f"{row.case}: {row.kernel}" if several else row.case
+
+
+def _longest(rows: Sequence[Executed]) -> list[str]:
+    """The functions that take most, as shares of their calls."""
+    total = collections.Counter[str]()
+    for row in rows:
+        for phase in row.phases:
+            total[phase["function"]] += (phase["cycles"] - phase["empty"]) / row.cycles
+    total.pop("others", None)
+    return [name for name, _ in total.most_common(_NAMED_PHASES)]
+
+
+def _parts(row: Executed, shown: Sequence[str]) -> dict[str, float]:
+    """Cycles of a call: issuing for the functions shown and others, and waits."""
+    parts = dict.fromkeys([*shown, "other"], 0.0)
+    for phase in row.phases:
+        name = phase["function"] if phase["function"] in parts else "other"
+        parts[name] += phase["cycles"] - phase["empty"]
+    parts["waits for results"] = row.empty
+    parts["waits for copies"] = row.wait_us[ONE_US.name] * 1e-6 * row.clock_hz
+    return parts

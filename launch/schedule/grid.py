@@ -1,0 +1,190 @@
+"""Compiles this library's kernels for every chip in many shapes: do all its defaults compile?"""
+
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import pathlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from shardpage import PagedKVCache, page_attention, write_kv
+
+from ..json_file import read_json, write_json
+from . import worker
+
+_CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+_TWO_CORES = ("v4", "v5p")
+_AXES: dict[str, tuple[Any, ...]] = {
+    "topology": _CHIPS,
+    "op": ("decode",) * 4 + ("write",),
+    "kv_heads": (1, 1, 2, 4, 8, 16, 32, 64, 128),
+    "queries": (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32),
+    "head_dim": (32, 64, 64, 80, 96, 128, 128, 128, 192, 256),
+    "page_size": (8, 16, 32, 64, 128, 256, 512),
+    "num_seqs": (1, 2, 7, 16, 64, 100, 256, 512, 1024),
+    "context": (100, 512, 4096, 4096, 8192, 32768, 131072, 1 << 20),
+    "cores": (None, None, "off", "batch", "kv_head"),
+    "num_splits": (0, 0, 0, 1, 4, 16),
+    "window": (None, None, 128, 1024, 4096),
+    "dtype": ("bfloat16",) * 4 + ("float32",),
+    "kv_layout": (None, None, "fused", "blocks_first", "heads_first"),
+}
+_MOST_HEADS = 128
+# A shape's table and cache are what a device could hold.
+_MOST_ENTRIES, _MOST_CACHE_BYTES = 1 << 26, 4 << 30
+COMPILED, REFUSED, FAILED = "compiled", "refused", "failed"
+_SAVED_EVERY = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class GridCase:
+    """A shape on a chip, with the library's choice for all that it does not name."""
+
+    topology: str
+    op: str
+    kv_heads: int
+    queries: int
+    head_dim: int
+    page_size: int
+    num_seqs: int
+    context: int
+    cores: str | None
+    num_splits: int
+    window: int | None
+    dtype: str
+    kv_layout: str | None
+
+    @property
+    def max_blocks(self) -> int:
+        return -(-self.context // self.page_size)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the cache: of all sequences, or as many as a device holds."""
+        item = 2 if self.dtype == "bfloat16" else 4
+        page_bytes = 2 * self.kv_heads * self.page_size * max(self.head_dim, 128) * item
+        return min(self.num_seqs * self.max_blocks, max(1, _MOST_CACHE_BYTES // page_bytes))
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a device could hold it, and has the cores that it asks for."""
+        has_cores = self.cores is None or self.topology.startswith(_TWO_CORES)
+        fits = self.num_seqs * self.max_blocks <= _MOST_ENTRIES
+        return has_cores and fits and self.kv_heads * self.queries <= _MOST_HEADS
+
+    @property
+    def name(self) -> str:
+        values = (f"{key}={value}" for key, value in dataclasses.asdict(self).items())
+        return " ".join(value for value in values if not value.endswith("=None"))
+
+
+def grid(count: int) -> list[GridCase]:
+    """The first `count` cases of a fixed sequence; each chip has as many as the others."""
+    drawn, rng = dict[GridCase, None](), random.Random(0)
+    while len(drawn) < count:
+        values = {axis: rng.choice(choices) for axis, choices in _AXES.items()}
+        case = GridCase(**values | {"topology": _CHIPS[len(drawn) % len(_CHIPS)]})
+        if case.is_possible:
+            drawn[case] = None
+    return list(drawn)
+
+
+def compile_case(case: GridCase) -> tuple[str, str]:
+    """What comes of a case, and why; in the worker."""
+    mesh = worker.one_device(case.topology)
+    described = lambda shape, dtype: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())
+    )
+    cache_shape = case.num_pages, case.kv_heads, case.page_size, case.head_dim
+    num_seqs, heads = case.num_seqs, case.kv_heads * case.queries
+    lens = described((num_seqs,), "int32")
+    tables = described((num_seqs, case.max_blocks), "int32")
+
+    def attend(cache, query, lens, tables):
+        return page_attention(
+            query, cache.key, cache.value, lens, tables, num_splits=case.num_splits,
+            megacore_mode=case.cores, sliding_window=case.window, kv_layout=cache.kv_layout,
+            mesh=mesh,
+        )  # fmt: skip
+
+    def write(cache, new, seq_ids, tables):
+        return write_kv(cache, new, new, seq_ids, seq_ids, tables, mesh=mesh)
+
+    try:
+        cache = PagedKVCache.abstract(
+            *cache_shape, dtype=case.dtype, kv_layout=case.kv_layout, mesh=mesh
+        )
+        function, num_heads = (attend, heads) if case.op == "decode" else (write, case.kv_heads)
+        new = described((num_seqs, num_heads, case.head_dim), case.dtype)
+        donated = jax.jit(function, donate_argnums=() if case.op == "decode" else 0)
+        lowered = donated.lower(cache, new, lens, tables)
+    except (ValueError, NotImplementedError) as error:
+        return REFUSED, f"{type(error).__name__}: {error}".partition("\n")[0]
+    try:
+        lowered.compile()
+    except Exception as error:  # whatever the compiler says is what is asked for
+        return FAILED, f"{error}".partition("\n")[0]
+    return COMPILED, ""
+
+
+def run(count: int, path: pathlib.Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Compiles the grid; goes on from what `path` has of the same kernels, and keeps it there."""
+    stamp = _stamp()
+    results: dict[str, list[str]] = {}
+    if path is not None and path.is_file():
+        before = read_json(path)
+        results = before["results"] if before["stamp"] == stamp else {}
+    cases = grid(count)
+    for number, case in enumerate(cases):
+        if case.name not in results:
+            say(f"{number + 1} of {count}: {case.name}")
+            results[case.name] = list(_outcome(case))
+            if path is not None and (number % _SAVED_EVERY == 0 or number + 1 == count):
+                write_json(path, {"stamp": stamp, "results": results})
+    return {"stamp": stamp, "results": {case.name: results[case.name] for case in cases}}
+
+
+def _outcome(case: GridCase) -> tuple[str, str]:
+    try:
+        return worker.call(compile_case, case, dumping=False)
+    except RuntimeError as error:
+        return FAILED, str(error)
+
+
+def _stamp() -> dict[str, str]:
+    """What the results are of."""
+    folder = pathlib.Path(__file__).parents[2] / "shardpage"
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.read_bytes())
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    return versions | {"shardpage": digest.hexdigest()[:16]}
+
+
+def table(report: dict[str, Any]) -> str:
+    """How many compiled on each chip, what was refused and why, and every failure."""
+    results = {name: tuple(result) for name, result in report["results"].items()}
+    lines = ["", f"{'chip':<14}{COMPILED:>10}{REFUSED:>10}{FAILED:>10}"]
+    for chip in _CHIPS:
+        outcomes = collections.Counter(
+            outcome for name, (outcome, _) in results.items() if f"topology={chip} " in name
+        )
+        lines.append(
+            f"{chip:<14}" + "".join(f"{outcomes[o]:>10}" for o in (COMPILED, REFUSED, FAILED))
+        )
+    refused = collections.Counter(
+        _kind(why) for outcome, why in results.values() if outcome == REFUSED
+    )
+    lines += [f"refused {count} of {len(results)}: {why}" for why, count in refused.most_common()]
+    failures = [(name, why) for name, (outcome, why) in results.items() if outcome == FAILED]
+    return "\n".join([*lines, *(f"FAILED {name}: {why}" for name, why in failures)])
+
+
+def _kind(why: str) -> str:
+    """An error without its numbers, so that equal ones count together."""
+    words: Sequence[str] = "".join("#" if c.isdigit() else c for c in why).split()
+    return " ".join(words)[:160]
