@@ -17,7 +17,7 @@ from ...varying import vary_together
 from . import decode_kernel, rows, walk
 from .chip import chip_of, interpreter
 from .config import Config, configure
-from .geometry import LANES
+from .geometry import LANES, round_up
 from .softmax import Logits
 from .transforms import as_kernel
 
@@ -32,9 +32,7 @@ class Work(NamedTuple):
 def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Work:
     """Lays out the walk; see `shardpage.backends` for the contract."""
     config = configure(page_format, num_heads, *_sizes(reads), tuning)
-    num_cores = 1 if config.cores.by_heads else config.cores.count
-    sizes = {"block_tokens": config.block_tokens, "num_splits": config.num_splits}
-    return Work(*walk.schedule(reads.start, reads.stop, num_cores=num_cores, **sizes))
+    return Work(*walk.schedule(reads.start, reads.stop, config.lengths))
 
 
 def attend(
@@ -51,7 +49,7 @@ def attend(
     query_rows = rows.query_rows(config, query)
     call = as_kernel(functools.partial(_call, config, logits), tuning)
     result = call(work.walk, reads.ids_by_query(), query_rows, cache)
-    return rows.merged_partial(config, result, work.held)
+    return rows.merged_partial(config, *result, work.held)
 
 
 def _sizes(reads: Reads) -> tuple[int, int]:
@@ -67,29 +65,40 @@ def _call(
     ids: jax.Array,
     query_rows: jax.Array,
     cache: PagedKVCache,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     geometry, sizes, cores = config.geometry, config.sizes, config.cores
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
-    table = ids.reshape(-1)
-    if sizes.table_entries:
-        spare = -ids.shape[1] % LANES
-        table = jnp.pad(ids, ((0, 0), (0, spare))).reshape(config.num_queries, -1, 1, LANES)
-    args = vary_together(schedule, table, query_rows, cache.arrays)
+    if sizes.paged:
+        ids = _padded(ids, round_up(ids.shape[1], LANES)).reshape(-1, 1, LANES)
+        blocks = schedule.blocks.reshape(-1, 1, schedule.blocks.shape[-1])
+        schedule = schedule._replace(blocks=_padded(blocks, sizes.step_lanes))
+    else:
+        ids = _padded(ids, config.table_width).reshape(-1)
+        schedule = schedule._replace(blocks=schedule.blocks.reshape(-1))
+    agenda = hbm if sizes.paged else scalar
+    args = vary_together(schedule, ids, query_rows, cache.arrays)
     varying = jax.typeof(args[0][0]).manual_axis_type
-    shape = (cores.count, config.num_segments, geometry.rows, geometry.out_lanes)
+    whole = lambda shape, by_core=True: pl.BlockSpec(
+        (1, *shape), lambda core: (core if by_core else 0, *(0,) * len(shape))
+    )
+    segments = (cores.count, config.num_segments)
+    shapes = ((geometry.rows, geometry.format.row_dim), (geometry.lse_tiles, LANES))
+    output = lambda shape: jax.ShapeDtypeStruct(
+        (*segments, *shape), jnp.float32, manual_axis_type=varying
+    )
     return pl.pallas_call(
         functools.partial(decode_kernel.kernel, config=config, logits=logits),
         grid=(cores.count,),
         in_specs=[
-            jax.tree.map(lambda _: scalar, schedule),
-            hbm if sizes.table_entries else scalar,
-            hbm,
+            walk.Schedule(agenda, scalar),
+            agenda,
+            whole(query_rows.shape[1:], cores.by_heads),
             (hbm,) * len(cache.arrays),
         ],
-        out_specs=hbm,
+        out_specs=tuple(whole((config.num_segments, *shape)) for shape in shapes),
         scratch_shapes=decode_kernel.scratch_shapes(config),
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying),
+        out_shape=tuple(map(output, shapes)),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel" if cores.count > 1 else "arbitrary",),
             disable_bounds_checks=True,
@@ -98,3 +107,9 @@ def _call(
         interpret=interpreter(tuning),
         name="shardpage_decode",
     )(*args)
+
+
+def _padded(array: jax.Array, width: int) -> jax.Array:
+    """With zeros behind the last axis."""
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
+    return jnp.pad(array, widths)

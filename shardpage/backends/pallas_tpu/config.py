@@ -5,8 +5,9 @@ import dataclasses
 from ...options import Tuning
 from ...page_format import PageFormat
 from .chip import Chip, chip_of
-from .geometry import LANES, SUBLANES, Geometry
+from .geometry import LANES, SUBLANES, Geometry, round_up
 from .sizes import Demand, Sizes, choose_sizes, vmem_page_bytes
+from .walk import Lengths
 
 _DTYPES = ("float32", "bfloat16")
 _LARGE_COPY_BYTES = 32 << 10
@@ -29,14 +30,23 @@ class Config:
     cores: Cores
     num_queries: int
     num_splits: int
+    max_pages: int
+
+    @property
+    def lengths(self) -> Lengths:
+        """What the walk is made for."""
+        cores = 1 if self.cores.by_heads else self.cores.count
+        page_size = self.geometry.format.page_size
+        return Lengths(page_size, self.max_pages, self.num_splits, cores, self.sizes)
+
+    @property
+    def table_width(self) -> int:
+        """Columns of the table as the kernel has it: whole blocks."""
+        return round_up(self.max_pages, self.sizes.block_pages)
 
     @property
     def num_segments(self) -> int:
         return self.num_queries * self.num_splits
-
-    @property
-    def block_tokens(self) -> int:
-        return self.sizes.block_pages * self.geometry.format.page_size
 
 
 def configure(
@@ -58,7 +68,7 @@ def configure(
     num_splits = max(1, min(tuning.num_splits, max_pages))
     demand = Demand(geometry, cores.count, num_queries, num_splits, max_pages)
     sizes = choose_sizes(demand, chip, tuning.pages_per_block)
-    return Config(geometry, sizes, cores, num_queries, num_splits)
+    return Config(geometry, sizes, cores, num_queries, num_splits, max_pages)
 
 
 def check_format(page_format: PageFormat) -> None:
