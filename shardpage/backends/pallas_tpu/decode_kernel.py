@@ -109,12 +109,12 @@ class Kernel:
         """Fetches what the blocks of a step need."""
         self.agenda.prefetch(step)
         target = self.rings[ring]
-        start_pages = target.start_pages_in_loops if in_loops else target.start_pages
+        start = target.start_in_loop if in_loops else target.start_block
 
         def fetch_block(index: jax.Array | int) -> None:
             block = self.agenda.block(step, index)
             first_id = self.agenda.first_id(block, step, index)
-            start_pages(block.num_pages, lambda page: self.agenda.ids[first_id + page], index, place)
+            start(block.num_pages, lambda page: self.agenda.ids[first_id + page], index, place)
 
         if in_loops:
             pl.loop(0, self.sizes.step_blocks)(fetch_block)
@@ -148,6 +148,7 @@ class Kernel:
             place=place,
             first_page=index * num_pages,
             num_pages=num_pages,
+            used_pages=block.num_pages,
             query=self.query.at[0, block.query],
             span=softmax.Span(block.start, block.stop),
         )

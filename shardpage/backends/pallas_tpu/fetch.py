@@ -32,30 +32,30 @@ class Ring:
     semaphores: Any  # [places], which count the bytes of a whole step
     first_head: jax.Array | int
 
-    def start_pages(self, num_pages, page_ids: Any, index: int, place: jax.Array) -> None:
+    def start_block(self, num_pages, page_ids: Any, index: int, place: jax.Array) -> None:
         """Fetches the first pages of a block; no branches."""
-        self._start(num_pages, page_ids, 0, self.sizes.block_pages, index, place)
+        for page in range(self.sizes.block_pages):
+            self._start(page, num_pages, page_ids, index, place)
 
-    def start_pages_in_loops(self, num_pages, page_ids, index: jax.Array, place: jax.Array) -> None:
+    def start_in_loop(self, num_pages, page_ids: Any, index: jax.Array, place: jax.Array) -> None:
         """The same in less code."""
         unroll = math.gcd(_UNROLL, self.sizes.block_pages)
 
         @pl.loop(0, lax.div(num_pages + (unroll - 1), unroll))
         def _(chunk):
-            self._start(num_pages, page_ids, chunk * unroll, unroll, index, place)
+            for page in range(unroll):
+                self._start(chunk * unroll + page, num_pages, page_ids, index, place)
 
-    def _start(self, num_pages, page_ids, first, count: int, index, place) -> None:
-        heads = pl.ds(self.first_head, self.format.num_kv_heads)
-        semaphore = self.semaphores.at[place]
-        for page in range(count):
-            # Read whether it is needed or not: that is one instruction, and predicated it is three.
-            source = self.format.page_at(page_ids(first + page), heads)
+    def _start(self, page: jax.Array | int, num_pages, page_ids, index, place) -> None:
+        """Fetches a page if it is one of the first."""
+        # Read whether it is needed or not: that is one instruction, and predicated it is three.
+        source = self.format.page_at(page_ids(page), pl.ds(self.first_head, self.format.num_kv_heads))
 
-            @pl.when(first + page < num_pages)
-            def _(page=page, source=source):
-                for cache, ring in zip(self.caches, self.pages, strict=True):
-                    target = ring.at[place, index * self.sizes.block_pages + first + page]
-                    pltpu.make_async_copy(cache.at[source], target, semaphore).start()
+        @pl.when(page < num_pages)
+        def _():
+            for cache, ring in zip(self.caches, self.pages, strict=True):
+                target = ring.at[place, index * self.sizes.block_pages + page]
+                pltpu.make_async_copy(cache.at[source], target, self.semaphores.at[place]).start()
 
     def wait(self, step_pages: jax.Array, place: jax.Array) -> None:
         """Waits for the pages of a step: one wait for each binary digit of their number."""

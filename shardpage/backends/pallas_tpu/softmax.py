@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from ...options import HUGE_SOFT_CAP, UNCAPPED
 from .geometry import LANES, Geometry
@@ -65,6 +66,7 @@ class View:
     place: jax.Array | int
     first_page: int
     num_pages: int
+    used_pages: jax.Array  # that hold tokens to be seen
     query: Any  # [rows, row_dim] in the caches' dtype
     span: Span
 
@@ -73,14 +75,37 @@ class View:
         """Cache rows per KV head."""
         return self.num_pages * self.geometry.format.page_rows
 
-    def load(self, which: int, head: int) -> jax.Array:
-        """A head's keys (0) or values (1), [num_rows, row_dim]."""
-        pages = pl.ds(self.first_page, self.num_pages)
+    def keys(self, head: int) -> jax.Array:
+        """A head's keys, [num_rows, row_dim]."""
+        pages = self._pages(0, pl.ds(self.first_page, self.num_pages))[:, head]
+        return pages.reshape(self.num_rows, -1)
+
+    def values(self, head: int) -> jax.Array:
+        """A head's values, [num_rows, row_dim]; zeros in pages that are not used."""
+        pages = self._pages(1, pl.ds(self.first_page, self.num_pages))[:, head]
+        words = pltpu.bitcast(pages.reshape(self.num_rows, -1), jnp.int32)
+        words = words.reshape(self.num_pages, -1, words.shape[-1])
+        page = lax.broadcasted_iota(jnp.int32, words.shape, 0)
+        words = jnp.where(page < self.used_pages, words, 0).reshape(-1, words.shape[-1])
+        return pltpu.bitcast(words, pages.dtype)
+
+    def clean(self, which: int) -> None:
+        """Zeros the keys or values in the first and the last page that must not be seen.
+
+        For a weight of 0 does not silence a NaN.
+        """
+        for page in (0, jnp.maximum(self.used_pages - 1, 0)):
+            elements = self._pages(which, self.first_page + page)
+            first = page * self.geometry.format.page_size
+            span = Span(self.span.start - first, self.span.stop - first)
+            seen = _seen_elements(self.geometry, self.geometry.format.page_rows, span)
+            elements[...] = jnp.where(seen, elements[...], 0)
+
+    def _pages(self, which: int, pages: Any) -> Any:
+        """Reference to keys or values of some pages, or of one."""
         if self.geometry.format.fused:
-            loaded = self.buffers[0][self.place, pages, which, head]
-        else:
-            loaded = self.buffers[which][self.place, pages, head]
-        return loaded.reshape(self.num_rows, self.geometry.format.row_dim)
+            return self.buffers[0].at[self.place, pages, which]
+        return self.buffers[which].at[self.place, pages]
 
 
 def attend(views: Sequence[View], logits: Logits) -> list[Sums]:
@@ -89,8 +114,13 @@ def attend(views: Sequence[View], logits: Logits) -> list[Sums]:
     Nothing of the tokens outside of a block's span reaches its result, whatever they are.
     """
     chains = [(view, group) for view in views for group in range(view.geometry.num_groups)]
+    if views[0].geometry.format.pack > 1:  # other tokens of a row are in its products
+        for view in views:
+            view.clean(0)
     # Phase by phase rather than block by block: one's matmul hides another's softmax.
     scores = [_scores(view, group, logits) for view, group in chains]
+    for view in views:
+        view.clean(1)
     weights = [_weights(each, view.geometry) for each, (view, _) in zip(scores, chains, strict=True)]
     outs = [_values(view, group, w.out) for w, (view, group) in zip(weights, chains, strict=True)]
     sums = [w._replace(out=out) for w, out in zip(weights, outs, strict=True)]
@@ -140,10 +170,7 @@ def _rows(geometry: Geometry, group: int):
 def _scores(view: View, group: int, logits: Logits) -> jax.Array:
     """Logits of a group's rows, -inf where a token is not seen; [rows_per_group, num_rows]."""
     geometry = view.geometry
-    keys = [view.load(0, head) for head in geometry.heads_of(group)]
-    if geometry.format.pack > 1:  # other tokens of a row are in its products
-        seen = _seen_elements(geometry, view.num_rows, view.span)
-        keys = [jnp.where(seen, key, 0) for key in keys]
+    keys = [view.keys(head) for head in geometry.heads_of(group)]
     queries = view.query[_rows(geometry, group), :]
     scores = logits(_own_rows(geometry, [_dot(queries, key, over=1) for key in keys]))
     return jnp.where(_seen_logits(geometry, view.num_rows, view.span), scores, -jnp.inf)
@@ -166,9 +193,7 @@ def _across(column: jax.Array, width: int) -> jax.Array:
 
 def _values(view: View, group: int, weights: jax.Array) -> jax.Array:
     geometry = view.geometry
-    seen = _seen_elements(geometry, view.num_rows, view.span)
-    # A weight of 0 does not silence a NaN.
-    values = [jnp.where(seen, view.load(1, head), 0) for head in geometry.heads_of(group)]
+    values = [view.values(head) for head in geometry.heads_of(group)]
     return _own_rows(geometry, [_dot(weights, value, over=0) for value in values])
 
 
