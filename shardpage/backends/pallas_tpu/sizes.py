@@ -13,13 +13,14 @@ from ...page_format import PageFormat
 from .chip import MIB, Chip
 from .geometry import LANES, SUBLANES, Geometry, round_up
 
-_STEP_BYTES = 2 * MIB
-_BLOCK_BYTES = 512 << 10
+_STEP_BYTES = 4 * MIB
+_BLOCK_BYTES = 2 * MIB
 _MIN_BLOCK_TOKENS = 128
 _MAX_BLOCK_TOKENS = 512
 _MAX_STEP_BLOCKS = 8
 # Tiles of logits, 8 rows of 128 tokens, that a step's softmaxes keep in registers.
 _STEP_TILES = 64
+_MIN_RING_PLACES = 2
 _MAX_RING_PLACES = 8
 # What the compiler takes besides our buffers: spilled registers, its own stack.
 _VMEM_RESERVE_BYTES = 2 * MIB
@@ -129,13 +130,13 @@ def _wanted(demand: Demand, chip: Chip, block_pages: int) -> Sizes:
     step_blocks = _model_step_blocks(demand, block_pages)
     step_bytes = step_blocks * block_pages * vmem_page_bytes(demand.geometry.format)
     places = math.ceil((chip.bytes_in_flight / step_bytes + 1) / 2)
-    return Sizes(block_pages, step_blocks, min(places, _MAX_RING_PLACES))
+    return Sizes(block_pages, step_blocks, min(max(places, _MIN_RING_PLACES), _MAX_RING_PLACES))
 
 
 def _ever_smaller(sizes: Sizes, *, fixed_block: bool) -> Iterator[Sizes]:
     """First fewer places, then fewer blocks a step, then smaller blocks."""
     yield sizes
-    while sizes.ring_places > 2:
+    while sizes.ring_places > _MIN_RING_PLACES:
         sizes = dataclasses.replace(sizes, ring_places=sizes.ring_places - 1)
         yield sizes
     while sizes.step_blocks > 1:
