@@ -26,7 +26,7 @@ class Resident:
 
     steps: Any  # of all cores
     ids: Any
-    width: int  # ids per query
+    width: int  # ids per row
     first_step: jax.Array | int  # of this core
     sizes: Sizes
 
@@ -45,24 +45,24 @@ class Resident:
 
     def first_id(self, block: Block, step: jax.Array, index: jax.Array | int) -> jax.Array:
         """Where the page ids of a block begin."""
-        return block.query * self.width + block.first_page
+        return block.row * self.width + block.first_page
 
 
 @dataclasses.dataclass(frozen=True)
 class Paged:
     """Steps and page ids on their way from HBM.
 
-    Each block fetches the window of 128 with its ids, although several share one: half a KiB per
-    block buys a pipeline without branches. Steps past the end fetch something all the same.
+    Each block fetches the two windows of 128 that its ids lie in, although several share them: a KiB
+    per block buys a pipeline without branches. Steps past the end fetch something all the same.
     """
 
     steps_in_hbm: Any  # [num_cores * num_steps, 1, step_lanes]
-    ids_in_hbm: Any  # [queries * windows, 1, 128]
+    ids_in_hbm: Any  # [rows * windows + 1, 1, 128]
     steps: Any  # [agenda_steps * step_lanes]
-    ids: Any  # [agenda_steps * step_blocks * 128]
+    ids: Any  # [agenda_steps * step_blocks * 256]
     step_semaphores: Any  # [agenda_steps]
     id_semaphores: Any  # [agenda_steps]
-    windows: int  # of ids per query
+    windows: int  # of ids per row
     first_step: jax.Array | int  # of this core
     num_steps: int  # of each core
     sizes: Sizes
@@ -89,7 +89,7 @@ class Paged:
 
     def first_id(self, block: Block, step: jax.Array, index: jax.Array | int) -> jax.Array:
         """Where the page ids of a block begin."""
-        return self._window(step, index) + lax.rem(block.first_page, LANES)
+        return self._windows(step, index) + lax.rem(block.first_page, LANES)
 
     def _start_step(self, step: jax.Array) -> None:
         step_in_hbm = self.first_step + jnp.minimum(step, self.num_steps - 1)
@@ -109,19 +109,22 @@ class Paged:
         @pl.loop(0, self.sizes.step_blocks)
         def _(index):
             block = self.block(step, index)
-            window = block.query * self.windows + lax.div(block.first_page, LANES)
-            self._copy_ids(self.ids_in_hbm.at[window, 0], step, index).start()
+            window = block.row * self.windows + lax.div(block.first_page, LANES)
+            for half in range(2):
+                self._copy_ids(self.ids_in_hbm.at[window + half, 0], step, index, half).start()
 
     def _wait_ids(self, step: jax.Array) -> None:
         for index in range(self.sizes.step_blocks):
-            self._copy_ids(self.ids_in_hbm.at[0, 0], step, index).wait()
+            for half in range(2):
+                self._copy_ids(self.ids_in_hbm.at[0, 0], step, index, half).wait()
 
-    def _copy_ids(self, source: Any, step: jax.Array, index: jax.Array | int):
-        target = self.ids.at[pl.ds(pl.multiple_of(self._window(step, index), LANES), LANES)]
-        return pltpu.make_async_copy(source, target, self.id_semaphores.at[self._place(step)])
+    def _copy_ids(self, source: Any, step: jax.Array, index: jax.Array | int, half: int):
+        first = pl.multiple_of(self._windows(step, index) + half * LANES, LANES)
+        target, semaphore = self.ids.at[pl.ds(first, LANES)], self.id_semaphores.at[self._place(step)]
+        return pltpu.make_async_copy(source, target, semaphore)
 
-    def _window(self, step: jax.Array, index: jax.Array | int) -> jax.Array:
-        return (self._place(step) * self.sizes.step_blocks + index) * LANES
+    def _windows(self, step: jax.Array, index: jax.Array | int) -> jax.Array:
+        return (self._place(step) * self.sizes.step_blocks + index) * (2 * LANES)
 
     def _place(self, step: jax.Array) -> jax.Array:
         return step & (self.sizes.agenda_steps - 1)

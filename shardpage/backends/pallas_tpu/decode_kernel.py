@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ...page_format import PageFormat
 from . import softmax
 from .agenda import Paged, Resident
 from .config import Config
@@ -30,13 +31,23 @@ from .walk import Block
 _RINGS = 2
 
 
+class Inputs(NamedTuple):
+    """References to what the kernel is given."""
+
+    schedule: Any  # see `walk`; in scalar memory, or in HBM if the agenda is paged
+    ids: Any  # page ids, likewise
+    first_page: Any  # [1] in scalar memory: added to all ids
+    query: Any  # [1, queries, rows, row_dim]
+    caches: Sequence[Any]  # in HBM
+
+
 class Scratch(NamedTuple):
     """References to what a core keeps in fast memory."""
 
     pages: Any  # for each ring and cache array [places, step_pages, *page_shape]
     sums: softmax.Sums  # of the segment at work
     steps: Any  # [agenda_steps * step_lanes] in scalar memory, if it is paged
-    ids: Any  # [agenda_steps * step_blocks * 128], likewise
+    ids: Any  # [agenda_steps * step_blocks * 256], likewise
     page_semaphores: Any  # for each ring [places]
     step_semaphores: Any  # [agenda_steps]
     id_semaphores: Any  # [agenda_steps]
@@ -45,7 +56,8 @@ class Scratch(NamedTuple):
 class Kernel:
     """One core's run. Its methods are the phases of the pipeline."""
 
-    def __init__(self, config: Config, logits, schedule, ids, query, caches, outputs, scratch):
+    def __init__(self, config: Config, logits, inputs: Inputs, outputs, scratch: Scratch):
+        schedule, ids, first_page, query, caches = inputs
         core = pl.program_id(0)
         by_heads = config.cores.by_heads
         self.config, self.sizes, self.logits = config, config.sizes, logits
@@ -56,12 +68,14 @@ class Kernel:
         if config.sizes.paged:
             semaphores = (scratch.step_semaphores, scratch.id_semaphores)
             buffers = (schedule.blocks, ids, scratch.steps, scratch.ids, *semaphores)
-            windows = ids.shape[0] // config.num_queries
+            windows = -(-config.max_pages // LANES)
             self.agenda = Paged(*buffers, windows, num_steps=num_steps, **whose)
         else:
-            self.agenda = Resident(schedule.blocks, ids, config.table_width, **whose)
+            self.agenda = Resident(schedule.blocks, ids, config.max_pages, **whose)
         self.num_steps = _cdiv(schedule.num_blocks[walk_core], self.sizes.step_blocks)
         page_format = config.geometry.format
+        # Where ids count from: said once here, it costs nothing in each copy.
+        caches = [_pages_from(page_format, cache, first_page[0]) for cache in caches]
         first_head = core * page_format.num_kv_heads if by_heads else 0
         self.rings = [
             Ring(page_format, self.sizes, caches, pages, semaphores, first_head)
@@ -149,18 +163,29 @@ class Kernel:
             first_page=index * num_pages,
             num_pages=num_pages,
             used_pages=block.num_pages,
-            query=self.query.at[0, block.query],
+            query=self.query.at[0, self.query_of(block.segment)],
             span=softmax.Span(block.start, block.stop),
         )
+
+    def query_of(self, segment: jax.Array) -> jax.Array:
+        splits = self.config.num_splits
+        return segment if splits == 1 else lax.div(segment, splits)
+
+
+def _pages_from(page_format: PageFormat, cache: Any, first: jax.Array) -> Any:
+    axis = page_format.layout.value.pages
+    return cache.at[(*(slice(None),) * axis, pl.ds(first, cache.shape[axis]))]
 
 
 def _cdiv(value: jax.Array, divisor: int) -> jax.Array:
     return lax.div(value + (divisor - 1), divisor)
 
 
-def kernel(schedule, ids, query, caches, out, lse, *scratch, config: Config, logits) -> None:
+def kernel(*refs, config: Config, logits) -> None:
     """The body of the `pallas_call`."""
-    Kernel(config, logits, schedule, ids, query, caches, (out, lse), Scratch(*scratch)).run()
+    num_inputs = len(Inputs._fields)
+    inputs, outputs, scratch = refs[:num_inputs], refs[num_inputs:][:2], refs[num_inputs + 2 :]
+    Kernel(config, logits, Inputs(*inputs), outputs, Scratch(*scratch)).run()
 
 
 def scratch_shapes(config: Config) -> Scratch:
@@ -175,7 +200,7 @@ def scratch_shapes(config: Config) -> Scratch:
         pages=twice((pages,) * page_format.num_arrays),
         sums=softmax.Sums(float32(rows, LANES), float32(rows, LANES), float32(rows, row_dim)),
         steps=scalars(sizes.agenda_steps * sizes.step_lanes),
-        ids=scalars(sizes.agenda_steps * sizes.step_blocks * LANES),
+        ids=scalars(sizes.agenda_steps * sizes.step_blocks * 2 * LANES),
         page_semaphores=twice(semaphores(sizes.ring_places)),
         step_semaphores=semaphores(sizes.agenda_steps),
         id_semaphores=semaphores(sizes.agenda_steps),

@@ -27,7 +27,7 @@ class Ring:
 
     format: PageFormat
     sizes: Sizes
-    caches: Sequence[Any]
+    caches: Sequence[Any]  # from the page that ids count from
     pages: Sequence[Any]  # [places, step_pages, *page_shape] for each cache array
     semaphores: Any  # [places], which count the bytes of a whole step
     first_head: jax.Array | int

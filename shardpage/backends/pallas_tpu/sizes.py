@@ -33,7 +33,7 @@ _STEP_FIELDS = 8  # scalars that say what a block is
 class Sizes:
     """Sizes of blocks, steps and rings."""
 
-    block_pages: int  # a power of two of at most 128 if the table is not resident
+    block_pages: int  # at most 128 if the agenda is paged
     step_blocks: int
     ring_places: int  # steps that each of the two rings holds
     paged: bool = False  # whether the agenda comes from HBM, not all at once
@@ -69,6 +69,7 @@ class Demand:
     geometry: Geometry
     num_cores: int  # that share a device's work
     num_queries: int
+    num_rows: int  # of the table
     num_splits: int  # segments per query
     max_pages: int  # width of the table
 
@@ -77,16 +78,22 @@ class Demand:
         geometry, page_format = self.geometry, self.geometry.format
         row = round_up(page_format.row_dim, LANES)
         pages = sizes.ring_blocks * sizes.block_pages * vmem_page_bytes(page_format)
-        queries = sizes.ring_blocks * geometry.rows * row * page_format.dtype.itemsize
-        results = 2 * sizes.step_blocks * (geometry.rows * row + SUBLANES * LANES)
-        return pages + queries + 4 * (results + geometry.rows * (2 * LANES + row))
+        sums = 4 * geometry.rows * (2 * LANES + row)
+        return pages + sums + self.num_queries * query_vmem_bytes(geometry, self.num_splits)
 
     def smem_bytes(self, sizes: Sizes) -> int:
         """Scalar memory of an agenda that is not paged: the walk's steps, and page ids."""
         blocks = self.num_queries * -(-self.max_pages // sizes.block_pages)
         steps = -(-blocks // sizes.step_blocks) + self.num_cores * (2 * sizes.ring_places + 1)
-        ids = self.num_queries * round_up(self.max_pages, sizes.block_pages)
+        ids = self.num_rows * self.max_pages + sizes.block_pages
         return 4 * (ids + steps * sizes.step_blocks * _STEP_FIELDS)
+
+
+def query_vmem_bytes(geometry: Geometry, num_splits: int) -> int:
+    """Bytes of one query and its results, each of which is there twice."""
+    row = round_up(geometry.format.row_dim, LANES)
+    results = 4 * (geometry.rows * row + round_up(geometry.lse_tiles, SUBLANES) * LANES)
+    return 2 * (geometry.rows * row * geometry.format.dtype.itemsize + num_splits * results)
 
 
 def vmem_page_bytes(page_format: PageFormat) -> int:
@@ -105,11 +112,11 @@ def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> 
     sizes = _wanted(demand, chip, block_pages or _model_block_pages(demand))
     if demand.smem_bytes(sizes) > chip.smem_bytes - _SMEM_RESERVE_BYTES:
         pages = block_pages or min(sizes.block_pages, LANES)
-        if pages > LANES or pages & (pages - 1):  # a window of ids holds a whole number of blocks
+        if pages > LANES:
             raise NotImplementedError(
-                f"pages_per_block={pages}: a table of {demand.num_queries} x {demand.max_pages} "
-                f"page ids does not fit the {chip.smem_bytes:,} B of scalar memory and is read in "
-                f"windows of {LANES}; use a power of two of at most {LANES}, or None"
+                f"pages_per_block={pages}: a table of {demand.num_rows} x {demand.max_pages} page "
+                f"ids does not fit the {chip.smem_bytes:,} B of scalar memory and is read in "
+                f"windows of {LANES}; use at most {LANES}, or None"
             )
         sizes = dataclasses.replace(_wanted(demand, chip, pages), paged=True)
     page_format, room = demand.geometry.format, chip.vmem_bytes - _VMEM_RESERVE_BYTES

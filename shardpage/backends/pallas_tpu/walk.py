@@ -24,11 +24,11 @@ class Block(NamedTuple):
     """What a kernel knows of a block; int32. A block past the end of a core's list has no pages and
     no tokens, and is of the last segment that has."""
 
-    start: jax.Array  # first token to be seen, counted from the block's first
+    start: jax.Array  # first token to be seen, counted from the block's first; in its first page
     stop: jax.Array  # one past the last, likewise; may lie behind the block
     num_pages: jax.Array  # that hold tokens to be seen
-    query: jax.Array
-    first_page: jax.Array  # among the columns of its query's row
+    row: jax.Array  # of the table
+    first_page: jax.Array  # column of the table
     begins: jax.Array  # 1 if its segment begins here, on this core
     segment: jax.Array
     step_pages: jax.Array  # pages of all blocks of its step
@@ -63,12 +63,16 @@ class Schedule(NamedTuple):
 
 
 def schedule(
-    start: Int[Array, " queries"], stop: Int[Array, " queries"], lengths: Lengths
+    row: Int[Array, " queries"],
+    start: Int[Array, " queries"],
+    stop: Int[Array, " queries"],
+    lengths: Lengths,
 ) -> tuple[Schedule, Bool[Array, "num_cores queries num_splits"]]:
     """Lays out the walk.
 
     Args:
-      start: first token of each query, within its first page.
+      row: of the table, of each query.
+      start: first token of each query.
       stop: one past its last token; `start >= stop` reads nothing.
       lengths: sizes. A query's segments get equally many blocks, but for the last.
 
@@ -76,6 +80,9 @@ def schedule(
       The schedule, and which segments have blocks on which core: the others' output is not written.
     """
     num_queries, num_splits, num_cores = start.shape[0], lengths.num_splits, lengths.num_cores
+    # Blocks are counted from the page of the first token.
+    skipped = start // lengths.page_size
+    start, stop = (x - skipped * lengths.page_size for x in (start, stop))
     num_blocks = jnp.where(start < stop, -(-stop // lengths.block_tokens), 0)
     per_split = -(-num_blocks // num_splits)
     split = jnp.arange(num_splits, dtype=jnp.int32)
@@ -93,8 +100,8 @@ def schedule(
     pick = _picker(jnp.minimum(index, high - 1), before, after)
     segment = pick(jnp.arange(num_queries * num_splits, dtype=jnp.int32))
     block = jnp.minimum(index, high - 1) + pick(first - before)
-    spans = (pick(jnp.repeat(x, num_splits)) for x in (start, stop))
-    start, stop = (x - block * lengths.block_tokens for x in spans)
+    of_query = lambda values: pick(jnp.repeat(values, num_splits))
+    start, stop = (of_query(x) - block * lengths.block_tokens for x in (start, stop))
     pages = jnp.clip(-(-stop // lengths.page_size), 0, lengths.sizes.block_pages)
     there = index < high
     num_pages = jnp.where(there, pages, 0)
@@ -103,8 +110,8 @@ def schedule(
         start=jnp.where(there, jnp.maximum(start, 0), 0),
         stop=jnp.where(there, stop, 0),
         num_pages=num_pages,
-        query=segment // num_splits,
-        first_page=block * lengths.sizes.block_pages,
+        row=of_query(row),
+        first_page=of_query(skipped) + block * lengths.sizes.block_pages,
         begins=(there & (index == jnp.maximum(pick(before), low))).astype(jnp.int32),
         segment=segment,
         step_pages=jnp.broadcast_to(step_pages, shape),
