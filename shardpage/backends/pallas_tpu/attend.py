@@ -123,7 +123,9 @@ def _call(
     inputs = vary_together(schedule, ids, first_page, query_rows, cache.arrays)
     varying = jax.typeof(inputs[1]).manual_axis_type
     whole = lambda shape, by_core=True: pl.BlockSpec(
-        (1, *shape), lambda core: (core if by_core else 0, *(0,) * len(shape))
+        (1, *shape),
+        lambda core: (core if by_core else 0, *(0,) * len(shape)),
+        pipeline_mode=pl.Buffered(1),
     )
     shapes = [
         (config.num_segments, geometry.rows, geometry.format.row_dim),

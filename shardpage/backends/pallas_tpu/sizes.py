@@ -17,7 +17,6 @@ _STEP_BYTES = 4 * MIB
 _BLOCK_BYTES = 2 * MIB
 _MIN_BLOCK_TOKENS = 128
 _MAX_BLOCK_TOKENS = 512
-_MAX_STEP_BLOCKS = 8
 # Tiles of logits, 8 rows of 128 tokens, that a step's softmaxes keep in registers.
 _STEP_TILES = 64
 _MIN_RING_PLACES = 2
@@ -90,10 +89,10 @@ class Demand:
 
 
 def query_vmem_bytes(geometry: Geometry, num_splits: int) -> int:
-    """Bytes of one query and its results, each of which is there twice."""
+    """Bytes of one query and its results, all of which stay during a call."""
     row = round_up(geometry.format.row_dim, LANES)
     results = 4 * (geometry.rows * row + round_up(geometry.lse_tiles, SUBLANES) * LANES)
-    return 2 * (geometry.rows * row * geometry.format.dtype.itemsize + num_splits * results)
+    return geometry.rows * row * geometry.format.dtype.itemsize + num_splits * results
 
 
 def vmem_page_bytes(page_format: PageFormat) -> int:
@@ -109,32 +108,33 @@ def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> 
     Raises:
       NotImplementedError: if it cannot fit; naming what would.
     """
-    sizes = _wanted(demand, chip, block_pages or _model_block_pages(demand))
-    if demand.smem_bytes(sizes) > chip.smem_bytes - _SMEM_RESERVE_BYTES:
-        pages = block_pages or min(sizes.block_pages, LANES)
-        if pages > LANES:
-            raise NotImplementedError(
-                f"pages_per_block={pages}: a table of {demand.num_rows} x {demand.max_pages} page "
-                f"ids does not fit the {chip.smem_bytes:,} B of scalar memory and is read in "
-                f"windows of {LANES}; use at most {LANES}, or None"
-            )
-        sizes = dataclasses.replace(_wanted(demand, chip, pages), paged=True)
     page_format, room = demand.geometry.format, chip.vmem_bytes - _VMEM_RESERVE_BYTES
-    page_bytes = vmem_page_bytes(page_format)
-    for smaller in _ever_smaller(sizes, fixed_block=block_pages is not None):
-        if demand.vmem_bytes(smaller) <= room:
-            return smaller
-    raise NotImplementedError(
-        f"2 blocks of {smaller.block_pages} pages take {demand.vmem_bytes(smaller):,} B of VMEM, a "
-        f"kernel has {room:,} B: a page of {page_format.page_size} tokens x "
-        f"{page_format.num_kv_heads} KV heads is {page_bytes:,} B. Use fewer pages per block, a "
-        "smaller page_size, or split the KV heads over more devices"
-    )
+    wanted = _wanted(demand, chip, block_pages or _model_block_pages(demand))
+    for sizes in _ever_smaller(wanted, fixed_block=block_pages is not None):
+        if demand.vmem_bytes(sizes) <= room:
+            break
+    else:
+        page_bytes = vmem_page_bytes(page_format)
+        raise NotImplementedError(
+            f"{sizes.ring_blocks} blocks of {sizes.block_pages} pages take {demand.vmem_bytes(sizes):,} B of VMEM, a "
+            f"kernel has {room:,} B: a page of {page_format.page_size} tokens x "
+            f"{page_format.num_kv_heads} KV heads is {page_bytes:,} B. Use fewer pages per block, "
+            "a smaller page_size, or split the KV heads over more devices"
+        )
+    if demand.smem_bytes(sizes) <= chip.smem_bytes - _SMEM_RESERVE_BYTES:
+        return sizes
+    if sizes.block_pages > LANES:
+        raise NotImplementedError(
+            f"pages_per_block={sizes.block_pages}: a table of {demand.num_rows} x "
+            f"{demand.max_pages} page ids does not fit the {chip.smem_bytes:,} B of scalar memory "
+            f"and is read in windows of {LANES}; use at most {LANES}, or None"
+        )
+    return dataclasses.replace(sizes, paged=True)
 
 
 def _wanted(demand: Demand, chip: Chip, block_pages: int) -> Sizes:
     """The best sizes, if there is room."""
-    step_blocks = _model_step_blocks(demand, block_pages)
+    step_blocks = min(chip.step_blocks, _model_step_blocks(demand, block_pages))
     step_bytes = step_blocks * block_pages * vmem_page_bytes(demand.geometry.format)
     places = math.ceil((chip.bytes_in_flight / step_bytes + 1) / 2)
     return Sizes(block_pages, step_blocks, min(max(places, _MIN_RING_PLACES), _MAX_RING_PLACES))
@@ -162,7 +162,7 @@ def _model_block_pages(demand: Demand) -> int:
     token_bytes = vmem_page_bytes(page_format) / page_format.page_size
     tokens = max(_MIN_BLOCK_TOKENS, min(_MAX_BLOCK_TOKENS, _BLOCK_BYTES / token_bytes))
     pages = 1 << (max(1, int(tokens) // page_format.page_size).bit_length() - 1)
-    return min(pages, _power_of_two(demand.max_pages))
+    return min(pages, LANES, _power_of_two(demand.max_pages))
 
 
 def _model_step_blocks(demand: Demand, block_pages: int) -> int:
@@ -171,5 +171,4 @@ def _model_step_blocks(demand: Demand, block_pages: int) -> int:
     bytes_each = block_pages * vmem_page_bytes(geometry.format)
     tiles_each = geometry.rows // SUBLANES * -(-block_pages * geometry.format.page_rows // LANES)
     there_are = demand.num_queries * max(demand.num_splits, -(-demand.max_pages // block_pages))
-    most = min(_STEP_BYTES // bytes_each, _STEP_TILES // tiles_each, there_are, _MAX_STEP_BLOCKS)
-    return max(1, most)
+    return max(1, min(_STEP_BYTES // bytes_each, _STEP_TILES // tiles_each, there_are))
