@@ -348,7 +348,7 @@ def test_write_puts_what_xla_puts(kv_layout, dtype, head_dim, pack, page_size, n
     pages = np.where(rng.random(num_tokens) < 0.2, num_pages, place // page_size).astype(np.int32)
     writes = Writes(jnp.asarray(pages), jnp.asarray(place % page_size))
     wanted = xla.write(cache, key, value, writes, Tuning())
-    actual = pallas_tpu.write(cache, key, value, writes, Tuning(interpret=LOOK_FOR_RACES))
+    actual = pallas_tpu.write(cache, key, value, writes, None, Tuning(interpret=LOOK_FOR_RACES))
     chex.assert_trees_all_equal(actual, wanted)
 
 
@@ -358,7 +358,7 @@ def test_write_of_nothing():
     )
     token = jnp.zeros((3, 1, 128), jnp.float32)
     dropped = Writes(jnp.array([2, -1, 2], jnp.int32), jnp.zeros(3, jnp.int32))
-    written = pallas_tpu.write(cache, token, token, dropped, Tuning(interpret=LOOK_FOR_RACES))
+    written = pallas_tpu.write(cache, token, token, dropped, None, Tuning(interpret=LOOK_FOR_RACES))
     chex.assert_trees_all_equal(written, cache)
 
 
