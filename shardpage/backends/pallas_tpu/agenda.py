@@ -52,8 +52,8 @@ class Resident:
 class Paged:
     """Steps and page ids on their way from HBM.
 
-    Each block fetches the two windows of 128 that its ids lie in, although several share them: a KiB
-    per block buys a pipeline without branches. Steps past the end fetch something all the same.
+    Each block fetches the two windows of 128 that its ids lie in, although several share them: a
+    KiB per block buys a pipeline without branches. Steps past the end fetch something all the same.
     """
 
     steps_in_hbm: Any  # [num_cores * num_steps, 1, step_lanes]
@@ -120,7 +120,10 @@ class Paged:
 
     def _copy_ids(self, source: Any, step: jax.Array, index: jax.Array | int, half: int):
         first = pl.multiple_of(self._windows(step, index) + half * LANES, LANES)
-        target, semaphore = self.ids.at[pl.ds(first, LANES)], self.id_semaphores.at[self._place(step)]
+        target, semaphore = (
+            self.ids.at[pl.ds(first, LANES)],
+            self.id_semaphores.at[self._place(step)],
+        )
         return pltpu.make_async_copy(source, target, semaphore)
 
     def _windows(self, step: jax.Array, index: jax.Array | int) -> jax.Array:

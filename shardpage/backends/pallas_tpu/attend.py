@@ -43,7 +43,9 @@ def prepare(
     return tuple(work)
 
 
-def _parts(num_queries: int, num_heads: int, page_format: PageFormat, tuning: Tuning) -> list[slice]:
+def _parts(
+    num_queries: int, num_heads: int, page_format: PageFormat, tuning: Tuning
+) -> list[slice]:
     """The queries of each call: as many as stay in fast memory."""
     most = queries_per_call(page_format, num_heads, tuning)
     return [slice(first, first + most) for first in range(0, num_queries, most)]
@@ -63,9 +65,7 @@ def _configure(
     return configure(page_format, num_heads, num_queries, max_pages, tuning, num_rows)
 
 
-def _as_in_memory(
-    config: Config, schedule: walk.Schedule, ids: jax.Array, held: jax.Array
-) -> Work:
+def _as_in_memory(config: Config, schedule: walk.Schedule, ids: jax.Array, held: jax.Array) -> Work:
     """Flat for scalar memory; or in rows of whole lanes, to be read in windows."""
     if config.sizes.paged:
         ids = _padded(ids, round_up(ids.shape[1], LANES)).reshape(-1, 1, LANES)

@@ -119,7 +119,9 @@ class Kernel:
             self.wait(step + ring + 1, 1 - ring, next_place)
         return following, place
 
-    def fetch(self, step: jax.Array, ring: int, place: jax.Array, *, in_loops: bool = False) -> None:
+    def fetch(
+        self, step: jax.Array, ring: int, place: jax.Array, *, in_loops: bool = False
+    ) -> None:
         """Fetches what the blocks of a step need."""
         self.agenda.prefetch(step)
         target = self.rings[ring]
@@ -194,7 +196,9 @@ def scratch_shapes(config: Config) -> Scratch:
     float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     twice = lambda shape: (shape,) * _RINGS
     semaphores = lambda count: pltpu.SemaphoreType.DMA((count,))
-    scalars = lambda count: pltpu.SMEM((count if sizes.paged else 1,), jnp.int32)
+    # Scalars and semaphores of a paged agenda; each semaphore costs a few cycles at the end.
+    if_paged = lambda count: count if sizes.paged else 1
+    scalars = lambda count: pltpu.SMEM((if_paged(count),), jnp.int32)
     pages = pltpu.VMEM((sizes.ring_places, sizes.step_pages, *page_format.page_shape), dtype)
     return Scratch(
         pages=twice((pages,) * page_format.num_arrays),
@@ -202,6 +206,6 @@ def scratch_shapes(config: Config) -> Scratch:
         steps=scalars(sizes.agenda_steps * sizes.step_lanes),
         ids=scalars(sizes.agenda_steps * sizes.step_blocks * 2 * LANES),
         page_semaphores=twice(semaphores(sizes.ring_places)),
-        step_semaphores=semaphores(sizes.agenda_steps),
-        id_semaphores=semaphores(sizes.agenda_steps),
+        step_semaphores=semaphores(if_paged(sizes.agenda_steps)),
+        id_semaphores=semaphores(if_paged(sizes.agenda_steps)),
     )

@@ -16,7 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ...page_format import PageFormat
 from .sizes import Sizes
-from .walk import Block
 
 _UNROLL = 8  # page copies issued between two branches, in loops
 
@@ -49,7 +48,9 @@ class Ring:
     def _start(self, page: jax.Array | int, num_pages, page_ids, index, place) -> None:
         """Fetches a page if it is one of the first."""
         # Read whether it is needed or not: that is one instruction, and predicated it is three.
-        source = self.format.page_at(page_ids(page), pl.ds(self.first_head, self.format.num_kv_heads))
+        source = self.format.page_at(
+            page_ids(page), pl.ds(self.first_head, self.format.num_kv_heads)
+        )
 
         @pl.when(page < num_pages)
         def _():

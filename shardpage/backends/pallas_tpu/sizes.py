@@ -1,8 +1,8 @@
-"""Block sizes of the decode kernel, from a model of the chip's memories and their latency.
+"""Sizes of the decode kernel, from a model of the chip's memories and their latency.
 
-A block should be long enough that the fixed cost of working on one (the latency of two matmuls
-and a softmax, some 120 cycles) is small against the time its bytes take, and the ring deep enough
-that bytes keep flowing for the time a copy takes to arrive. What is left is what fits.
+A step should hold enough independent blocks that the latency of each (two matmuls and a softmax,
+some 600 cycles) hides behind the others, and the rings be deep enough that bytes keep flowing for
+the time a copy takes to arrive. What is left is what fits.
 """
 
 import dataclasses
@@ -116,9 +116,10 @@ def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> 
     else:
         page_bytes = vmem_page_bytes(page_format)
         raise NotImplementedError(
-            f"{sizes.ring_blocks} blocks of {sizes.block_pages} pages take {demand.vmem_bytes(sizes):,} B of VMEM, a "
-            f"kernel has {room:,} B: a page of {page_format.page_size} tokens x "
-            f"{page_format.num_kv_heads} KV heads is {page_bytes:,} B. Use fewer pages per block, "
+            f"{sizes.ring_blocks} blocks of {sizes.block_pages} pages take "
+            f"{demand.vmem_bytes(sizes):,} B of VMEM, a kernel has {room:,} B: a page of "
+            f"{page_format.page_size} tokens x {page_format.num_kv_heads} KV heads is "
+            f"{page_bytes:,} B. Use fewer pages per block, "
             "a smaller page_size, or split the KV heads over more devices"
         )
     if demand.smem_bytes(sizes) <= chip.smem_bytes - _SMEM_RESERVE_BYTES:

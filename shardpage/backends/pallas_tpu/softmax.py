@@ -121,7 +121,9 @@ def attend(views: Sequence[View], logits: Logits) -> list[Sums]:
     scores = [_scores(view, group, logits) for view, group in chains]
     for view in views:
         view.clean(1)
-    weights = [_weights(each, view.geometry) for each, (view, _) in zip(scores, chains, strict=True)]
+    weights = [
+        _weights(each, view.geometry) for each, (view, _) in zip(scores, chains, strict=True)
+    ]
     outs = [_values(view, group, w.out) for w, (view, group) in zip(weights, chains, strict=True)]
     sums = [w._replace(out=out) for w, out in zip(weights, outs, strict=True)]
     groups = len(chains) // len(views)

@@ -4,8 +4,8 @@ HBM is written in tiles: 8 or 16 rows of one page, for all KV heads. A tile that
 read, changed and written back; nothing else of the cache is touched. Tokens come sorted, so that
 a tile is on its way only once however many tokens go there, and tiles never meet.
 
-Tiles are taken a few at a time, in one straight piece of code whose copies are predicated. Tiles and
-tokens are handled as words of 32 bits: of two rows of bfloat16, say, the half of each word that
+Tiles are taken a few at a time, in one straight piece of code whose copies are predicated. Tiles
+and tokens are handled as words of 32 bits: of two rows of bfloat16, say, the half of each word that
 belongs to one.
 """
 
@@ -61,13 +61,17 @@ class Tiles:
 
 
 class Schedule(NamedTuple):
-    """Tokens sorted by tile, for scalar memory; int32. Dropped tokens are last."""
+    """Tokens sorted by tile, for scalar memory; int32. Dropped tokens are last.
 
-    first: Int[Array, " num_tokens_plus_1"]  # tile -> its first token; then where the last ends
-    page: Int[Array, " num_tokens"]
-    slot: Int[Array, " num_tokens"]
-    token: Int[Array, " num_tokens"]  # its number before sorting
+    There are as many tiles as tokens at most, and a group more, which get no token.
+    """
+
     num_tiles: Int[Array, " 1"]
+    page: Int[Array, " num_tiles"]
+    row: Int[Array, " num_tiles"]  # the tile's first, in its page
+    first: Int[Array, " num_tiles"]  # its first token; then where the last tile ends
+    token: Int[Array, " num_tokens_plus_1"]  # its number before sorting
+    slot: Int[Array, " num_tokens_plus_1"]  # counted in its tile
 
 
 def schedule(
@@ -84,10 +88,17 @@ def schedule(
     before = jnp.concatenate([jnp.full((1,), -1, jnp.int32), tile[:-1]])
     starts = (tile != before) & held[order]
     num_held = jnp.sum(held, dtype=jnp.int32)
-    index = jnp.arange(num_tokens, dtype=jnp.int32)
-    first = jnp.sort(jnp.append(jnp.where(starts, index, num_held), num_held))
-    num_tiles = jnp.sum(starts, dtype=jnp.int32).reshape(1)
-    return Schedule(first, page[order], slot[order], order, num_tiles)
+    first = jnp.sort(jnp.where(starts, jnp.arange(num_tokens, dtype=jnp.int32), num_held))
+    first = jnp.concatenate([first, jnp.full((TOGETHER,), num_held)])
+    order, tile = (jnp.append(x, jnp.int32(0)) for x in (order, tile))
+    return Schedule(
+        num_tiles=jnp.sum(starts, dtype=jnp.int32).reshape(1),
+        page=tile[first] // tiles_per_page,
+        row=tile[first] % tiles_per_page * tiles.rows,
+        first=first,
+        token=order,
+        slot=slot[order] % tiles.max_tokens,
+    )
 
 
 class Scratch(NamedTuple):
@@ -139,7 +150,7 @@ class Kernel:
             # The place of the coming group was last used by the one `ahead` before this.
             pl.when(group >= ahead)(lambda: self.wait(group - ahead, self.scratch.stored))
             self.wait(group, self.scratch.fetched)
-            self.fetch(group + ahead)
+            pl.when(group + ahead < num_groups)(lambda: self.fetch(group + ahead))
             self.put_all(group)
             self.store(group)
 
@@ -175,10 +186,9 @@ class Kernel:
                 pl.when(count & (1 << digit) != 0)(copy.wait)
 
     def copies(self, tile: Tile, semaphores: Any, *, in_: bool) -> list[Any]:
-        token = self.first_token(tile)
-        page = self.schedule.page[token] + self.first_page
-        first_row = lax.div(self.schedule.slot[token], self.tiles.max_tokens) * self.tiles.rows
-        rows = pl.ds(pl.multiple_of(first_row, self.tiles.rows), self.tiles.rows)
+        page = self.schedule.page[tile.number] + self.first_page
+        first_row = pl.multiple_of(self.schedule.row[tile.number], self.tiles.rows)
+        rows = pl.ds(first_row, self.tiles.rows)
         at = self.tiles.format.page_at(page, slice(None), rows)
         ends = [
             (cache.at[at], buffer.at[tile.place, tile.index])
@@ -187,23 +197,18 @@ class Kernel:
         semaphore = semaphores.at[tile.place]
         return [pltpu.make_async_copy(*(x if in_ else x[::-1]), semaphore) for x in ends]
 
-    def first_token(self, tile: Tile) -> jax.Array:
-        """The first token of a tile; behind the last tile, some token."""
-        return self.schedule.first[jnp.minimum(tile.number, self.num_tiles - 1)]
-
     def put_all(self, group: jax.Array) -> None:
         """Puts the first token of each tile, and then the others of those that get several."""
-        tiles = self.group(group)
+        tiles, first = self.group(group), self.schedule.first
         for tile in tiles:
-            self.put(tile, self.first_token(tile), tile.number < self.num_tiles)
-        end = jnp.minimum(tiles[0].number + TOGETHER, self.num_tiles)
-        num_tokens = self.schedule.first[end] - self.schedule.first[tiles[0].number]
+            self.put(tile, first[tile.number], tile.number < self.num_tiles)
+        begin = group * TOGETHER
+        end = jnp.minimum(begin + TOGETHER, self.num_tiles)
 
-        @pl.when(num_tokens > end - tiles[0].number)
+        @pl.when(first[end] - first[begin] > end - begin)
         def _():
             for tile in tiles:
-                last = jnp.minimum(tile.number + 1, self.num_tiles)
-                others = (self.first_token(tile) + 1, self.schedule.first[last])
+                others = (first[tile.number] + 1, first[tile.number + 1])
                 pl.loop(*others)(lambda token, tile=tile: self.put(tile, token, True))
 
     def put(self, tile: Tile, token: jax.Array, really: jax.Array | bool) -> None:
@@ -221,9 +226,8 @@ class Kernel:
                 buffer[at] = pltpu.bitcast(words, page_format.dtype)
 
     def own_bits(self, slot: jax.Array, really: jax.Array | bool) -> jax.Array:
-        """The bits of a tile's words, [rows of words, row_dim], that belong to a slot of its page."""
+        """The bits of a tile's words, [rows of words, row_dim], that belong to a slot."""
         page_format = self.tiles.format
-        slot = lax.rem(slot, self.tiles.max_tokens)  # counted in the tile
         row, in_word = lax.div(slot, page_format.pack), 4 // page_format.dtype.itemsize
         halves = jnp.where(row & 1 == 1, jnp.int32(-1 << 16), jnp.int32((1 << 16) - 1))
         bits = jnp.where(really, jnp.int32(-1) if in_word == 1 else halves, 0)
