@@ -50,10 +50,21 @@ def write(
     key: Float[Array, "tokens num_kv_heads key_dim"],
     value: Float[Array, "tokens num_kv_heads value_dim"],
     writes: Writes,
-    work: tuple[write_kernel.Schedule, ...] | None,
-    tuning: Tuning,
+    work: Any,
+    tuning: Tuning | None = None,
 ) -> PagedKVCache:
-    """Writes tokens into local pages; see `shardpage.backends` for the contract."""
+    """Writes tokens into local pages; see `shardpage.backends` for the contract.
+
+    Args:
+      cache: is changed in place.
+      key: in the cache's dtype.
+      value: likewise.
+      writes: where tokens go.
+      work: of `prepare_writes`; None makes it here. May be left out.
+      tuning: options.
+    """
+    if tuning is None:
+        work, tuning = None, work
     check_format(cache.format)
     if work is None:
         work = prepare_writes(writes, cache.num_pages, cache.format, tuning)
