@@ -16,7 +16,7 @@ from ...page_format import PageFormat
 from ...plan import Writes
 from ...varying import vary_together
 from . import write_kernel
-from .chip import interpreter
+from .chip import chip_of, interpreter
 from .config import check_format
 from .geometry import LANES, SUBLANES, round_up
 from .transforms import as_kernel
@@ -86,7 +86,7 @@ def _words(key: jax.Array, value: jax.Array, page_format: PageFormat) -> jax.Arr
 def _write(
     tuning: Tuning, cache: PagedKVCache, words: jax.Array, schedule: write_kernel.Schedule
 ) -> tuple[jax.Array, ...]:
-    tiles = write_kernel.Tiles(cache.format)
+    tiles = write_kernel.Tiles(cache.format, together=chip_of(tuning).step_blocks)
     first_page = jnp.zeros(1, jnp.int32)
     *before, arrays = vary_together(schedule, first_page, words, cache.arrays)
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)

@@ -27,7 +27,7 @@ from .geometry import SUBLANES
 
 _RING_BYTES = 6 << 20
 _MAX_RING = 16
-TOGETHER = 8  # tiles in a group
+_MAX_TOGETHER = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Tiles:
     """The tiles that pages of this format are written in."""
 
     format: PageFormat
+    together: int = _MAX_TOGETHER  # tiles in a group
 
     @property
     def rows(self) -> int:
@@ -56,7 +57,7 @@ class Tiles:
     def ring(self) -> int:
         """Groups of tiles on their way; even: half of them in, half of them out."""
         tile_bytes = self.format.num_arrays * math.prod(self.shape) * self.format.dtype.itemsize
-        groups = _RING_BYTES // (tile_bytes * TOGETHER)
+        groups = _RING_BYTES // (tile_bytes * self.together)
         return max(2, min(_MAX_RING, groups // 2 * 2))
 
 
@@ -89,7 +90,7 @@ def schedule(
     starts = (tile != before) & held[order]
     num_held = jnp.sum(held, dtype=jnp.int32)
     first = jnp.sort(jnp.where(starts, jnp.arange(num_tokens, dtype=jnp.int32), num_held))
-    first = jnp.concatenate([first, jnp.full((TOGETHER,), num_held)])
+    first = jnp.concatenate([first, jnp.full((_MAX_TOGETHER,), num_held)])
     order, tile = (jnp.append(x, jnp.int32(0)) for x in (order, tile))
     return Schedule(
         num_tiles=jnp.sum(starts, dtype=jnp.int32).reshape(1),
@@ -104,13 +105,13 @@ def schedule(
 class Scratch(NamedTuple):
     """References; tiles one for each cache array."""
 
-    tiles: Sequence[Any]  # [ring, TOGETHER, *heads, rows, row_dim]
+    tiles: Sequence[Any]  # [ring, together, *heads, rows, row_dim]
     fetched: Any  # semaphores, [ring]
     stored: Any
 
 
 def scratch_shapes(tiles: Tiles) -> Scratch:
-    buffer = pltpu.VMEM((tiles.ring, TOGETHER, *tiles.shape), tiles.format.dtype)
+    buffer = pltpu.VMEM((tiles.ring, tiles.together, *tiles.shape), tiles.format.dtype)
     semaphores = pltpu.SemaphoreType.DMA((tiles.ring,))
     return Scratch((buffer,) * tiles.format.num_arrays, semaphores, semaphores)
 
@@ -142,7 +143,7 @@ class Kernel:
 
     def run(self) -> None:
         ahead = self.tiles.ring // 2
-        num_groups = lax.div(self.num_tiles + (TOGETHER - 1), TOGETHER)
+        num_groups = lax.div(self.num_tiles + (self.tiles.together - 1), self.tiles.together)
         pl.loop(0, jnp.minimum(ahead, num_groups))(self.fetch)
 
         @pl.loop(0, num_groups)
@@ -162,8 +163,8 @@ class Kernel:
         return self.schedule.num_tiles[0]
 
     def group(self, group: jax.Array) -> list[Tile]:
-        place = lax.rem(group, self.tiles.ring)
-        return [Tile(group * TOGETHER + index, place, index) for index in range(TOGETHER)]
+        place, first = lax.rem(group, self.tiles.ring), group * self.tiles.together
+        return [Tile(first + index, place, index) for index in range(self.tiles.together)]
 
     def fetch(self, group: jax.Array) -> None:
         for tile in self.group(group):
@@ -178,8 +179,8 @@ class Kernel:
     def wait(self, group: jax.Array, semaphores: Any) -> None:
         """Waits for the tiles of a group: one wait for each binary digit of their number."""
         place = lax.rem(group, self.tiles.ring)
-        count = jnp.minimum(self.num_tiles - group * TOGETHER, TOGETHER)
-        for digit in reversed(range(TOGETHER.bit_length())):
+        count = jnp.minimum(self.num_tiles - group * self.tiles.together, self.tiles.together)
+        for digit in reversed(range(self.tiles.together.bit_length())):
             for buffer in self.scratch.tiles:
                 tiles = buffer.at[place, pl.ds(0, 1 << digit)]
                 copy = pltpu.make_async_copy(tiles, tiles, semaphores.at[place])
@@ -202,8 +203,8 @@ class Kernel:
         tiles, first = self.group(group), self.schedule.first
         for tile in tiles:
             self.put(tile, first[tile.number], tile.number < self.num_tiles)
-        begin = group * TOGETHER
-        end = jnp.minimum(begin + TOGETHER, self.num_tiles)
+        begin = group * self.tiles.together
+        end = jnp.minimum(begin + self.tiles.together, self.num_tiles)
 
         @pl.when(first[end] - first[begin] > end - begin)
         def _():
