@@ -16,47 +16,94 @@ from ...plan import Reads
 from ...varying import vary_together
 from . import decode_kernel, rows, walk
 from .chip import chip_of, interpreter
-from .config import Config, configure
-from .geometry import LANES
+from .config import Config, configure, queries_per_call
+from .geometry import LANES, round_up
 from .softmax import Logits
 from .transforms import as_kernel
 
 
 class Work(NamedTuple):
-    """What `prepare` makes of the reads."""
+    """What `prepare` makes of the reads of some queries."""
 
     walk: walk.Schedule
+    ids: jax.Array  # of the table, as the kernel has them
     held: jax.Array  # [cores, queries, splits]: which segments have blocks on which core
 
 
-def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Work:
-    """Lays out the walk; see `shardpage.backends` for the contract."""
-    config = configure(page_format, num_heads, *_sizes(reads), tuning)
-    num_cores = 1 if config.cores.by_heads else config.cores.count
-    sizes = {"block_tokens": config.block_tokens, "num_splits": config.num_splits}
-    return Work(*walk.schedule(reads.start, reads.stop, num_cores=num_cores, **sizes))
+def prepare(
+    reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning
+) -> tuple[Work, ...]:
+    """Lays out the walk of each call of the kernel; see `shardpage.backends` for the contract."""
+    row, work = _rows_of(reads), []
+    for part in _parts(len(row), num_heads, page_format, tuning):
+        spans = (row[part], reads.start[part], reads.stop[part])
+        config = _configure(page_format, num_heads, len(spans[0]), reads, tuning)
+        schedule, held = walk.schedule(*spans, config.lengths)
+        work.append(_as_in_memory(config, schedule, reads.ids, held))
+    return tuple(work)
+
+
+def _parts(
+    num_queries: int, num_heads: int, page_format: PageFormat, tuning: Tuning
+) -> list[slice]:
+    """The queries of each call: as many as stay in fast memory."""
+    most = queries_per_call(page_format, num_heads, tuning)
+    return [slice(first, first + most) for first in range(0, num_queries, most)]
+
+
+def _rows_of(reads: Reads) -> jax.Array:
+    num_rows = reads.ids.shape[0]
+    if reads.row is None:
+        return jnp.arange(num_rows, dtype=jnp.int32)
+    return jnp.clip(reads.row, 0, num_rows - 1)
+
+
+def _configure(
+    page_format: PageFormat, num_heads: int, num_queries: int, reads: Reads, tuning: Tuning
+) -> Config:
+    num_rows, max_pages = reads.ids.shape
+    return configure(page_format, num_heads, num_queries, max_pages, tuning, num_rows)
+
+
+def _as_in_memory(config: Config, schedule: walk.Schedule, ids: jax.Array, held: jax.Array) -> Work:
+    """Flat for scalar memory; or in rows of whole lanes, to be read in windows."""
+    if config.sizes.paged:
+        ids = _padded(ids, round_up(ids.shape[1], LANES)).reshape(-1, 1, LANES)
+        ids = jnp.pad(ids, ((0, 1), (0, 0), (0, 0)))  # windows come in twos
+        blocks = schedule.blocks.reshape(-1, 1, schedule.blocks.shape[-1])
+        blocks = _padded(blocks, config.sizes.step_lanes)
+    else:
+        ids, blocks = ids.reshape(-1), schedule.blocks.reshape(-1)
+        ids = _padded(ids, len(ids) + config.sizes.block_pages)  # read, not used
+    return Work(schedule._replace(blocks=blocks), ids, held)
+
+
+def _padded(array: jax.Array, width: int) -> jax.Array:
+    """With zeros behind the last axis."""
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
+    return jnp.pad(array, widths)
 
 
 def attend(
     query: jax.Array,
     cache: PagedKVCache,
     reads: Reads,
-    work: Work,
+    work: tuple[Work, ...],
     attention: Attention,
     tuning: Tuning,
 ) -> Partial:
     """Attends over local pages with a Pallas TPU kernel; see `shardpage.backends`."""
-    config = configure(cache.format, query.shape[1], *_sizes(reads), tuning)
     logits = Logits(attention.scale_of(cache.format.key_dim), attention.soft_cap)
-    query_rows = rows.query_rows(config, query)
-    call = as_kernel(functools.partial(_call, config, logits), tuning)
-    result = call(work.walk, reads.ids_by_query(), query_rows, cache)
-    return rows.merged_partial(config, result, work.held)
-
-
-def _sizes(reads: Reads) -> tuple[int, int]:
-    """How many queries, and how wide the table is."""
-    return reads.start.shape[0], reads.ids.shape[1]
+    parts, partials = _parts(*query.shape[:2], cache.format, tuning), []
+    for part, some in zip(parts, work, strict=True):
+        here = query[part]
+        config = _configure(cache.format, query.shape[1], len(here), reads, tuning)
+        call = as_kernel(functools.partial(_call, config, logits), tuning)
+        result = call(some.walk, some.ids, rows.query_rows(config, here), cache)
+        partials.append(rows.merged_partial(config, *result, some.held))
+    if len(partials) == 1:
+        return partials[0]
+    return Partial(*map(jnp.concatenate, zip(*partials, strict=True)))
 
 
 def _call(
@@ -67,29 +114,40 @@ def _call(
     ids: jax.Array,
     query_rows: jax.Array,
     cache: PagedKVCache,
-) -> jax.Array:
-    geometry, sizes, cores = config.geometry, config.sizes, config.cores
+) -> tuple[jax.Array, jax.Array]:
+    geometry, cores = config.geometry, config.cores
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
-    table = ids.reshape(-1)
-    if sizes.table_entries:
-        spare = -ids.shape[1] % LANES
-        table = jnp.pad(ids, ((0, 0), (0, spare))).reshape(config.num_queries, -1, 1, LANES)
-    args = vary_together(schedule, table, query_rows, cache.arrays)
-    varying = jax.typeof(args[0][0]).manual_axis_type
-    shape = (cores.count, config.num_segments, geometry.rows, geometry.out_lanes)
+    agenda = hbm if config.sizes.paged else scalar
+    first_page = jnp.zeros(1, jnp.int32)
+    inputs = vary_together(schedule, ids, first_page, query_rows, cache.arrays)
+    varying = jax.typeof(inputs[1]).manual_axis_type
+    whole = lambda shape, by_core=True: pl.BlockSpec(
+        (1, *shape),
+        lambda core: (core if by_core else 0, *(0,) * len(shape)),
+        pipeline_mode=pl.Buffered(1),
+    )
+    shapes = [
+        (config.num_segments, geometry.rows, geometry.format.row_dim),
+        (config.num_segments, geometry.lse_tiles, LANES),
+    ]
+    output = lambda shape: jax.ShapeDtypeStruct(
+        (cores.count, *shape), jnp.float32, manual_axis_type=varying
+    )
+    specs = decode_kernel.Inputs(
+        schedule=walk.Schedule(agenda, scalar),
+        ids=agenda,
+        first_page=scalar,
+        query=whole(query_rows.shape[1:], cores.by_heads),
+        caches=(hbm,) * len(cache.arrays),
+    )
     return pl.pallas_call(
         functools.partial(decode_kernel.kernel, config=config, logits=logits),
         grid=(cores.count,),
-        in_specs=[
-            jax.tree.map(lambda _: scalar, schedule),
-            hbm if sizes.table_entries else scalar,
-            hbm,
-            (hbm,) * len(cache.arrays),
-        ],
-        out_specs=hbm,
+        in_specs=tuple(specs),
+        out_specs=tuple(map(whole, shapes)),
         scratch_shapes=decode_kernel.scratch_shapes(config),
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying),
+        out_shape=tuple(map(output, shapes)),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel" if cores.count > 1 else "arbitrary",),
             disable_bounds_checks=True,
@@ -97,4 +155,4 @@ def _call(
         ),
         interpret=interpreter(tuning),
         name="shardpage_decode",
-    )(*args)
+    )(*inputs)

@@ -23,6 +23,7 @@ class Chip:
     vmem_bytes: int  # that a kernel may ask for
     smem_bytes: int
     hbm_bytes_per_us: float
+    step_blocks: int = 8  # that a kernel works on at once, to hide the latencies of each
 
     @property
     def bytes_in_flight(self) -> int:
@@ -30,8 +31,9 @@ class Chip:
         return int(self.hbm_bytes_per_us * _COPY_LATENCY_US)
 
 
-# What every generation has; the VMEM is v4's.
-UNKNOWN_CHIP = Chip("unknown", 1, 16 * MIB, MIB, 1.0e6)
+# What every generation has; the VMEM is v4's. Mostly interpreted, where more blocks at once only
+# take longer to compile.
+UNKNOWN_CHIP = Chip("unknown", 1, 16 * MIB, MIB, 1.0e6, step_blocks=2)
 
 
 def chip_of(tuning: Tuning) -> Chip:

@@ -6,7 +6,8 @@ from ...options import Tuning
 from ...page_format import PageFormat
 from .chip import Chip, chip_of
 from .geometry import LANES, SUBLANES, Geometry
-from .sizes import Demand, Sizes, choose_sizes, vmem_page_bytes
+from .sizes import Demand, Sizes, choose_sizes, query_vmem_bytes, vmem_page_bytes
+from .walk import Lengths
 
 _DTYPES = ("float32", "bfloat16")
 _LARGE_COPY_BYTES = 32 << 10
@@ -29,36 +30,59 @@ class Config:
     cores: Cores
     num_queries: int
     num_splits: int
+    max_pages: int  # columns of the table
+
+    @property
+    def lengths(self) -> Lengths:
+        """What the walk is made for."""
+        cores = 1 if self.cores.by_heads else self.cores.count
+        page_size = self.geometry.format.page_size
+        return Lengths(page_size, self.max_pages, self.num_splits, cores, self.sizes)
 
     @property
     def num_segments(self) -> int:
         return self.num_queries * self.num_splits
 
-    @property
-    def block_tokens(self) -> int:
-        return self.sizes.block_pages * self.geometry.format.page_size
-
 
 def configure(
-    page_format: PageFormat, num_heads: int, num_queries: int, max_pages: int, tuning: Tuning
+    page_format: PageFormat,
+    num_heads: int,
+    num_queries: int,
+    max_pages: int,
+    tuning: Tuning,
+    num_rows: int | None = None,
 ) -> Config:
     """The kernel for queries of `num_heads` heads over a table of `max_pages` columns.
+
+    `num_rows` are the rows of the table; None: one for each query.
 
     Raises:
       NotImplementedError: for shapes and options that the kernel does not have.
     """
+    geometry, cores = _share(page_format, num_heads, tuning)
+    num_splits = max(1, min(tuning.num_splits, max_pages))
+    rows = num_queries if num_rows is None else num_rows
+    demand = Demand(geometry, cores.count, num_queries, rows, num_splits, max_pages)
+    sizes = choose_sizes(demand, chip_of(tuning), tuning.pages_per_block)
+    return Config(geometry, sizes, cores, num_queries, num_splits, max_pages)
+
+
+def queries_per_call(page_format: PageFormat, num_heads: int, tuning: Tuning) -> int:
+    """How many queries, with their results, may stay in fast memory during a call."""
+    geometry, _ = _share(page_format, num_heads, tuning)
+    room = chip_of(tuning).vmem_bytes // 4
+    return max(1, room // query_vmem_bytes(geometry, max(1, tuning.num_splits)))
+
+
+def _share(page_format: PageFormat, num_heads: int, tuning: Tuning) -> tuple[Geometry, Cores]:
+    """What one core works on."""
     check_format(page_format)
-    chip = chip_of(tuning)
     queries_per_kv_head = num_heads // page_format.num_kv_heads
-    cores = _choose_cores(page_format, chip, tuning)
+    cores = _choose_cores(page_format, chip_of(tuning), tuning)
     if cores.by_heads:
         heads = page_format.num_kv_heads // cores.count
         page_format = dataclasses.replace(page_format, num_kv_heads=heads)
-    geometry = Geometry(page_format, queries_per_kv_head)
-    num_splits = max(1, min(tuning.num_splits, max_pages))
-    demand = Demand(geometry, cores.count, num_queries, num_splits, max_pages)
-    sizes = choose_sizes(demand, chip, tuning.pages_per_block)
-    return Config(geometry, sizes, cores, num_queries, num_splits)
+    return Geometry(page_format, queries_per_kv_head), cores
 
 
 def check_format(page_format: PageFormat) -> None:

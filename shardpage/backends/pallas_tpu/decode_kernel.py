@@ -1,14 +1,14 @@
 """Decode attention over pages: one persistent kernel per core.
 
-    ids    |w0|w1|w2|...            (tables too large for scalar memory: ids run ahead of pages)
-    pages     |b0|b1|b2|b3|...      a ring of blocks, each refilled as soon as it was used
-    math            |b0|b1|b2|...   the next blocks' pages arrive meanwhile, of whichever query
-    out                    |q0| ... a finished query leaves while the next one is worked on
+    ids    |s0|s1|s2|...            (tables too large for scalar memory: ids run ahead of pages)
+    pages     |s0|s1|s2|s3|...      two rings of steps, refilled in turn
+    math            |s0|s1|s2|...   while one ring is worked on, the other is refilled
 
-The walk over blocks is flat (see `walk`). Most blocks are *plain*: all their tokens are seen, and
-the block that is fetched in their place is full. They run in an inner loop without a branch, in
-which the compiler overlaps issuing the copies of one block with the arithmetic of another. The
-rest, a few per query, takes the general path: counted copies and masks.
+The walk over blocks is flat (see `walk`). A *step* is a few blocks that follow each other on it, of
+one query or of several: each is a softmax by itself, so that the latencies of one hide behind the
+arithmetic of the others, and then joins what its query saw before. All blocks are masked, and all
+copies predicated: a step is one straight piece of code, whose copies go to another buffer than its
+loads come from, so that the compiler is free to issue them whenever the arithmetic waits.
 """
 
 from collections.abc import Sequence
@@ -20,225 +20,192 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ...page_format import PageFormat
 from . import softmax
+from .agenda import Paged, Resident
 from .config import Config
-from .fetch import PagedTable, PageRing, ResidentTable
+from .fetch import Ring
 from .geometry import LANES
-from .walk import Cursor, Walk
+from .walk import Block
+
+_RINGS = 2
+
+
+class Inputs(NamedTuple):
+    """References to what the kernel is given."""
+
+    schedule: Any  # see `walk`; in scalar memory, or in HBM if the agenda is paged
+    ids: Any  # page ids, likewise
+    first_page: Any  # [1] in scalar memory: added to all ids
+    query: Any  # [1, queries, rows, row_dim]
+    caches: Sequence[Any]  # in HBM
 
 
 class Scratch(NamedTuple):
     """References to what a core keeps in fast memory."""
 
-    buffers: Sequence[Any]  # [ring_blocks, block_pages, *page_shape] for each cache array
-    queries: Any  # [ring_blocks, rows, row_dim]: of the segment that starts at this place
-    query: Any  # [rows, row_dim] of the segment at work
-    state: softmax.State
-    results: Any  # [2, rows, out_lanes]
-    ids: Any  # [table_entries * 128] in scalar memory
-    page_semaphores: Any  # [ring_blocks]
-    query_semaphores: Any  # [ring_blocks]
-    result_semaphores: Any  # [2]
-    id_semaphores: Any  # [table_entries]
-
-
-class Position(NamedTuple):
-    """Where the pipeline stands; all int32 scalars."""
-
-    at: Cursor  # the block to work on
-    fetch: Cursor  # `ring_blocks` on: the next to fetch
-    ids: Cursor  # `table_entries` blocks further on: the next whose page ids to fetch
-    place: jax.Array  # of `at` in the ring of blocks, and to be refilled by `fetch`
-    entry: jax.Array  # of `fetch` in the ring of ids
-    finished: jax.Array  # segments so far
+    pages: Any  # for each ring and cache array [places, step_pages, *page_shape]
+    sums: softmax.Sums  # of the segment at work
+    steps: Any  # [agenda_steps * step_lanes] in scalar memory, if it is paged
+    ids: Any  # [agenda_steps * step_blocks * 256], likewise
+    page_semaphores: Any  # for each ring [places]
+    step_semaphores: Any  # [agenda_steps]
+    id_semaphores: Any  # [agenda_steps]
 
 
 class Kernel:
     """One core's run. Its methods are the phases of the pipeline."""
 
-    def __init__(self, config: Config, logits, schedule, table, query, caches, out, scratch):
+    def __init__(self, config: Config, logits, inputs: Inputs, outputs, scratch: Scratch):
+        schedule, ids, first_page, query, caches = inputs
         core = pl.program_id(0)
         by_heads = config.cores.by_heads
-        self.config, self.format, self.sizes = config, config.geometry.format, config.sizes
-        self.scratch, self.logits = scratch, logits
-        self.query, self.out = query.at[core if by_heads else 0], out.at[core]
+        self.config, self.sizes, self.logits = config, config.sizes, logits
+        self.query, (self.out, self.lse), self.sums = query, outputs, scratch.sums
         walk_core = 0 if by_heads else core
-        self.walk = Walk(schedule, walk_core, config.num_segments, config.num_splits)
-        pages = self.sizes.block_pages
-        if self.sizes.table_entries:
-            self.table = PagedTable(table, scratch.ids, scratch.id_semaphores, pages, self.walk)
+        num_steps = config.lengths.num_steps(config.num_queries)
+        whose = {"first_step": walk_core * num_steps, "sizes": config.sizes}
+        if config.sizes.paged:
+            semaphores = (scratch.step_semaphores, scratch.id_semaphores)
+            buffers = (schedule.blocks, ids, scratch.steps, scratch.ids, *semaphores)
+            windows = -(-config.max_pages // LANES)
+            self.agenda = Paged(*buffers, windows, num_steps=num_steps, **whose)
         else:
-            width = table.shape[0] // config.num_queries
-            self.table = ResidentTable(table, width, pages, self.walk)
-        first_head = core * self.format.num_kv_heads if by_heads else 0
-        ring = (scratch.buffers, scratch.page_semaphores)
-        self.pages = PageRing(self.format, pages, caches, *ring, first_head)
+            self.agenda = Resident(schedule.blocks, ids, config.max_pages, **whose)
+        self.num_steps = _cdiv(schedule.num_blocks[walk_core], self.sizes.step_blocks)
+        page_format = config.geometry.format
+        # Where ids count from: said once here, it costs nothing in each copy.
+        caches = [_pages_from(page_format, cache, first_page[0]) for cache in caches]
+        first_head = core * page_format.num_kv_heads if by_heads else 0
+        self.rings = [
+            Ring(page_format, self.sizes, caches, pages, semaphores, first_head)
+            for pages, semaphores in zip(scratch.pages, scratch.page_semaphores, strict=True)
+        ]
 
     def run(self) -> None:
-        position = self.fill()
-        position = lax.while_loop(lambda p: ~self.walk.done(p.at), self.step, position)
-        self.drain(position)
+        softmax.store(self.sums, softmax.nothing(*self.sums.out.shape))
+        self.fill()
+        self.wait(jnp.int32(0), 0, jnp.int32(0))
+        places = (jnp.int32(0), jnp.int32(self.sizes.ring_places - 1))
+        place, _ = lax.fori_loop(0, self.num_steps >> 1, self.two_steps, places)
+        pl.when(self.num_steps & 1 == 1)(lambda: self.work(self.num_steps - 1, 0, place))
+        # What nobody needed.
+        self.agenda.end((self.num_steps & ~1) + (2 * self.sizes.ring_places - 1))
 
-    def fill(self) -> Position:
-        """Starts the first copies: one block for each place of the ring."""
-        zero, begin = jnp.int32(0), self.walk.begin()
-        position = Position(begin, begin, begin, zero, zero, zero)
-        start_ids = lambda _, position: self.start_ids(position)
-        start_block = lambda _, position: self.start_block(position)
-        if self.sizes.table_entries:
-            position = lax.fori_loop(0, self.sizes.table_entries, start_ids, position)
-        position = lax.fori_loop(0, self.sizes.ring_blocks, start_block, position)
-        return position._replace(at=begin, place=zero)
+    def fill(self) -> None:
+        """Starts the first copies: for every place of both rings but the last."""
+        self.agenda.begin()
+        last = self.sizes.ring_places - 1
 
-    def step(self, position: Position) -> Position:
-        """All plain blocks from here on, then one block that is not."""
-        pl.when(self.walk.starts_segment(position.at))(lambda: self.begin(position))
-        count = self.count_plain(position)
-        position = lax.fori_loop(0, count, lambda _, p: self.plain_block(p), position)
-        position = position._replace(fetch=self.walk.settle(position.fetch))
-        position = lax.cond(self.ended(position), lambda p: p, self.any_block, position)
-        pl.when(self.ended(position))(lambda: self.finish(position))
-        finished = position.finished + self.ended(position).astype(jnp.int32)
-        return position._replace(at=self.walk.settle(position.at), finished=finished)
+        @pl.loop(0, last)
+        def _(place):
+            for ring in range(_RINGS):
+                self.fetch(2 * place + ring, ring, place, in_loops=True)
 
-    def ended(self, position: Position) -> jax.Array:
-        return position.at.block >= self.walk.end(position.at.segment)
+        self.fetch(jnp.int32(2 * last), 0, jnp.int32(last), in_loops=True)
 
-    def begin(self, position: Position) -> None:
-        """Takes over the query of a segment, and forgets the last one's."""
-        self.copy_query(position.at, position.place).wait()
-        self.scratch.query[...] = self.scratch.queries[position.place]
-        softmax.reset(self.scratch.state)
+    def two_steps(self, number: jax.Array, places: tuple) -> tuple[jax.Array, jax.Array]:
+        """Works on a step of each ring, and refills the place that the other was worked on before.
 
-    def count_plain(self, position: Position) -> jax.Array:
-        """How many blocks need no mask and fetch a full block that starts no segment."""
-        at, fetch = position.at, position.fetch
-        start, _ = self.walk.bounds(at)
-        masked = (at.block == 0) & (start > 0)
-        ahead = self.walk.full_blocks(fetch)
-        none = masked | self.walk.starts_segment(fetch)
-        return jnp.where(none, 0, jnp.minimum(self.walk.full_blocks(at), ahead))
+        Ends with a wait: the compiler hurries with what stands before one, here with the copies,
+        of which it would otherwise issue most when all arithmetic is done.
+        """
+        place, before = places
+        step, ahead = 2 * number, 2 * self.sizes.ring_places - 1
+        following = jnp.where(place + 1 == self.sizes.ring_places, 0, place + 1)
+        for ring, free, next_place in ((0, before, place), (1, place, following)):
+            self.fetch(step + ring + ahead, 1 - ring, free)
+            self.work(step + ring, ring, place)
+            self.wait(step + ring + 1, 1 - ring, next_place)
+        return following, place
 
-    def plain_block(self, position: Position) -> Position:
-        self.pages.wait_full(position.place)
-        self.attend(position.place, 0, self.sizes.block_pages, None)
-        self.table.wait(position.entry)
-        page_ids = self.table.page_ids(position.fetch, position.entry)
-        self.pages.start_full(page_ids, position.place)
-        position = self.start_ids(position)
-        return position._replace(
-            at=position.at._replace(block=position.at.block + 1),
-            fetch=position.fetch._replace(block=position.fetch.block + 1),
-            place=_next(position.place, self.sizes.ring_blocks),
+    def fetch(
+        self, step: jax.Array, ring: int, place: jax.Array, *, in_loops: bool = False
+    ) -> None:
+        """Fetches what the blocks of a step need."""
+        self.agenda.prefetch(step)
+        target = self.rings[ring]
+        start = target.start_in_loop if in_loops else target.start_block
+
+        def fetch_block(index: jax.Array | int) -> None:
+            block = self.agenda.block(step, index)
+            first_id = self.agenda.first_id(block, step, index)
+            start(block.num_pages, lambda page: self.agenda.ids[first_id + page], index, place)
+
+        if in_loops:
+            pl.loop(0, self.sizes.step_blocks)(fetch_block)
+        else:
+            for index in range(self.sizes.step_blocks):
+                fetch_block(index)
+
+    def wait(self, step: jax.Array, ring: int, place: jax.Array) -> None:
+        """Waits until the pages of a step have arrived."""
+        self.rings[ring].wait(self.agenda.block(step, 0).step_pages, place)
+
+    def work(self, step: jax.Array, ring: int, place: jax.Array) -> None:
+        """Works on the blocks of a step, of which each begins, goes on with or ends a segment."""
+        blocks = [self.agenda.block(step, index) for index in range(self.sizes.step_blocks)]
+        views = [self.view(block, index, ring, place) for index, block in enumerate(blocks)]
+        found = softmax.attend(views, self.logits)
+        sums = softmax.load(self.sums)
+        for block, new in zip(blocks, found, strict=True):
+            sums = softmax.add(softmax.forget(sums, block.begins == 1), new)
+            # Each block of a segment overwrites what the one before it left.
+            out, lse = softmax.finish(sums)
+            self.out[0, block.segment] = out
+            self.lse[0, block.segment] = softmax.as_lanes(lse, self.config.geometry.lse_tiles)
+        softmax.store(self.sums, sums)
+
+    def view(self, block: Block, index: int, ring: int, place: jax.Array) -> softmax.View:
+        num_pages = self.sizes.block_pages
+        return softmax.View(
+            geometry=self.config.geometry,
+            buffers=self.rings[ring].pages,
+            place=place,
+            first_page=index * num_pages,
+            num_pages=num_pages,
+            used_pages=block.num_pages,
+            query=self.query.at[0, self.query_of(block.segment)],
+            span=softmax.Span(block.start, block.stop),
         )
 
-    def any_block(self, position: Position) -> Position:
-        """Works on a block of which only some tokens may be seen."""
-        first_token = position.at.block * self.config.block_tokens
-        start, stop = self.walk.bounds(position.at)
-        num_pages, chunk_pages = self.num_pages(position.at), self.sizes.chunk_pages
-        self.pages.wait(num_pages, position.place)
-
-        @pl.loop(0, _cdiv(num_pages, chunk_pages))
-        def _(chunk):
-            page = chunk * chunk_pages
-            token = first_token + page * self.format.page_size
-            self.attend(position.place, page, chunk_pages, softmax.Span(start, stop, token))
-
-        at = position.at._replace(block=position.at.block + 1)
-        return self.start_block(position)._replace(at=at)
-
-    def attend(self, place, first_page, num_pages: int, span: softmax.Span | None) -> None:
-        pages = (place, first_page, num_pages)
-        chunk = softmax.Chunk(self.config.geometry, self.scratch.buffers, *pages)
-        softmax.attend(chunk, self.scratch.query, self.scratch.state, self.logits, span)
-
-    def start_block(self, position: Position) -> Position:
-        """Fetches the next block, if there is one, to the current place."""
-        fetch, place, entry = position.fetch, position.place, position.entry
-        self.table.wait(entry)
-
-        @pl.when(~self.walk.done(fetch))
-        def _():
-            page_ids = self.table.page_ids(fetch, entry)
-            self.pages.start(page_ids, self.num_pages(fetch), place)
-            starts = self.walk.starts_segment(fetch)
-            pl.when(starts)(lambda: self.copy_query(fetch, place).start())
-
-        position = self.start_ids(position)
-        fetch = self.walk.advance(fetch)
-        return position._replace(fetch=fetch, place=_next(place, self.sizes.ring_blocks))
-
-    def start_ids(self, position: Position) -> Position:
-        """Fetches the page ids of a block yet to be fetched, into the current entry."""
-        if not self.sizes.table_entries:
-            return position
-        self.table.start(position.ids, position.entry)
-        entry = _next(position.entry, self.sizes.table_entries)
-        return position._replace(ids=self.walk.advance(position.ids), entry=entry)
-
-    def finish(self, position: Position) -> None:
-        """Sends a segment's result off, through one of two buffers."""
-        which, segment = position.finished & 1, position.at.segment
-        pl.when(position.finished >= 2)(lambda: self.copy_result(segment, which).wait())
-        softmax.write_result(self.scratch.state, self.scratch.results.at[which])
-        self.copy_result(segment, which).start()
-
-    def drain(self, position: Position) -> None:
-        """Waits for the results that are still on their way, and for ids that nobody needed."""
-        for which in range(2):
-            wait = lambda which=which: self.copy_result(0, which).wait()
-            pl.when(position.finished > which)(wait)
-        if self.sizes.table_entries:
-            pl.loop(0, self.sizes.table_entries)(self.table.wait)
-
-    def num_pages(self, cursor: Cursor) -> jax.Array:
-        """How many pages of a block hold tokens."""
-        _, stop = self.walk.bounds(cursor)
-        left = _cdiv(stop, self.format.page_size) - cursor.block * self.sizes.block_pages
-        return jnp.minimum(left, self.sizes.block_pages)
-
-    def copy_query(self, cursor: Cursor, place: jax.Array):
-        query, target = self.walk.query(cursor.segment), self.scratch.queries.at[place]
-        semaphore = self.scratch.query_semaphores.at[place]
-        return pltpu.make_async_copy(self.query.at[query], target, semaphore)
-
-    def copy_result(self, segment: jax.Array | int, which: jax.Array | int):
-        result, target = self.scratch.results.at[which], self.out.at[segment]
-        return pltpu.make_async_copy(result, target, self.scratch.result_semaphores.at[which])
+    def query_of(self, segment: jax.Array) -> jax.Array:
+        splits = self.config.num_splits
+        return segment if splits == 1 else lax.div(segment, splits)
 
 
-def _next(index: jax.Array, count: int) -> jax.Array:
-    return jnp.where(index + 1 == count, 0, index + 1)
+def _pages_from(page_format: PageFormat, cache: Any, first: jax.Array) -> Any:
+    axis = page_format.layout.value.pages
+    return cache.at[(*(slice(None),) * axis, pl.ds(first, cache.shape[axis]))]
 
 
 def _cdiv(value: jax.Array, divisor: int) -> jax.Array:
     return lax.div(value + (divisor - 1), divisor)
 
 
-def kernel(schedule, table, query, caches, out, *scratch, config: Config, logits) -> None:
+def kernel(*refs, config: Config, logits) -> None:
     """The body of the `pallas_call`."""
-    Kernel(config, logits, schedule, table, query, caches, out, Scratch(*scratch)).run()
+    num_inputs = len(Inputs._fields)
+    inputs, outputs, scratch = refs[:num_inputs], refs[num_inputs:][:2], refs[num_inputs + 2 :]
+    Kernel(config, logits, Inputs(*inputs), outputs, Scratch(*scratch)).run()
 
 
 def scratch_shapes(config: Config) -> Scratch:
     geometry, page_format, sizes = config.geometry, config.geometry.format, config.sizes
     rows, row_dim, dtype = geometry.rows, page_format.row_dim, page_format.dtype
-    ring, entries = sizes.ring_blocks, max(sizes.table_entries, 1)
-    buffer = pltpu.VMEM((ring, sizes.block_pages, *page_format.page_shape), dtype)
+    float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
+    twice = lambda shape: (shape,) * _RINGS
+    semaphores = lambda count: pltpu.SemaphoreType.DMA((count,))
+    # Scalars and semaphores of a paged agenda; each semaphore costs a few cycles at the end.
+    if_paged = lambda count: count if sizes.paged else 1
+    scalars = lambda count: pltpu.SMEM((if_paged(count),), jnp.int32)
+    pages = pltpu.VMEM((sizes.ring_places, sizes.step_pages, *page_format.page_shape), dtype)
     return Scratch(
-        buffers=(buffer,) * page_format.num_arrays,
-        queries=pltpu.VMEM((ring, rows, row_dim), dtype),
-        query=pltpu.VMEM((rows, row_dim), dtype),
-        state=softmax.State(
-            maximum=pltpu.VMEM((rows, LANES), jnp.float32),
-            total=pltpu.VMEM((rows, LANES), jnp.float32),
-            out=pltpu.VMEM((rows, row_dim), jnp.float32),
-        ),
-        results=pltpu.VMEM((2, rows, geometry.out_lanes), jnp.float32),
-        ids=pltpu.SMEM((entries * LANES,), jnp.int32),
-        page_semaphores=pltpu.SemaphoreType.DMA((ring,)),
-        query_semaphores=pltpu.SemaphoreType.DMA((ring,)),
-        result_semaphores=pltpu.SemaphoreType.DMA((2,)),
-        id_semaphores=pltpu.SemaphoreType.DMA((entries,)),
+        pages=twice((pages,) * page_format.num_arrays),
+        sums=softmax.Sums(float32(rows, LANES), float32(rows, LANES), float32(rows, row_dim)),
+        steps=scalars(sizes.agenda_steps * sizes.step_lanes),
+        ids=scalars(sizes.agenda_steps * sizes.step_blocks * 2 * LANES),
+        page_semaphores=twice(semaphores(sizes.ring_places)),
+        step_semaphores=semaphores(if_paged(sizes.agenda_steps)),
+        id_semaphores=semaphores(if_paged(sizes.agenda_steps)),
     )

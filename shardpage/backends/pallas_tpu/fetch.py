@@ -1,124 +1,72 @@
-"""What comes from HBM: pages into a ring of buffers, and the page ids that say which.
+"""What comes from HBM: the pages of steps, into two rings that are refilled in turn.
 
-Every copy is asynchronous. A place of a ring is refilled as soon as it was used, so that all its
-others are in flight meanwhile; one semaphore per place counts the bytes of a whole block.
+Every copy is asynchronous, and which of a block's pages are fetched is said by predicates, not by
+branches: the compiler then issues the copies of one step under the arithmetic of another.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ...page_format import PageFormat
-from .geometry import LANES
-from .walk import Cursor, Walk
+from .sizes import Sizes
 
-_UNROLL = 8  # page copies issued between two branches, where their number is not known
-
-
-@dataclasses.dataclass(frozen=True)
-class ResidentTable:
-    """All page ids in scalar memory: `ids` is flat, `width` of them per query."""
-
-    ids: Any
-    width: int
-    block_pages: int
-    walk: Walk
-
-    def start(self, cursor: Cursor, entry: jax.Array) -> None:
-        """Nothing to fetch."""
-
-    def wait(self, entry: jax.Array) -> None:
-        """Nothing to wait for."""
-
-    def page_ids(self, cursor: Cursor, entry: jax.Array):
-        """A function from a page of the block to its id."""
-        base = self.walk.query(cursor.segment) * self.width + cursor.block * self.block_pages
-        return lambda page: self.ids[base + page]
+_UNROLL = 8  # page copies issued between two branches, in loops
 
 
 @dataclasses.dataclass(frozen=True)
-class PagedTable:
-    """Page ids in HBM, `[queries, windows, 1, 128]`: a flat ring of windows in scalar memory.
-
-    Each block fetches the window with its ids, although several share one: half a KiB per block
-    buys a pipeline without branches. A cursor that is done fetches some window all the same.
-    """
-
-    windows: Any
-    ring: Any
-    semaphores: Any
-    block_pages: int
-    walk: Walk
-
-    def start(self, cursor: Cursor, entry: jax.Array) -> None:
-        query = jnp.minimum(self.walk.query(cursor.segment), self.windows.shape[0] - 1)
-        window = lax.div(cursor.block * self.block_pages, LANES)
-        self._copy(self.windows.at[query, window, 0], entry).start()
-
-    def wait(self, entry: jax.Array) -> None:
-        self._copy(self.windows.at[0, 0, 0], entry).wait()
-
-    def _copy(self, window: Any, entry: jax.Array):
-        target = self.ring.at[pl.ds(pl.multiple_of(entry * LANES, LANES), LANES)]
-        return pltpu.make_async_copy(window, target, self.semaphores.at[entry])
-
-    def page_ids(self, cursor: Cursor, entry: jax.Array):
-        """A function from a page of the block to its id."""
-        base = entry * LANES + lax.rem(cursor.block * self.block_pages, LANES)
-        return lambda page: self.ring[base + page]
-
-
-@dataclasses.dataclass(frozen=True)
-class PageRing:
-    """Blocks of pages on their way to `buffers`, `[ring_blocks, block_pages, *page_shape]` each."""
+class Ring:
+    """Steps on their way to one of the rings, or there."""
 
     format: PageFormat
-    block_pages: int
-    caches: Sequence[Any]
-    buffers: Sequence[Any]
-    semaphores: Any
+    sizes: Sizes
+    caches: Sequence[Any]  # from the page that ids count from
+    pages: Sequence[Any]  # [places, step_pages, *page_shape] for each cache array
+    semaphores: Any  # [places], which count the bytes of a whole step
     first_head: jax.Array | int
 
-    def start_full(self, page_ids, place: jax.Array) -> None:
-        """Fetches a whole block; no branches, so it overlaps with the arithmetic around it."""
-        for page in range(self.block_pages):
-            self._start_page(page_ids, page, place)
+    def start_block(self, num_pages, page_ids: Any, index: int, place: jax.Array) -> None:
+        """Fetches the first pages of a block; no branches."""
+        for page in range(self.sizes.block_pages):
+            self._start(page, num_pages, page_ids, index, place)
 
-    def start(self, page_ids, num_pages: jax.Array, place: jax.Array) -> None:
-        """Fetches the first pages of a block."""
-        unroll = min(_UNROLL, self.block_pages)
-        chunks = lax.div(num_pages, unroll)
+    def start_in_loop(self, num_pages, page_ids: Any, index: jax.Array, place: jax.Array) -> None:
+        """The same in less code."""
+        unroll = math.gcd(_UNROLL, self.sizes.block_pages)
 
-        @pl.loop(0, chunks)
+        @pl.loop(0, lax.div(num_pages + (unroll - 1), unroll))
         def _(chunk):
             for page in range(unroll):
-                self._start_page(page_ids, chunk * unroll + page, place)
+                self._start(chunk * unroll + page, num_pages, page_ids, index, place)
 
-        pl.loop(chunks * unroll, num_pages)(lambda page: self._start_page(page_ids, page, place))
+    def _start(self, page: jax.Array | int, num_pages, page_ids, index, place) -> None:
+        """Fetches a page if it is one of the first."""
+        # Read whether it is needed or not: that is one instruction, and predicated it is three.
+        source = self.format.page_at(
+            page_ids(page), pl.ds(self.first_head, self.format.num_kv_heads)
+        )
 
-    def _start_page(self, page_ids, page: jax.Array | int, place: jax.Array) -> None:
-        heads = pl.ds(self.first_head, self.format.num_kv_heads)
-        source, semaphore = self.format.page_at(page_ids(page), heads), self.semaphores.at[place]
-        for cache, buffer in zip(self.caches, self.buffers, strict=True):
-            pltpu.make_async_copy(cache.at[source], buffer.at[place, page], semaphore).start()
+        @pl.when(page < num_pages)
+        def _():
+            for cache, ring in zip(self.caches, self.pages, strict=True):
+                target = ring.at[place, index * self.sizes.block_pages + page]
+                pltpu.make_async_copy(cache.at[source], target, self.semaphores.at[place]).start()
 
-    def wait_full(self, place: jax.Array) -> None:
-        self._wait(place, self.block_pages)
+    def wait(self, step_pages: jax.Array, place: jax.Array) -> None:
+        """Waits for the pages of a step: one wait for each binary digit of their number."""
+        for digit in reversed(range(self.sizes.step_pages.bit_length())):
+            some = pl.ds(0, 1 << digit)
 
-    def wait(self, num_pages: jax.Array, place: jax.Array) -> None:
-        """Waits for the bytes of this many pages: one wait for each binary digit of the number."""
-        bit = 1 << (self.block_pages.bit_length() - 1)
-        while bit:
-            pl.when(num_pages & bit != 0)(lambda bit=bit: self._wait(place, bit))
-            bit //= 2
+            @pl.when(step_pages & (1 << digit) != 0)
+            def _(some=some):
+                for ring in self.pages:
+                    self._wait(ring.at[place, some], place)
 
-    def _wait(self, place: jax.Array, num_pages: int) -> None:
-        for buffer in self.buffers:
-            pages = buffer.at[place, pl.ds(0, num_pages)]
-            pltpu.make_async_copy(pages, pages, self.semaphores.at[place]).wait()
+    def _wait(self, buffer: Any, place: jax.Array) -> None:
+        pltpu.make_async_copy(buffer, buffer, self.semaphores.at[place]).wait()

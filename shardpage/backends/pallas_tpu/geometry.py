@@ -59,6 +59,6 @@ class Geometry:
         return range(group * heads, min((group + 1) * heads, self.format.num_kv_heads))
 
     @property
-    def out_lanes(self) -> int:
-        """Lanes of an output row: the weighted values, then a tile that repeats the lse."""
-        return round_up(self.format.row_dim, LANES) + LANES
+    def lse_tiles(self) -> int:
+        """Tiles of 128 lanes that hold a logarithm for each row."""
+        return -(-self.rows // LANES)

@@ -38,22 +38,25 @@ def _pad(array: jax.Array, *, axis: int, before: int = 0, after: int = 0) -> jax
 
 def merged_partial(
     config: Config,
-    result: Float[Array, "num_cores num_segments rows out_lanes"],
+    out: Float[Array, "num_cores num_segments rows row_dim"],
+    lse: Float[Array, "num_cores num_segments lse_tiles lanes"],
     held: Bool[Array, "num_plans queries num_splits"],
 ) -> Partial:
     """Takes the kernel's output apart, and merges what splits, packing and cores kept apart.
 
     Args:
-      result: values and, in the last lanes, the lse; garbage where nothing was written.
+      out: values; garbage where nothing was written.
+      lse: likewise, one for each row and lane.
       held: which segments were written, by each core that had a walk of its own.
     """
     geometry, by_query = config.geometry, (config.num_queries, config.num_splits)
-    result = result.reshape(config.cores.count, *by_query, geometry.rows, geometry.out_lanes)
-    out, lse = _by_head(geometry, result)
+    lse = lse.reshape(*lse.shape[:2], -1)[..., : geometry.rows, None]
+    by_segment = lambda rows: rows.reshape(config.cores.count, *by_query, *rows.shape[2:])
+    out, lse = (_by_head(geometry, by_segment(x)) for x in (out, lse))
     if config.cores.by_heads:  # the cores' heads side by side
         out, lse = (jnp.concatenate(list(x), axis=2)[None] for x in (out, lse))
-    written = held[..., None, None, None]
-    out, lse = jnp.where(written[..., None], out, 0.0), jnp.where(written, lse, -jnp.inf)
+    written = held[..., None, None, None, None]
+    out, lse = jnp.where(written, out, 0.0), jnp.where(written, lse, -jnp.inf)[..., 0]
     dim = geometry.format.value_dim
     parts = [
         Partial(out[core, :, split, :, j, :, j * dim : (j + 1) * dim], lse[core, :, split, :, j])
@@ -67,12 +70,11 @@ def merged_partial(
     return Partial(out.reshape(config.num_queries, -1, dim), lse.reshape(config.num_queries, -1))
 
 
-def _by_head(geometry: Geometry, result: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Values [cores, queries, splits, kv_heads, pack, queries_per_kv_head, row_dim], and lse."""
+def _by_head(geometry: Geometry, rows: jax.Array) -> jax.Array:
+    """[cores, queries, splits, rows, n] as [.., kv_heads, pack, queries_per_kv_head, n]."""
     page_format = geometry.format
-    heads = (*result.shape[:3], page_format.num_kv_heads)
+    heads = (*rows.shape[:3], page_format.num_kv_heads)
     used = page_format.num_kv_heads * geometry.rows_per_head
-    rows = result[:, :, :, :used].reshape(*heads, geometry.rows_per_head, -1)
+    rows = rows[:, :, :, :used].reshape(*heads, geometry.rows_per_head, -1)
     rows = rows[:, :, :, :, : geometry.rows_in_use]
-    rows = rows.reshape(*heads, page_format.pack, geometry.queries_per_kv_head, -1)
-    return rows[..., : page_format.row_dim], rows[..., -1]
+    return rows.reshape(*heads, page_format.pack, geometry.queries_per_kv_head, -1)

@@ -1,38 +1,64 @@
-"""Block sizes of the decode kernel, from a model of the chip's memories and their latency.
+"""Sizes of the decode kernel, from a model of the chip's memories and their latency.
 
-A block should be long enough that the fixed cost of working on one (the latency of two matmuls
-and a softmax, some 120 cycles) is small against the time its bytes take, and the ring deep enough
-that bytes keep flowing for the time a copy takes to arrive. What is left is what fits.
+A step should hold enough independent blocks that the latency of each (two matmuls and a softmax,
+some 600 cycles) hides behind the others, and the rings be deep enough that bytes keep flowing for
+the time a copy takes to arrive. What is left is what fits.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 from ...page_format import PageFormat
 from .chip import MIB, Chip
 from .geometry import LANES, SUBLANES, Geometry, round_up
 
+_STEP_BYTES = 4 * MIB
 _BLOCK_BYTES = 2 * MIB
 _MIN_BLOCK_TOKENS = 128
-_MAX_BLOCK_TOKENS = 2048
-_MAX_BLOCK_PAGES = 128
-_CHUNK_TOKENS = 512
-_MIN_RING_BLOCKS = 2
-_MAX_RING_BLOCKS = 16
+_MAX_BLOCK_TOKENS = 512
+# Tiles of logits, 8 rows of 128 tokens, that a step's softmaxes keep in registers.
+_STEP_TILES = 64
+_MIN_RING_PLACES = 2
+_MAX_RING_PLACES = 8
 # What the compiler takes besides our buffers: spilled registers, its own stack.
 _VMEM_RESERVE_BYTES = 2 * MIB
 _SMEM_RESERVE_BYTES = 64 << 10
-_TABLE_ENTRIES = 16
+IDS_AHEAD = 2
+_STEP_FIELDS = 8  # scalars that say what a block is
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Block sizes."""
+    """Sizes of blocks, steps and rings."""
 
-    block_pages: int  # a power of two of at most 128 if the table is not resident
-    chunk_pages: int  # that the general path works on at a time; divides `block_pages`
-    ring_blocks: int  # one is worked on, the others are on their way
-    table_entries: int = 0  # windows in the ring of page ids; 0 if all ids are resident
+    block_pages: int  # at most 128 if the agenda is paged
+    step_blocks: int
+    ring_places: int  # steps that each of the two rings holds
+    paged: bool = False  # whether the agenda comes from HBM, not all at once
+
+    @property
+    def step_pages(self) -> int:
+        return self.step_blocks * self.block_pages
+
+    @property
+    def ring_blocks(self) -> int:
+        """Blocks in both rings: those of one step are worked on, the others are on their way."""
+        return 2 * self.ring_places * self.step_blocks
+
+    @property
+    def step_lanes(self) -> int:
+        """Scalars of a step of a paged agenda."""
+        return round_up(self.step_blocks * _STEP_FIELDS, LANES)
+
+    @property
+    def agenda_steps(self) -> int:
+        """Steps of a paged agenda that are on their way or still needed; a power of two."""
+        return _power_of_two(2 * self.ring_places + 2 * IDS_AHEAD + 2)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +68,31 @@ class Demand:
     geometry: Geometry
     num_cores: int  # that share a device's work
     num_queries: int
+    num_rows: int  # of the table
     num_splits: int  # segments per query
     max_pages: int  # width of the table
 
-    def vmem_bytes(self, block_pages: int, ring_blocks: int) -> int:
+    def vmem_bytes(self, sizes: Sizes) -> int:
         """Vector memory that a kernel of these sizes takes."""
         geometry, page_format = self.geometry, self.geometry.format
         row = round_up(page_format.row_dim, LANES)
-        buffers = ring_blocks * block_pages * vmem_page_bytes(page_format)
-        queries = (ring_blocks + 1) * geometry.rows * row * page_format.dtype.itemsize
-        state = 4 * geometry.rows * (2 * LANES + row + 2 * geometry.out_lanes)
-        return buffers + queries + state
+        pages = sizes.ring_blocks * sizes.block_pages * vmem_page_bytes(page_format)
+        sums = 4 * geometry.rows * (2 * LANES + row)
+        return pages + sums + self.num_queries * query_vmem_bytes(geometry, self.num_splits)
 
-    def smem_bytes(self, resident: bool) -> int:
-        """Scalar memory of the walk's schedule and of page ids."""
-        ids = self.num_queries * self.max_pages if resident else _TABLE_ENTRIES * LANES
-        segments = self.num_cores * (self.num_queries * self.num_splits + 1)
-        return 4 * (ids + 4 * segments + 2 * self.num_queries + self.num_cores)
+    def smem_bytes(self, sizes: Sizes) -> int:
+        """Scalar memory of an agenda that is not paged: the walk's steps, and page ids."""
+        blocks = self.num_queries * -(-self.max_pages // sizes.block_pages)
+        steps = -(-blocks // sizes.step_blocks) + self.num_cores * (2 * sizes.ring_places + 1)
+        ids = self.num_rows * self.max_pages + sizes.block_pages
+        return 4 * (ids + steps * sizes.step_blocks * _STEP_FIELDS)
+
+
+def query_vmem_bytes(geometry: Geometry, num_splits: int) -> int:
+    """Bytes of one query and its results, all of which stay during a call."""
+    row = round_up(geometry.format.row_dim, LANES)
+    results = 4 * (geometry.rows * row + round_up(geometry.lse_tiles, SUBLANES) * LANES)
+    return geometry.rows * row * geometry.format.dtype.itemsize + num_splits * results
 
 
 def vmem_page_bytes(page_format: PageFormat) -> int:
@@ -74,51 +108,54 @@ def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> 
     Raises:
       NotImplementedError: if it cannot fit; naming what would.
     """
-    page_format, resident = demand.geometry.format, _table_resident(demand, chip)
-    page_bytes, room = vmem_page_bytes(page_format), chip.vmem_bytes - _VMEM_RESERVE_BYTES
-    if block_pages is None:
-        pages = _model_block_pages(demand)
-        pages = pages if resident else min(pages, LANES)
-        while pages > 1 and demand.vmem_bytes(pages, _MIN_RING_BLOCKS) > room:
-            pages //= 2
-    elif resident or (block_pages <= LANES and not block_pages & (block_pages - 1)):
-        pages = block_pages
-    else:  # a window of the table must hold a whole number of blocks
+    page_format, room = demand.geometry.format, chip.vmem_bytes - _VMEM_RESERVE_BYTES
+    wanted = _wanted(demand, chip, block_pages or _model_block_pages(demand))
+    for sizes in _ever_smaller(wanted, fixed_block=block_pages is not None):
+        if demand.vmem_bytes(sizes) <= room:
+            break
+    else:
+        page_bytes = vmem_page_bytes(page_format)
         raise NotImplementedError(
-            f"pages_per_block={block_pages}: a table of {demand.num_queries} x {demand.max_pages} "
-            f"page ids does not fit the {chip.smem_bytes:,} B of scalar memory and is read in "
-            f"windows of {LANES}; use a power of two of at most {LANES}, or None"
+            f"{sizes.ring_blocks} blocks of {sizes.block_pages} pages take "
+            f"{demand.vmem_bytes(sizes):,} B of VMEM, a kernel has {room:,} B: a page of "
+            f"{page_format.page_size} tokens x {page_format.num_kv_heads} KV heads is "
+            f"{page_bytes:,} B. Use fewer pages per block, "
+            "a smaller page_size, or split the KV heads over more devices"
         )
-    in_flight = math.ceil(chip.bytes_in_flight / (pages * page_bytes))
-    ring = max(3, min(_MAX_RING_BLOCKS, 1 + in_flight))
-    while ring > _MIN_RING_BLOCKS and demand.vmem_bytes(pages, ring) > room:
-        ring -= 1
-    if (vmem := demand.vmem_bytes(pages, ring)) > room:
+    if demand.smem_bytes(sizes) <= chip.smem_bytes - _SMEM_RESERVE_BYTES:
+        return sizes
+    if sizes.block_pages > LANES:
         raise NotImplementedError(
-            f"{ring} blocks of {pages} pages take {vmem:,} B of VMEM, a kernel has {room:,} B: a "
-            f"page of {page_format.page_size} tokens x {page_format.num_kv_heads} KV heads is "
-            f"{page_bytes:,} B. Use fewer pages per block, a smaller page_size, or split the KV "
-            "heads over more devices"
+            f"pages_per_block={sizes.block_pages}: a table of {demand.num_rows} x "
+            f"{demand.max_pages} page ids does not fit the {chip.smem_bytes:,} B of scalar memory "
+            f"and is read in windows of {LANES}; use at most {LANES}, or None"
         )
-    chunk = max(1, min(pages, _CHUNK_TOKENS // page_format.page_size))
-    while pages % chunk:
-        chunk -= 1
-    return Sizes(pages, chunk, ring, 0 if resident else _TABLE_ENTRIES)
+    return dataclasses.replace(sizes, paged=True)
 
 
-def _table_resident(demand: Demand, chip: Chip) -> bool:
-    """Whether all page ids fit scalar memory beside the schedule, which must."""
-    room = chip.smem_bytes - _SMEM_RESERVE_BYTES
-    if demand.smem_bytes(resident=True) <= room:
-        return True
-    if (smem := demand.smem_bytes(resident=False)) > room:
-        raise NotImplementedError(
-            f"the schedule of {demand.num_queries} sequences x {demand.num_splits} splits takes "
-            f"{smem:,} B of scalar memory, a core has {chip.smem_bytes:,} B, "
-            f"{_SMEM_RESERVE_BYTES:,} B of it reserved; split the batch over the mesh's `seqs` "
-            "axis or over calls, or use backend='xla'"
-        )
-    return False
+def _wanted(demand: Demand, chip: Chip, block_pages: int) -> Sizes:
+    """The best sizes, if there is room."""
+    step_blocks = min(chip.step_blocks, _model_step_blocks(demand, block_pages))
+    step_bytes = step_blocks * block_pages * vmem_page_bytes(demand.geometry.format)
+    places = math.ceil((chip.bytes_in_flight / step_bytes + 1) / 2)
+    return Sizes(block_pages, step_blocks, min(max(places, _MIN_RING_PLACES), _MAX_RING_PLACES))
+
+
+def _ever_smaller(sizes: Sizes, *, fixed_block: bool) -> Iterator[Sizes]:
+    """First fewer places, then fewer blocks a step, then smaller blocks."""
+    yield sizes
+    while sizes.ring_places > _MIN_RING_PLACES:
+        sizes = dataclasses.replace(sizes, ring_places=sizes.ring_places - 1)
+        yield sizes
+    while sizes.step_blocks > 1:
+        sizes = dataclasses.replace(sizes, step_blocks=sizes.step_blocks // 2)
+        yield sizes
+    while sizes.ring_places > 1:
+        sizes = dataclasses.replace(sizes, ring_places=sizes.ring_places - 1)
+        yield sizes
+    while sizes.block_pages > 1 and not fixed_block:
+        sizes = dataclasses.replace(sizes, block_pages=sizes.block_pages // 2)
+        yield sizes
 
 
 def _model_block_pages(demand: Demand) -> int:
@@ -126,4 +163,13 @@ def _model_block_pages(demand: Demand) -> int:
     token_bytes = vmem_page_bytes(page_format) / page_format.page_size
     tokens = max(_MIN_BLOCK_TOKENS, min(_MAX_BLOCK_TOKENS, _BLOCK_BYTES / token_bytes))
     pages = 1 << (max(1, int(tokens) // page_format.page_size).bit_length() - 1)
-    return min(pages, _MAX_BLOCK_PAGES, 1 << (demand.max_pages - 1).bit_length())
+    return min(pages, LANES, _power_of_two(demand.max_pages))
+
+
+def _model_step_blocks(demand: Demand, block_pages: int) -> int:
+    """As many blocks as hide each other's latencies, keep in registers, and there are."""
+    geometry = demand.geometry
+    bytes_each = block_pages * vmem_page_bytes(geometry.format)
+    tiles_each = geometry.rows // SUBLANES * -(-block_pages * geometry.format.page_rows // LANES)
+    there_are = demand.num_queries * max(demand.num_splits, -(-demand.max_pages // block_pages))
+    return max(1, min(_STEP_BYTES // bytes_each, _STEP_TILES // tiles_each, there_are))

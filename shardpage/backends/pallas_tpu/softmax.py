@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from ...options import HUGE_SOFT_CAP, UNCAPPED
 from .geometry import LANES, Geometry
@@ -41,8 +42,8 @@ class Logits:
         return jnp.where(jnp.abs(ratio) <= FLOAT32_MAX, logits, jnp.nan)
 
 
-class State(NamedTuple):
-    """References to the running softmax of all rows, float32."""
+class Sums(NamedTuple):
+    """The softmax of some rows over some tokens."""
 
     maximum: Any  # [rows, 128], each row repeated over the lanes
     total: Any  # [rows, 128], likewise
@@ -50,92 +51,141 @@ class State(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The tokens that may be seen, `[start, stop)`, and the number of the chunk's first token."""
+    """The tokens of a block that may be seen, `[start, stop)`, counted from its first."""
 
     start: jax.Array
     stop: jax.Array
-    first_token: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Some pages of the block at one place of the ring."""
+class View:
+    """A block in fast memory, and the queries that see it."""
 
     geometry: Geometry
-    buffers: Sequence[Any]
-    place: jax.Array
-    first_page: jax.Array | int
+    buffers: Sequence[Any]  # [places, step_pages, *page_shape]
+    place: jax.Array | int
+    first_page: int
     num_pages: int
+    used_pages: jax.Array  # that hold tokens to be seen
+    query: Any  # [rows, row_dim] in the caches' dtype
+    span: Span
 
     @property
     def num_rows(self) -> int:
         """Cache rows per KV head."""
         return self.num_pages * self.geometry.format.page_rows
 
-    def load(self, which: int, head: int) -> jax.Array:
-        """A head's keys (0) or values (1), [num_rows, row_dim]."""
-        pages = pl.ds(self.first_page, self.num_pages)
+    def keys(self, head: int) -> jax.Array:
+        """A head's keys, [num_rows, row_dim]."""
+        pages = self._pages(0, pl.ds(self.first_page, self.num_pages))[:, head]
+        return pages.reshape(self.num_rows, -1)
+
+    def values(self, head: int) -> jax.Array:
+        """A head's values, [num_rows, row_dim]; zeros in pages that are not used."""
+        pages = self._pages(1, pl.ds(self.first_page, self.num_pages))[:, head]
+        words = pltpu.bitcast(pages.reshape(self.num_rows, -1), jnp.int32)
+        words = words.reshape(self.num_pages, -1, words.shape[-1])
+        page = lax.broadcasted_iota(jnp.int32, words.shape, 0)
+        words = jnp.where(page < self.used_pages, words, 0).reshape(-1, words.shape[-1])
+        return pltpu.bitcast(words, pages.dtype)
+
+    def clean(self, which: int) -> None:
+        """Zeros the keys or values in the first and the last page that must not be seen.
+
+        For a weight of 0 does not silence a NaN.
+        """
+        for page in (0, jnp.maximum(self.used_pages - 1, 0)):
+            elements = self._pages(which, self.first_page + page)
+            first = page * self.geometry.format.page_size
+            span = Span(self.span.start - first, self.span.stop - first)
+            seen = _seen_elements(self.geometry, self.geometry.format.page_rows, span)
+            elements[...] = jnp.where(seen, elements[...], 0)
+
+    def _pages(self, which: int, pages: Any) -> Any:
+        """Reference to keys or values of some pages, or of one."""
         if self.geometry.format.fused:
-            loaded = self.buffers[0][self.place, pages, which, head]
-        else:
-            loaded = self.buffers[which][self.place, pages, head]
-        return loaded.reshape(self.num_rows, self.geometry.format.row_dim)
+            return self.buffers[0].at[self.place, pages, which]
+        return self.buffers[which].at[self.place, pages]
 
 
-def reset(state: State) -> None:
-    """No tokens seen yet."""
-    state.maximum[...] = jnp.full(state.maximum.shape, -FLOAT32_MAX, jnp.float32)
-    state.total[...] = jnp.zeros(state.total.shape, jnp.float32)
-    state.out[...] = jnp.zeros(state.out.shape, jnp.float32)
+def attend(views: Sequence[View], logits: Logits) -> list[Sums]:
+    """The softmax over each block by itself, of all its query's rows.
 
-
-def attend(chunk: Chunk, query: Any, state: State, logits: Logits, span: Span | None) -> None:
-    """Adds a chunk to the running softmax of all rows.
-
-    Args:
-      chunk: where keys and values are.
-      query: reference to the query rows, [rows, row_dim] in the caches' dtype.
-      state: is updated.
-      logits: scale and cap.
-      span: None if all tokens of the chunk are seen. Otherwise nothing of the others reaches the
-        result, whatever they are.
+    Nothing of the tokens outside of a block's span reaches its result, whatever they are.
     """
-    groups = range(chunk.geometry.num_groups)
-    # Phase by phase rather than group by group: one group's matmul hides another's softmax.
-    scores = [_scores(chunk, group, query, logits, span) for group in groups]
-    weights = [_weights(chunk.geometry, group, scores[group], state) for group in groups]
-    for group in groups:
-        _add_values(chunk, group, *weights[group], state, span)
+    chains = [(view, group) for view in views for group in range(view.geometry.num_groups)]
+    if views[0].geometry.format.pack > 1:  # other tokens of a row are in its products
+        for view in views:
+            view.clean(0)
+    # Phase by phase rather than block by block: one's matmul hides another's softmax.
+    scores = [_scores(view, group, logits) for view, group in chains]
+    for view in views:
+        view.clean(1)
+    weights = [
+        _weights(each, view.geometry) for each, (view, _) in zip(scores, chains, strict=True)
+    ]
+    outs = [_values(view, group, w.out) for w, (view, group) in zip(weights, chains, strict=True)]
+    sums = [w._replace(out=out) for w, out in zip(weights, outs, strict=True)]
+    groups = len(chains) // len(views)
+    return [_stack(sums[i * groups : (i + 1) * groups]) for i in range(len(views))]
+
+
+def _stack(groups: Sequence[Sums]) -> Sums:
+    """The rows of all groups."""
+    return Sums(*(x[0] if len(x) == 1 else jnp.concatenate(x) for x in zip(*groups, strict=True)))
+
+
+def nothing(rows: int, row_dim: int) -> Sums:
+    """No tokens seen."""
+    full = lambda value, width: jnp.full((rows, width), value, jnp.float32)
+    return Sums(full(-FLOAT32_MAX, LANES), full(0.0, LANES), full(0.0, row_dim))
+
+
+def load(refs: Sums) -> Sums:
+    return Sums(*(ref[...] for ref in refs))
+
+
+def store(refs: Sums, sums: Sums) -> None:
+    for ref, value in zip(refs, sums, strict=True):
+        ref[...] = value
+
+
+def forget(sums: Sums, begins: jax.Array) -> Sums:
+    """Nothing, where a segment begins, else the same."""
+    fresh = nothing(*sums.out.shape)
+    return Sums(*(jnp.where(begins, x, y) for x, y in zip(fresh, sums, strict=True)))
+
+
+def add(before: Sums, block: Sums) -> Sums:
+    """The softmax over the tokens of both."""
+    maximum = jnp.maximum(before.maximum, block.maximum)
+    parts = [(each, jnp.exp2(each.maximum - maximum)) for each in (before, block)]
+    total = sum(each.total * fade for each, fade in parts)
+    out = sum(each.out * _across(fade, each.out.shape[1]) for each, fade in parts)
+    return Sums(maximum, total, out)
 
 
 def _rows(geometry: Geometry, group: int):
     return pl.ds(group * geometry.rows_per_group, geometry.rows_per_group)
 
 
-def _scores(chunk, group, query, logits, span) -> jax.Array:
+def _scores(view: View, group: int, logits: Logits) -> jax.Array:
     """Logits of a group's rows, -inf where a token is not seen; [rows_per_group, num_rows]."""
-    geometry = chunk.geometry
-    keys = [chunk.load(0, head) for head in geometry.heads_of(group)]
-    if span is not None and geometry.format.pack > 1:  # other tokens of a row are in its products
-        seen = _seen_elements(geometry, chunk.num_rows, span)
-        keys = [jnp.where(seen, key, 0) for key in keys]
-    queries = query[_rows(geometry, group), :]
+    geometry = view.geometry
+    keys = [view.keys(head) for head in geometry.heads_of(group)]
+    queries = view.query[_rows(geometry, group), :]
     scores = logits(_own_rows(geometry, [_dot(queries, key, over=1) for key in keys]))
-    if span is not None:
-        scores = jnp.where(_seen_logits(geometry, chunk.num_rows, span), scores, -jnp.inf)
-    return scores
+    return jnp.where(_seen_logits(geometry, view.num_rows, view.span), scores, -jnp.inf)
 
 
-def _weights(geometry, group, scores, state) -> tuple[jax.Array, jax.Array]:
-    """Updates maximum and total; returns the factor on what was summed so far, and the weights."""
-    rows = _rows(geometry, group)
-    old = state.maximum[rows, :]
-    new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-    weights = jnp.exp2(scores - _across(new, scores.shape[1]))
-    fade = jnp.exp2(old - new)
-    state.maximum[rows, :] = new
-    state.total[rows, :] = state.total[rows, :] * fade + jnp.sum(weights, axis=1, keepdims=True)
-    return fade, weights.astype(geometry.format.compute_dtype)
+def _weights(scores: jax.Array, geometry: Geometry) -> Sums:
+    """The maximum and the total, and for now the weights in place of the output."""
+    largest = jnp.maximum(jnp.max(scores, axis=1, keepdims=True), -FLOAT32_MAX)
+    weights = jnp.exp2(scores - largest)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    shape = (scores.shape[0], LANES)
+    maximum, total = (jnp.broadcast_to(x, shape) for x in (largest, total))
+    return Sums(maximum, total, weights.astype(geometry.format.compute_dtype))
 
 
 def _across(column: jax.Array, width: int) -> jax.Array:
@@ -143,15 +193,10 @@ def _across(column: jax.Array, width: int) -> jax.Array:
     return jnp.tile(column, (1, -(-width // LANES)))[:, :width]
 
 
-def _add_values(chunk, group, fade, weights, state, span) -> None:
-    geometry = chunk.geometry
-    values = [chunk.load(1, head) for head in geometry.heads_of(group)]
-    if span is not None:  # a weight of 0 does not silence a NaN
-        seen = _seen_elements(geometry, chunk.num_rows, span)
-        values = [jnp.where(seen, value, 0) for value in values]
-    added = _own_rows(geometry, [_dot(weights, value, over=0) for value in values])
-    rows = _rows(geometry, group)
-    state.out[rows, :] = state.out[rows, :] * _across(fade, geometry.format.row_dim) + added
+def _values(view: View, group: int, weights: jax.Array) -> jax.Array:
+    geometry = view.geometry
+    values = [view.values(head) for head in geometry.heads_of(group)]
+    return _own_rows(geometry, [_dot(weights, value, over=0) for value in values])
 
 
 def _dot(rows: jax.Array, matrix: jax.Array, *, over: int) -> jax.Array:
@@ -181,7 +226,7 @@ def _seen_logits(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
         if geometry.rows_per_group > geometry.rows_per_head:  # several heads, of 2 ** n rows each
             row &= geometry.rows_per_head - 1
         token = token * geometry.format.pack + lax.div(row, geometry.queries_per_kv_head)
-    return _within(token + span.first_token, span)
+    return _within(token, span)
 
 
 def _seen_elements(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
@@ -191,19 +236,25 @@ def _seen_elements(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
     if geometry.format.pack > 1:
         lane = lax.broadcasted_iota(jnp.int32, shape, 1)
         token = token * geometry.format.pack + lax.div(lane, geometry.format.key_dim)
-    return _within(token + span.first_token, span)
+    return _within(token, span)
 
 
 def _within(token: jax.Array, span: Span) -> jax.Array:
     return (token >= span.start) & (token < span.stop)
 
 
-def write_result(state: State, result: Any) -> None:
-    """Divides, and writes `[rows, row_dim]` values and the natural lse in the last 128 lanes."""
-    total = state.total[...]
-    some = total != 0  # NaN, too, is something
-    lse = jnp.where(some, state.maximum[...] + jnp.log2(total), -jnp.inf) / LOG2_E
-    row_dim = state.out.shape[-1]
-    inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
-    result[:, pl.ds(0, row_dim)] = state.out[...] * _across(inverse, row_dim)
-    result[:, pl.ds(result.shape[-1] - LANES, LANES)] = lse
+def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
+    """The output, [rows, row_dim], and the natural lse, [rows, 128] of equal lanes."""
+    some = sums.total != 0  # NaN, too, is something
+    lse = jnp.where(some, sums.maximum + jnp.log2(sums.total), -jnp.inf) / LOG2_E
+    inverse = jnp.where(some, 1 / jnp.where(some, sums.total, 1.0), 0.0)
+    return sums.out * _across(inverse, sums.out.shape[1]), lse
+
+
+def as_lanes(column: jax.Array, tiles: int) -> jax.Array:
+    """Lays rows of equal lanes, [rows, 128], side by side: `[tiles, 128]`, 128 rows in each."""
+    row = lax.broadcasted_iota(jnp.int32, column.shape, 0)
+    lane = lax.broadcasted_iota(jnp.int32, column.shape, 1)
+    own = jnp.where(row % LANES == lane, column, 0.0)
+    parts = [own[tile * LANES : (tile + 1) * LANES] for tile in range(tiles)]
+    return jnp.concatenate([jnp.sum(part, axis=0, keepdims=True) for part in parts])

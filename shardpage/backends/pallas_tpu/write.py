@@ -1,26 +1,48 @@
 """`write` of the TPU backend: only the tiles that get tokens are read and written, in place."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
 from ...options import Tuning
+from ...page_format import PageFormat
 from ...plan import Writes
 from ...varying import vary_together
 from . import write_kernel
-from .chip import interpreter
+from .chip import chip_of, interpreter
 from .config import check_format
+from .geometry import LANES, SUBLANES, round_up
 from .transforms import as_kernel
 
-# Bounds what a call takes besides the cache: scalar memory for its schedule, tokens in float32.
-_TOKENS_PER_CALL = 1 << 13
+# Of tokens that a call keeps in fast memory.
+_TOKEN_BYTES = 4 << 20
+
+
+def prepare_writes(
+    writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning
+) -> tuple[write_kernel.Schedule, ...]:
+    """Sorts the tokens of each call of the kernel; see `shardpage.backends` for the contract."""
+    check_format(page_format)
+    tiles = write_kernel.Tiles(page_format)
+    parts = _parts(writes.page.shape[0], page_format)
+    return tuple(
+        write_kernel.schedule(tiles, num_pages, writes.page[part], writes.slot[part])
+        for part in parts
+    )
+
+
+def _parts(num_tokens: int, page_format: PageFormat) -> list[slice]:
+    """The tokens of each call."""
+    rows = round_up(2 * page_format.num_kv_heads, SUBLANES)
+    most = max(SUBLANES, _TOKEN_BYTES // (4 * rows * round_up(page_format.row_dim, LANES)))
+    return [slice(first, first + most) for first in range(0, num_tokens, most)]
 
 
 def write(
@@ -28,44 +50,64 @@ def write(
     key: Float[Array, "tokens num_kv_heads key_dim"],
     value: Float[Array, "tokens num_kv_heads value_dim"],
     writes: Writes,
-    tuning: Tuning,
+    work: Any,
+    tuning: Tuning | None = None,
 ) -> PagedKVCache:
-    """Writes tokens into local pages; see `shardpage.backends` for the contract."""
+    """Writes tokens into local pages; see `shardpage.backends` for the contract.
+
+    Args:
+      cache: is changed in place.
+      key: in the cache's dtype.
+      value: likewise.
+      writes: where tokens go.
+      work: of `prepare_writes`; None makes it here. May be left out.
+      tuning: options.
+    """
+    if tuning is None:
+        work, tuning = None, work
     check_format(cache.format)
-    tokens = cache.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
-    for start in range(0, key.shape[0], _TOKENS_PER_CALL):
-        part = slice(start, start + _TOKENS_PER_CALL)
-        some = Writes(*(x[part] for x in writes))
-        call = as_kernel(_write, tuning)
-        cache = cache.replace(call(cache, [x[part] for x in tokens], some))
+    if work is None:
+        work = prepare_writes(writes, cache.num_pages, cache.format, tuning)
+    words = _words(key, value, cache.format)
+    for part, schedule in zip(_parts(key.shape[0], cache.format), work, strict=True):
+        cache = cache.replace(as_kernel(_write, tuning)(cache, words[part], schedule))
     return cache
 
 
+def _words(key: jax.Array, value: jax.Array, page_format: PageFormat) -> jax.Array:
+    """Tokens as words that have an element in each place: in both halves, in all parts of a row."""
+    both = jnp.concatenate([key, value], axis=1)
+    if page_format.dtype.itemsize == 2:
+        half = lax.bitcast_convert_type(both, jnp.uint16).astype(jnp.uint32)
+        both = half | half << 16
+    return jnp.tile(lax.bitcast_convert_type(both, jnp.int32), page_format.pack)
+
+
 def _write(
-    tuning: Tuning, cache: PagedKVCache, tokens: Sequence[jax.Array], writes: Writes
+    tuning: Tuning, cache: PagedKVCache, words: jax.Array, schedule: write_kernel.Schedule
 ) -> tuple[jax.Array, ...]:
-    tiles = write_kernel.Tiles(cache.format)
-    schedule, order = write_kernel.schedule(tiles, cache.num_pages, *writes)
-    # A row per token, its elements repeated for each place that it may have in a cache row.
-    rows = tuple(
-        jnp.tile(x[order].astype(jnp.float32), cache.format.pack).reshape(-1, *tiles.token_shape)
-        for x in tokens
-    )
-    schedule, rows, arrays = vary_together(schedule, rows, cache.arrays)
+    tiles = write_kernel.Tiles(cache.format, together=chip_of(tuning).step_blocks)
+    first_page = jnp.zeros(1, jnp.int32)
+    *before, arrays = vary_together(schedule, first_page, words, cache.arrays)
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
-    hbm_arrays, num_before = (hbm,) * len(arrays), len(schedule) + len(rows)
+    hbm_arrays, num_before = (hbm,) * len(arrays), len(schedule) + 2
     shape_of = lambda array: jax.ShapeDtypeStruct(
         array.shape, array.dtype, manual_axis_type=jax.typeof(array).manual_axis_type
     )
     return pl.pallas_call(
         functools.partial(write_kernel.kernel, tiles=tiles),
-        in_specs=[jax.tree.map(lambda _: scalar, schedule), (hbm,) * len(rows), hbm_arrays],
+        in_specs=[
+            jax.tree.map(lambda _: scalar, schedule),
+            scalar,
+            pl.BlockSpec(memory_space=pltpu.VMEM),
+            hbm_arrays,
+        ],
         out_specs=hbm_arrays,
         out_shape=jax.tree.map(shape_of, arrays),
         input_output_aliases={num_before + i: i for i in range(len(arrays))},
-        scratch_shapes=write_kernel.scratch_shapes(tiles, len(arrays)),
+        scratch_shapes=write_kernel.scratch_shapes(tiles),
         compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         interpret=interpreter(tuning),
         name="shardpage_write",
-    )(schedule, rows, arrays)
+    )(*before, arrays)

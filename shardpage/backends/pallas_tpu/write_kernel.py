@@ -3,6 +3,10 @@
 HBM is written in tiles: 8 or 16 rows of one page, for all KV heads. A tile that gets tokens is
 read, changed and written back; nothing else of the cache is touched. Tokens come sorted, so that
 a tile is on its way only once however many tokens go there, and tiles never meet.
+
+Tiles are taken a few at a time, in one straight piece of code whose copies are predicated. Tiles
+and tokens are handled as words of 32 bits: of two rows of bfloat16, say, the half of each word that
+belongs to one.
 """
 
 import dataclasses
@@ -21,8 +25,9 @@ from jaxtyping import Array, Int
 from ...page_format import PageFormat
 from .geometry import SUBLANES
 
-_RING_BYTES = 4 << 20
+_RING_BYTES = 6 << 20
 _MAX_RING = 16
+_MAX_TOGETHER = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Tiles:
     """The tiles that pages of this format are written in."""
 
     format: PageFormat
+    together: int = _MAX_TOGETHER  # tiles in a group
 
     @property
     def rows(self) -> int:
@@ -43,165 +49,192 @@ class Tiles:
         return (*self.format.heads_shape, self.rows, self.format.row_dim)
 
     @property
-    def token_shape(self) -> tuple[int, ...]:
-        """One token for one cache array, as a row."""
-        return (*self.format.heads_shape, 1, self.format.row_dim)
-
-    @property
     def max_tokens(self) -> int:
         """Tokens that one tile may get."""
         return self.rows * self.format.pack
 
     @property
     def ring(self) -> int:
-        """Tiles on their way; even, half of them in."""
-        token_bytes = 4 * self.max_tokens * math.prod(self.token_shape)
-        tile_bytes = math.prod(self.shape) * self.format.dtype.itemsize
-        return max(2, min(_MAX_RING, _RING_BYTES // (tile_bytes + token_bytes) // 2 * 2))
+        """Groups of tiles on their way; even: half of them in, half of them out."""
+        tile_bytes = self.format.num_arrays * math.prod(self.shape) * self.format.dtype.itemsize
+        groups = _RING_BYTES // (tile_bytes * self.together)
+        return max(2, min(_MAX_RING, groups // 2 * 2))
 
 
 class Schedule(NamedTuple):
-    """Tokens sorted by tile, for scalar memory; int32. Dropped tokens are last."""
+    """Tokens sorted by tile, for scalar memory; int32. Dropped tokens are last.
 
-    first: Int[Array, " num_tokens_plus_1"]  # tile -> its first token; then where the last ends
-    page: Int[Array, " num_tokens"]
-    slot: Int[Array, " num_tokens"]
+    There are as many tiles as tokens at most, and a group more, which get no token.
+    """
+
     num_tiles: Int[Array, " 1"]
+    page: Int[Array, " num_tiles"]
+    row: Int[Array, " num_tiles"]  # the tile's first, in its page
+    first: Int[Array, " num_tiles"]  # its first token; then where the last tile ends
+    token: Int[Array, " num_tokens_plus_1"]  # its number before sorting
+    slot: Int[Array, " num_tokens_plus_1"]  # counted in its tile
 
 
 def schedule(
     tiles: Tiles, num_pages: int, page: Int[Array, " num_tokens"], slot: Int[Array, " num_tokens"]
-) -> tuple[Schedule, Int[Array, " num_tokens"]]:
-    """Sorts tokens by the tile that they go to.
-
-    Returns:
-      The schedule, and the order of the tokens in it. A page id outside of the cache drops a token.
-    """
+) -> Schedule:
+    """Sorts tokens by the tile that they go to. A page id outside of the cache drops a token."""
     num_tokens = page.shape[0]
     held = (page >= 0) & (page < num_pages)
     tiles_per_page = tiles.format.page_rows // tiles.rows
     tile = page * tiles_per_page + slot // tiles.max_tokens
     tile = jnp.where(held, tile, num_pages * tiles_per_page)
-    order = jnp.argsort(tile)
+    order = jnp.argsort(tile).astype(jnp.int32)
     tile = tile[order]
     before = jnp.concatenate([jnp.full((1,), -1, jnp.int32), tile[:-1]])
     starts = (tile != before) & held[order]
     num_held = jnp.sum(held, dtype=jnp.int32)
-    index = jnp.arange(num_tokens, dtype=jnp.int32)
-    first = jnp.sort(jnp.append(jnp.where(starts, index, num_held), num_held))
-    num_tiles = jnp.sum(starts, dtype=jnp.int32).reshape(1)
-    return Schedule(first, page[order], slot[order], num_tiles), order
+    first = jnp.sort(jnp.where(starts, jnp.arange(num_tokens, dtype=jnp.int32), num_held))
+    first = jnp.concatenate([first, jnp.full((_MAX_TOGETHER,), num_held)])
+    order, tile = (jnp.append(x, jnp.int32(0)) for x in (order, tile))
+    return Schedule(
+        num_tiles=jnp.sum(starts, dtype=jnp.int32).reshape(1),
+        page=tile[first] // tiles_per_page,
+        row=tile[first] % tiles_per_page * tiles.rows,
+        first=first,
+        token=order,
+        slot=slot[order] % tiles.max_tokens,
+    )
 
 
 class Scratch(NamedTuple):
-    """References, one of each per cache array, but for the semaphores."""
+    """References; tiles one for each cache array."""
 
-    tiles: Sequence[Any]  # [ring, *heads, rows, row_dim]
-    tokens: Sequence[Any]  # [ring, max_tokens, *heads, 1, row_dim] float32
+    tiles: Sequence[Any]  # [ring, together, *heads, rows, row_dim]
     fetched: Any  # semaphores, [ring]
     stored: Any
 
 
-def scratch_shapes(tiles: Tiles, num_arrays: int) -> Scratch:
-    buffer = pltpu.VMEM((tiles.ring, *tiles.shape), tiles.format.dtype)
-    tokens = pltpu.VMEM((tiles.ring, tiles.max_tokens, *tiles.token_shape), jnp.float32)
+def scratch_shapes(tiles: Tiles) -> Scratch:
+    buffer = pltpu.VMEM((tiles.ring, tiles.together, *tiles.shape), tiles.format.dtype)
     semaphores = pltpu.SemaphoreType.DMA((tiles.ring,))
-    return Scratch((buffer,) * num_arrays, (tokens,) * num_arrays, semaphores, semaphores)
+    return Scratch((buffer,) * tiles.format.num_arrays, semaphores, semaphores)
 
 
-def kernel(schedule, tokens, caches_in, *caches_and_scratch, tiles: Tiles) -> None:
+def kernel(schedule, first_page, tokens, caches_in, *caches_and_scratch, tiles: Tiles) -> None:
     """The body of the `pallas_call`; the caches after `caches_in` are the same, aliased."""
     caches, scratch = caches_and_scratch[: len(caches_in)], caches_and_scratch[len(caches_in) :]
-    Kernel(tiles, schedule, tokens, caches, Scratch(*scratch)).run()
+    Kernel(tiles, schedule, first_page[0], tokens, caches, Scratch(*scratch)).run()
+
+
+class Tile(NamedTuple):
+    """A tile of the schedule, and its place in the ring."""
+
+    number: jax.Array
+    place: jax.Array
+    index: int  # in its group
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The phases of the pipeline; `tile` counts the tiles of the schedule."""
+    """The phases of the pipeline, each of a group of tiles."""
 
     tiles: Tiles
     schedule: Any
-    tokens: Sequence[Any]  # [num_tokens, *heads, 1, row_dim] float32 in HBM
+    first_page: jax.Array  # added to all page ids
+    tokens: Any  # [num_tokens, 2 * num_kv_heads, row_dim] words: of keys, then of values
     caches: Sequence[Any]
     scratch: Scratch
 
     def run(self) -> None:
-        count = self.schedule.num_tiles[0]
         ahead = self.tiles.ring // 2
-        pl.loop(0, jnp.minimum(ahead, count))(self.start_fetch)
+        num_groups = lax.div(self.num_tiles + (self.tiles.together - 1), self.tiles.together)
+        pl.loop(0, jnp.minimum(ahead, num_groups))(self.fetch)
 
-        @pl.loop(0, count)
-        def _(tile):
-            coming = tile + ahead
-            # The place of the coming tile was last used by the one `ahead` before this.
-            pl.when((tile >= ahead) & (coming < count))(lambda: self.wait_store(tile - ahead))
-            pl.when(coming < count)(lambda: self.start_fetch(coming))
-            self.wait_fetch(tile)
-            pl.loop(*self.span(tile))(lambda token: self.put(tile, token))
-            self.start_store(tile)
+        @pl.loop(0, num_groups)
+        def _(group):
+            # The place of the coming group was last used by the one `ahead` before this.
+            pl.when(group >= ahead)(lambda: self.wait(group - ahead, self.scratch.stored))
+            self.wait(group, self.scratch.fetched)
+            pl.when(group + ahead < num_groups)(lambda: self.fetch(group + ahead))
+            self.put_all(group)
+            self.store(group)
 
-        pl.loop(jnp.maximum(count - 2 * ahead, 0), count)(self.wait_store)
+        first = jnp.maximum(num_groups - ahead, 0)
+        pl.loop(first, num_groups)(lambda group: self.wait(group, self.scratch.stored))
 
-    def place(self, tile: jax.Array) -> jax.Array:
-        """A tile's place in the ring."""
-        return lax.rem(tile, self.tiles.ring)
+    @property
+    def num_tiles(self) -> jax.Array:
+        return self.schedule.num_tiles[0]
 
-    def span(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The tokens of a tile."""
-        return self.schedule.first[tile], self.schedule.first[tile + 1]
+    def group(self, group: jax.Array) -> list[Tile]:
+        place, first = lax.rem(group, self.tiles.ring), group * self.tiles.together
+        return [Tile(first + index, place, index) for index in range(self.tiles.together)]
 
-    def start_fetch(self, tile: jax.Array) -> None:
-        place, (first, end) = self.place(tile), self.span(tile)
-        semaphore = self.scratch.fetched.at[place]
-        for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True):
-            pltpu.make_async_copy(self.tile_of(cache, first), buffer.at[place], semaphore).start()
+    def fetch(self, group: jax.Array) -> None:
+        for tile in self.group(group):
+            for copy in self.copies(tile, self.scratch.fetched, in_=True):
+                pl.when(tile.number < self.num_tiles)(copy.start)
 
-        @pl.loop(first, end)
-        def _(token):
-            for tokens, buffer in zip(self.tokens, self.scratch.tokens, strict=True):
-                target = buffer.at[place, token - first]
-                pltpu.make_async_copy(tokens.at[token], target, semaphore).start()
+    def store(self, group: jax.Array) -> None:
+        for tile in self.group(group):
+            for copy in self.copies(tile, self.scratch.stored, in_=False):
+                pl.when(tile.number < self.num_tiles)(copy.start)
 
-    def wait_fetch(self, tile: jax.Array) -> None:
-        place = self.place(tile)
-        semaphore = self.scratch.fetched.at[place]
-        for buffer in self.scratch.tiles:
-            pltpu.make_async_copy(buffer.at[place], buffer.at[place], semaphore).wait()
+    def wait(self, group: jax.Array, semaphores: Any) -> None:
+        """Waits for the tiles of a group: one wait for each binary digit of their number."""
+        place = lax.rem(group, self.tiles.ring)
+        count = jnp.minimum(self.num_tiles - group * self.tiles.together, self.tiles.together)
+        for digit in reversed(range(self.tiles.together.bit_length())):
+            for buffer in self.scratch.tiles:
+                tiles = buffer.at[place, pl.ds(0, 1 << digit)]
+                copy = pltpu.make_async_copy(tiles, tiles, semaphores.at[place])
+                pl.when(count & (1 << digit) != 0)(copy.wait)
 
-        @pl.loop(*self.span(tile))
-        def _(_token):
-            for buffer in self.scratch.tokens:
-                pltpu.make_async_copy(buffer.at[place, 0], buffer.at[place, 0], semaphore).wait()
+    def copies(self, tile: Tile, semaphores: Any, *, in_: bool) -> list[Any]:
+        page = self.schedule.page[tile.number] + self.first_page
+        first_row = pl.multiple_of(self.schedule.row[tile.number], self.tiles.rows)
+        rows = pl.ds(first_row, self.tiles.rows)
+        at = self.tiles.format.page_at(page, slice(None), rows)
+        ends = [
+            (cache.at[at], buffer.at[tile.place, tile.index])
+            for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True)
+        ]
+        semaphore = semaphores.at[tile.place]
+        return [pltpu.make_async_copy(*(x if in_ else x[::-1]), semaphore) for x in ends]
 
-    def put(self, tile: jax.Array, token: jax.Array) -> None:
-        """Replaces the token's elements in the tile."""
-        place, page_format, shape = self.place(tile), self.tiles.format, self.tiles.shape[-2:]
-        slot = lax.rem(self.schedule.slot[token], self.tiles.max_tokens)  # counted in the tile
-        own = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.div(slot, page_format.pack)
+    def put_all(self, group: jax.Array) -> None:
+        """Puts the first token of each tile, and then the others of those that get several."""
+        tiles, first = self.group(group), self.schedule.first
+        for tile in tiles:
+            self.put(tile, first[tile.number], tile.number < self.num_tiles)
+        begin = group * self.tiles.together
+        end = jnp.minimum(begin + self.tiles.together, self.num_tiles)
+
+        @pl.when(first[end] - first[begin] > end - begin)
+        def _():
+            for tile in tiles:
+                others = (first[tile.number] + 1, first[tile.number + 1])
+                pl.loop(*others)(lambda token, tile=tile: self.put(tile, token, True))
+
+    def put(self, tile: Tile, token: jax.Array, really: jax.Array | bool) -> None:
+        """Replaces a token's elements in its tile."""
+        page_format, number = self.tiles.format, self.schedule.token[token]
+        own = self.own_bits(self.schedule.slot[token], really)
+        others = ~own
+        heads = list(np.ndindex(*page_format.heads_shape))
+        for which, buffer in enumerate(self.scratch.tiles):
+            for index, head in enumerate(heads):
+                at = (tile.place, tile.index, *head)
+                old = pltpu.bitcast(buffer[at], jnp.int32)
+                new = self.tokens[number, pl.ds(which * len(heads) + index, 1), :]
+                words = (old & others) | (new & own)
+                buffer[at] = pltpu.bitcast(words, page_format.dtype)
+
+    def own_bits(self, slot: jax.Array, really: jax.Array | bool) -> jax.Array:
+        """The bits of a tile's words, [rows of words, row_dim], that belong to a slot."""
+        page_format = self.tiles.format
+        row, in_word = lax.div(slot, page_format.pack), 4 // page_format.dtype.itemsize
+        halves = jnp.where(row & 1 == 1, jnp.int32(-1 << 16), jnp.int32((1 << 16) - 1))
+        bits = jnp.where(really, jnp.int32(-1) if in_word == 1 else halves, 0)
+        shape = (self.tiles.rows // in_word, page_format.row_dim)
+        own = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.div(row, in_word)
         if page_format.pack > 1:
             lane = lax.broadcasted_iota(jnp.int32, shape, 1)
             own &= lax.div(lane, page_format.key_dim) == lax.rem(slot, page_format.pack)
-        index = token - self.schedule.first[tile]
-        for buffer, tokens in zip(self.scratch.tiles, self.scratch.tokens, strict=True):
-            for head in np.ndindex(*page_format.heads_shape):
-                old = buffer[(place, *head)].astype(jnp.float32)
-                new = jnp.where(own, tokens[(place, index, *head)], old)
-                buffer[(place, *head)] = new.astype(page_format.dtype)
-
-    def start_store(self, tile: jax.Array) -> None:
-        place = self.place(tile)
-        for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True):
-            target = self.tile_of(cache, self.schedule.first[tile])
-            pltpu.make_async_copy(buffer.at[place], target, self.scratch.stored.at[place]).start()
-
-    def wait_store(self, tile: jax.Array) -> None:
-        place = self.place(tile)
-        semaphore = self.scratch.stored.at[place]
-        for buffer in self.scratch.tiles:
-            pltpu.make_async_copy(buffer.at[place], buffer.at[place], semaphore).wait()
-
-    def tile_of(self, cache: Any, token: jax.Array):
-        page = self.schedule.page[token]
-        first_row = lax.div(self.schedule.slot[token], self.tiles.max_tokens) * self.tiles.rows
-        rows = pl.ds(pl.multiple_of(first_row, self.tiles.rows), self.tiles.rows)
-        return cache.at[self.tiles.format.page_at(page, slice(None), rows)]
+        return jnp.where(own, bits, 0)
