@@ -25,12 +25,11 @@ from .cases import build_mesh
 BITS = {2: np.uint16, 4: np.uint32}
 
 
-def make_cache(spec=None, num_pages=16, num_kv_heads=4, page_size=8, head_dim=64, **options):
+def make_cache(spec=None, axis_type="Auto", num_pages=16, num_kv_heads=4, **options):
     """A cache whose every bit is drawn: NaN, -0 and infinity among its values."""
-    mesh = None if spec is None else build_mesh(spec)
+    mesh = None if spec is None else build_mesh(spec, axis_type)
     options = {"dtype": jnp.float32, "kv_layout": "blocks_first"} | options
-    sizes = (num_pages, num_kv_heads, page_size, head_dim)
-    cache = PagedKVCache.zeros(*sizes, mesh=mesh, **options)
+    cache = PagedKVCache.zeros(num_pages, num_kv_heads, 8, 64, mesh=mesh, **options)
     rng = np.random.default_rng(num_pages)
 
     def draw(array):
@@ -65,6 +64,14 @@ MOVES = {
     "packed": ((None, {"packed": True}), (None, {"kv_layout": "heads_first"})),
     "into_packed": ((None, {"kv_layout": "fused"}), (None, {"kv_layout": "fused", "packed": True})),
     "meshes": (("data=2,context=4", {}), ("kv=4", {"kv_layout": "heads_first"})),
+    "three_heads": (
+        ("data=2,context=4", {"num_kv_heads": 3}),
+        ("kv=3", {"num_kv_heads": 3, "kv_layout": "fused"}),
+    ),
+    "explicit_axes": (
+        ("data=2,context=4", {"axis_type": "Explicit"}),
+        ("context=2,kv=4", {"axis_type": "Explicit"}),
+    ),
     "layers": (
         ("data=2,kv=2,context=2", {"num_layers": 3, "kv_layout": "heads_first"}),
         ("context=8", {"num_layers": 3, "kv_layout": "fused"}),
@@ -88,8 +95,9 @@ def test_every_bit_arrives_and_no_other_changes(move):
     before = content(source)
     pages = read_pages(source, ids, mesh=mesh)
     np.testing.assert_array_equal(bits(pages), before[:, ids])
-    target = write_pages(target, to_ids, pages, mesh=to_mesh)
-    np.testing.assert_array_equal(content(target), expected)
+    written = write_pages(target, to_ids, pages, mesh=to_mesh)
+    assert target.key.is_deleted()  # donated
+    np.testing.assert_array_equal(content(written), expected)
     np.testing.assert_array_equal(content(source), before)
 
 
@@ -100,6 +108,19 @@ def test_by_way_of_the_host():
     expected[:, [8, 1]] = content(source)[:, [4, 5]]
     pages = np.asarray(read_pages(source, [4, 5], mesh=mesh))
     np.testing.assert_array_equal(content(write_pages(target, [8, 1], pages)), expected)
+
+
+def test_in_a_shard_map_of_ones_own_ids_are_local():
+    cache, mesh = make_cache("kv=4")
+    layout = ShardLayout.of(mesh)
+    expected = content(cache)[:, [5]]
+    read = jax.shard_map(
+        lambda cache: read_pages(cache, [5]),
+        mesh=mesh,
+        in_specs=cache.spec(layout),
+        out_specs=layout.spec(None, None, None, "heads", None, None),
+    )
+    np.testing.assert_array_equal(bits(jax.jit(read)(cache)), expected)
 
 
 def test_padding_is_read_as_zeros_on_every_mesh():

@@ -75,31 +75,42 @@ def test_accepts(changes):
     check(**changes)
 
 
-SIZE = st.none() | st.integers(1, 13)
+SIZE = st.none() | st.integers(1, 9)
 ANY = st.fixed_dictionaries(
-    {"window": SIZE, "chunk": SIZE, "max_context_len": SIZE, "causal": st.booleans()}
+    {
+        "window": SIZE,
+        "chunk": SIZE,
+        "causal": st.booleans(),
+        "max_context_len": st.sampled_from([None, None, None, 11]),
+        "num_queries": st.sampled_from([12, 24, 24]),
+    }
 )
-FEW = st.sampled_from(({}, {"window": 3, "causal": False}, {"chunk": 5, "max_context_len": 11}))
+DEFAULTS = {"window": None, "chunk": None, "causal": True, "max_context_len": None}
+MASKED = {"window": 6, "chunk": 7, "causal": False, "max_context_len": 11}
+# Each is a program to compile.
+FEW = st.sampled_from([DEFAULTS | {"num_queries": 12}, MASKED | {"num_queries": 24}])
 
 
 @st.composite
 def drawn_steps(draw, options):
-    """Lengths, tables, new tokens and options, of which each may be wrong, but seldom is."""
+    """Lengths, tables, new tokens and options; a length, and up to three entries, may be wrong."""
     num_seqs, width = 4, 3
-    seldom = lambda usual, other: draw(other if draw(st.integers(0, 9)) == 0 else usual)
-    lens, new = [], []
-    for _ in range(num_seqs):
-        lens.append(seldom(st.integers(0, width * PAGE), st.sampled_from([-1, 13, 2**31 - 1])))
-        most = min(max(lens[-1], 0), width * PAGE)
-        new.append(seldom(st.integers(0, most), st.sampled_from([-3, lens[-1] % 20 + 1])))
+    lens = draw(st.lists(st.integers(0, width * PAGE), min_size=num_seqs, max_size=num_seqs))
+    new = [
+        draw(st.integers(0, min(length, 3) if draw(st.booleans()) else length)) for length in lens
+    ]
+    wrong = draw(st.integers(0, 7 * num_seqs))
+    if wrong < num_seqs:
+        array, values = draw(st.sampled_from([(lens, (-1, 13, 2**31 - 1)), (new, (-3, 11, 13))]))
+        array[wrong] = draw(st.sampled_from(values))
     pages = draw(st.permutations(range(num_seqs * width)))
     tables = np.array(pages).reshape(num_seqs, width)
-    for _ in range(draw(st.integers(0, 2))):
+    for _ in range(draw(st.integers(0, 3))):
         entry = draw(st.integers(0, num_seqs - 1)), draw(st.integers(0, width - 1))
-        tables[entry] = draw(st.integers(-1, num_seqs * width))
-    arrays = (np.array(x, np.int32) for x in (lens, tables, new))
-    return *arrays, {"num_queries": 24, "window": None, "chunk": None, "causal": True,
-                     "max_context_len": None} | draw(options)  # fmt: skip
+        tables[entry] = draw(st.sampled_from([-1, num_seqs * width, *pages]))
+    if draw(st.integers(0, 4)) == 0:  # twice in one row
+        tables[draw(st.integers(0, num_seqs - 1)), :2] = pages[0]
+    return *(np.array(x, np.int32) for x in (lens, tables, new)), draw(options)
 
 
 def seen(length, new, options):
@@ -123,7 +134,7 @@ def refused(lens, tables, new, allow_shared=True, **options):
     return None
 
 
-@settings(max_examples=150)
+@settings(max_examples=400)
 @given(drawn_steps(ANY))
 def test_refuses_what_a_brute_force_search_finds(drawn):
     lens, tables, new, options = drawn
@@ -146,7 +157,7 @@ def test_refuses_what_a_brute_force_search_finds(drawn):
 CACHE = PagedKVCache.abstract(12, 1, PAGE, 8, dtype=jnp.float32)
 
 
-@settings(max_examples=50)
+@settings(max_examples=60)
 @given(drawn_steps(FEW))
 def test_refuses_what_a_plan_calls_invalid(drawn):
     lens, tables, new, options = drawn
