@@ -122,11 +122,11 @@ class TestShares:
             firsts = np.cumsum(blocks) - blocks
             items = got.begin.item
             assert items[0] == 0
-            np.testing.assert_array_equal(items[1:], (items + got.count)[:-1])
-            assert items[-1] + got.count[-1] == blocks.sum() == got.total[0]
+            np.testing.assert_array_equal(items[1:], (items + got.length)[:-1])
+            assert items[-1] + got.length[-1] == blocks.sum() == got.total[0]
             if not num_splits:
-                assert np.ptp(got.count) <= 1
-            for cta in np.flatnonzero(got.count):
+                assert np.ptp(got.length) <= 1
+            for cta in np.flatnonzero(got.length):
                 unit = got.begin.tile[cta] * 3 + got.begin.head[cta]
                 assert firsts[unit] + got.begin.block[cta] == items[cta]
                 assert got.begin.block[cta] < blocks[unit]

@@ -63,8 +63,8 @@ def _partial(
     out = out[:, : config.rows]
     # Units that share a copy of queries have their rows one behind the other.
     lse = lse.reshape(-1, fold, WARPGROUP)
-    lse = [lse[:, i, i * config.rows : (i + 1) * config.rows] for i in range(fold)]
-    lse = jnp.stack(lse, axis=1)
+    own = [lse[:, i, i * config.rows : (i + 1) * config.rows] for i in range(fold)]
+    lse = jnp.stack(own, axis=1)
     shape = (config.num_tiles, num_heads, config.tile_queries, group)
     out, lse = (x.reshape(*shape, *x.shape[2:]) for x in (out, lse.reshape(-1, config.rows)))
     if work is None:

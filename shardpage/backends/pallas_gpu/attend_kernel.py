@@ -27,6 +27,9 @@ from .tiles import Tiles
 _FETCH_REGISTERS = {1: 128, 2: 40}
 _ATTEND_REGISTERS = {1: 240, 2: 232}
 
+_TILING: Any = plgpu.TilingTransform  # abstract, as JAX's annotations have it
+_SWIZZLE: Any = plgpu.SwizzleTransform
+
 
 class Inputs(NamedTuple):
     query: Any  # [copies, query_rows, key_dim]
@@ -76,7 +79,7 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
 
     def tiled(*shape):
         swizzle = swizzle_bytes(shape[-1])
-        transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+        transforms = (_TILING((8, swizzle // 2)), _SWIZZLE(swizzle))
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     blocks = (config.stages, config.block_tokens)
@@ -161,7 +164,7 @@ class Kernel:
             self.fetch_block(segment, i)
             return 0
 
-        lax.fori_loop(0, segment.count, fetch_block, 0)
+        lax.fori_loop(0, segment.length, fetch_block, 0)
 
     def fetch_block(self, segment: Segment, i: jax.Array) -> None:
         config, inputs, scratch = self.config, self.inputs, self.scratch
@@ -211,7 +214,7 @@ class Kernel:
         plgpu.barrier_wait(scratch.query_full.at[slot])
         step = lambda i, state: self.attend_block(segment, i, state, query, warpgroup)
         state = softmax.nothing(config.value_chunks, config.value_chunk)
-        state = lax.fori_loop(0, segment.count, step, state)
+        state = lax.fori_loop(0, segment.length, step, state)
         plgpu.barrier_arrive(scratch.query_free.at[slot])
 
         sums, lse = softmax.mean(state)
@@ -229,7 +232,7 @@ class Kernel:
                 self.outputs.part_out, self.outputs.part_lse, part, segment, sums, lse, warpgroup
             )
 
-        @pl.when(segment.begins & (segment.count < segment.num_blocks))
+        @pl.when(segment.begins & (segment.length < segment.num_blocks))
         def _():
             self.outputs.cut[cta, 0] = segment.unit
             self.outputs.cut[cta, 1] = last_cta(config, share, segment)
@@ -299,7 +302,7 @@ class Kernel:
         if not self.config.num_splits:
             return
 
-        @pl.when(share.count == 0)
+        @pl.when(share.length == 0)
         def _():
             lse = plgpu.layout_cast(jnp.full((MMA_ROWS,), -jnp.inf, jnp.float32), softmax.ROWS)
             staged = self.scratch.lse.at[warpgroup]

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ...options import Tuning
 
 _BEFORE_REFS = jax.__version_info__ < (0, 11)
+_load: Any = plgpu.load  # whose signature differs
 
 WARPGROUP = 128  # threads, of which one program is made
 MMA_ROWS = 64  # rows of one wgmma
@@ -21,8 +22,8 @@ _NUM_SMS = 132  # of H100 and H200 in SXM modules
 def load(ref: Any, layout: Any) -> jax.Array:
     """Reads shared or global memory into registers in a layout."""
     if _BEFORE_REFS:
-        return plgpu.load(ref, (), layout=layout, optimized=False)
-    return plgpu.load(ref, layout=layout, optimized=False)
+        return _load(ref, (), layout=layout, optimized=False)
+    return _load(ref, layout=layout, optimized=False)
 
 
 def compiler_params(*, exact_math: bool = False) -> plgpu.CompilerParams:

@@ -36,7 +36,7 @@ class Share(NamedTuple):
     """The blocks of one CTA."""
 
     begin: Position
-    count: jax.Array
+    length: jax.Array
     total: jax.Array  # blocks of all CTAs
 
 
@@ -47,7 +47,7 @@ class Segment(NamedTuple):
     unit: jax.Array
     head: jax.Array
     block: jax.Array  # the first
-    count: jax.Array
+    length: jax.Array
     num_blocks: jax.Array  # of the unit
     item: jax.Array  # the first one's number in the flat list
     step: jax.Array  # blocks of the share before it
@@ -60,7 +60,7 @@ class Segment(NamedTuple):
 
     @property
     def whole(self) -> jax.Array:
-        return self.begins & (self.count == self.num_blocks)
+        return self.begins & (self.length == self.num_blocks)
 
 
 def first_block(config: Config, start: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def for_each_segment(
         )
 
     zero = jnp.int32(0)
-    init = (share.count, *share.begin[1:], zero, zero)
+    init = (share.length, *share.begin[1:], zero, zero)
     *_, steps, segments = lax.while_loop(lambda carry: carry[0] > 0, step, init)
     return steps, segments
 

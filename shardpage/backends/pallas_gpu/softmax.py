@@ -81,7 +81,9 @@ def _product(a: Any, b_ref: Any) -> jax.Array:
         plgpu.wgmma(acc_ref, a, b_ref)
         return acc_ref[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((MMA_ROWS, b_ref.shape[1]), jnp.float32))
+    return pl.run_scoped(
+        multiply, plgpu.WGMMAAccumulatorRef((MMA_ROWS, b_ref.shape[1]), jnp.float32)
+    )
 
 
 def seen(logits: jax.Array, first_token: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
@@ -112,12 +114,12 @@ def add_values(state: State, weights: jax.Array, value_ref: Any, stage_ref: Any)
         stage_ref[...] = weights
         plgpu.commit_smem()
 
-    def add(acc: jax.Array, column: int) -> jax.Array:
+    def add(acc: Any, column: int) -> Any:
         part_ref = value_ref.at[:, pl.ds(column, chunk)]
         if stage_ref is not None:
             return acc + _product(stage_ref, part_ref)
         multiply = lambda acc_ref: plgpu.wgmma(acc_ref, weights, part_ref)
-        return pl.run_state(multiply)(plgpu.ACC.init(acc))
+        return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(acc))
 
     return state._replace(sums=tuple(add(acc, i * chunk) for i, acc in enumerate(state.sums)))
 
