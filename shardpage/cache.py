@@ -199,12 +199,17 @@ class PagedKVCache:
         arrays = tuple(map(merge, self.arrays))
         return dataclasses.replace(self, arrays=arrays, first_page=layer * self.num_pages)
 
+    @property
+    def num_array_pages(self) -> int:
+        """Pages in the array(s): of all layers, where `of_layer` made one range of them."""
+        return self.key.shape[self.layout.value.pages]
+
     def in_layer(self, page_ids: Any) -> Any:
         """Ids of a layer's pages as ids in the array(s); `num_pages`, of no page, stays of none."""
         if self.first_page is None:
             return page_ids
-        total = self.key.shape[self.layout.value.pages]
-        return jnp.where(page_ids < self.num_pages, page_ids + self.first_page, total)
+        ids = page_ids + self.first_page
+        return jnp.where(page_ids < self.num_pages, ids, self.num_array_pages)
 
     @property
     def array_formats(self) -> "PagedKVCache":

@@ -26,12 +26,21 @@ def resolve(tuning: Tuning, split: Split | None, cache: PagedKVCache) -> Tuning:
     """Decides what `tuning` leaves open: the platform, the backend, and whether to interpret.
 
     That stays open, for the compiler to decide, where only it knows the platform.
+
+    Raises:
+      NotImplementedError: if the named backend does not have what is asked for.
     """
     device = _device_of(split, cache.key)
     known = tuning.platform or (None if device is None else device.platform)
     platform = known or jax.default_backend()
     kind = (device or jax.devices()[0]).device_kind
-    backend = tuning.backend or backends.default_for(platform, kind, cache.format)
+    default = "xla" if tuning.invariant else backends.default_for(platform, kind, cache.format)
+    backend = tuning.backend or default
+    if tuning.invariant and backend != "xla":
+        raise NotImplementedError(
+            f"invariant=True: in which order {backend} adds up depends on the batch; use "
+            "backend='xla', or None"
+        )
     interpret = tuning.interpret
     if backend not in backends.INTERPRETABLE:
         interpret = interpret or False

@@ -73,6 +73,13 @@ def test_batch_place_pages_and_chunks_change_no_bit(window, dtype):
         np.testing.assert_array_equal(actual, expected)
 
 
+def test_what_cannot_be_had_is_refused():
+    cache = PagedKVCache.zeros(4, KV_HEADS, PAGE, DIM)
+    tuning = Tuning(backend="pallas_tpu", invariant=True)
+    with pytest.raises(NotImplementedError, match="invariant=True: .* use backend='xla'"):
+        make_plan(cache, np.ones(1, int), np.zeros((1, 1), int), num_heads=8, tuning=tuning)
+
+
 @pytest.mark.parametrize("spec", ["data=2", "kv=4", "data=2,kv=2"])
 def test_shards_of_sequences_and_heads_change_no_bit(spec):
     expected = answers([LENGTH], 0, seed=1)

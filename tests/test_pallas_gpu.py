@@ -339,8 +339,8 @@ def check_write(layout, num_tokens, tuning, heads=3, head_dim=80):
     page[::4] = num_pages
     writes = Writes(jnp.asarray(page, jnp.int32), jnp.asarray(slot, jnp.int32))
     tokens = draw(num_tokens, heads, head_dim), draw(num_tokens, heads, head_dim)
-    expected = xla.write(cache, *tokens, writes, Tuning(backend="xla"))
-    got = jax.jit(pallas_gpu.write, static_argnums=4)(cache, *tokens, writes, tuning)
+    expected = xla.write(cache, *tokens, writes, None, Tuning(backend="xla"))
+    got = jax.jit(pallas_gpu.write, static_argnums=5)(cache, *tokens, writes, None, tuning)
     for actual, array in zip(got.arrays, expected.arrays, strict=True):
         np.testing.assert_array_equal(actual, array)
 

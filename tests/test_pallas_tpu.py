@@ -349,8 +349,10 @@ def test_write_puts_what_xla_puts(kv_layout, dtype, head_dim, pack, page_size, n
     place = rng.choice(num_pages * page_size, num_tokens, replace=False).astype(np.int32)
     pages = np.where(rng.random(num_tokens) < 0.2, num_pages, place // page_size).astype(np.int32)
     writes = Writes(jnp.asarray(pages), jnp.asarray(place % page_size))
-    wanted = xla.write(cache, key, value, writes, Tuning())
-    actual = pallas_tpu.write(cache, key, value, writes, None, Tuning(interpret=LOOK_FOR_RACES))
+    wanted = xla.write(cache, key, value, writes, None, Tuning())
+    tuning = Tuning(interpret=LOOK_FOR_RACES)
+    work = pallas_tpu.prepare_writes(writes, num_pages, cache.format, tuning)
+    actual = pallas_tpu.write(cache, key, value, writes, work, tuning)
     chex.assert_trees_all_equal(actual, wanted)
 
 

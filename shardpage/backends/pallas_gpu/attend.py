@@ -40,7 +40,7 @@ def attend(
     tiles = Tiles(reads.start, reads.stop) if work is None else work.tiles
     query = _tiled(config, query.astype(cache.format.compute_dtype), work)
     call = as_kernel(functools.partial(_call, config, logits), tuning)
-    out, lse = call(query, cache.unpacked().arrays, reads.ids, tiles)
+    out, lse = call(query, cache.unpacked().arrays, cache.in_layer(reads.ids), tiles)
     return _partial(config, out, lse, reads, work)
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
 from ...options import Tuning
+from ...page_format import PageFormat
 from ...plan import Writes
 from ...varying import vary_together
 from . import write_kernel
@@ -15,17 +16,25 @@ from .config import refuse
 from .mosaic import as_kernel, compiler_params, in_place, interpreter, num_sms
 
 
+def prepare_writes(
+    writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning
+) -> None:
+    """Copies of single tokens need no order; see `shardpage.backends` for the contract."""
+    refuse(page_format, tuning)
+
+
 def write(
     cache: PagedKVCache,
     key: Float[Array, "tokens num_kv_heads key_dim"],
     value: Float[Array, "tokens num_kv_heads value_dim"],
     writes: Writes,
+    work: None,
     tuning: Tuning,
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
-    refuse(cache.format, tuning)
     if not len(key):
         return cache
+    writes = writes._replace(page=cache.in_layer(writes.page))
     call = as_kernel(_write, tuning)
     arrays = call(cache.unpacked(), key, value, writes)
     pairs = zip(arrays, cache.arrays, strict=True)
@@ -38,7 +47,9 @@ def _write(
     cache, key, value, writes = vary_together(cache, key, value, writes)
     num_ctas = write_kernel.num_ctas(len(key), num_sms(tuning))
     return in_place(
-        functools.partial(write_kernel.kernel, page_format=cache.format, num_pages=cache.num_pages),
+        functools.partial(
+            write_kernel.kernel, page_format=cache.format, num_pages=cache.num_array_pages
+        ),
         cache.arrays,
         [key, value, *writes],
         grid=(num_ctas,),

@@ -50,24 +50,10 @@ def write(
     key: Float[Array, "tokens num_kv_heads key_dim"],
     value: Float[Array, "tokens num_kv_heads value_dim"],
     writes: Writes,
-    work: Any,
-    tuning: Tuning | None = None,
+    work: tuple[write_kernel.Schedule, ...],
+    tuning: Tuning,
 ) -> PagedKVCache:
-    """Writes tokens into local pages; see `shardpage.backends` for the contract.
-
-    Args:
-      cache: is changed in place.
-      key: in the cache's dtype.
-      value: likewise.
-      writes: where tokens go.
-      work: of `prepare_writes`; None makes it here. May be left out.
-      tuning: options.
-    """
-    if tuning is None:
-        work, tuning = None, work
-    check_format(cache.format)
-    if work is None:
-        work = prepare_writes(writes, cache.num_pages, cache.format, tuning)
+    """Writes tokens into local pages; see `shardpage.backends` for the contract."""
     words = _words(key, value, cache.format)
     for part, schedule in zip(_parts(key.shape[0], cache.format), work, strict=True):
         cache = cache.replace(as_kernel(_write, tuning)(cache, words[part], schedule))
@@ -87,8 +73,8 @@ def _write(
     tuning: Tuning, cache: PagedKVCache, words: jax.Array, schedule: write_kernel.Schedule
 ) -> tuple[jax.Array, ...]:
     tiles = write_kernel.Tiles(cache.format, together=chip_of(tuning).step_blocks)
-    first_page = jnp.zeros(1, jnp.int32)
-    *before, arrays = vary_together(schedule, first_page, words, cache.arrays)
+    first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
+    *before, arrays = vary_together(schedule, first_page.reshape(1), words, cache.arrays)
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     hbm_arrays, num_before = (hbm,) * len(arrays), len(schedule) + 2
