@@ -362,7 +362,9 @@ def test_write_of_nothing():
     )
     token = jnp.zeros((3, 1, 128), jnp.float32)
     dropped = Writes(jnp.array([2, -1, 2], jnp.int32), jnp.zeros(3, jnp.int32))
-    written = pallas_tpu.write(cache, token, token, dropped, None, Tuning(interpret=LOOK_FOR_RACES))
+    tuning = Tuning(interpret=LOOK_FOR_RACES)
+    work = pallas_tpu.prepare_writes(dropped, 2, cache.format, tuning)
+    written = pallas_tpu.write(cache, token, token, dropped, work, tuning)
     chex.assert_trees_all_equal(written, cache)
 
 
@@ -373,8 +375,8 @@ def test_queries_may_share_a_row_of_pages(backend):
     cache = PagedKVCache.of(
         jnp.asarray(inputs.key_cache), kv_layout="fused", head_dim=inputs.case.head_dim
     )
-    queries = np.stack([inputs.query[0], inputs.query[1], inputs.query[1], inputs.query[0]])
-    row, start, stop = [0, 1, 1, 0], [0, 0, 35, 0], [40, 64, 50, 0]
+    queries = np.stack([inputs.query[0], inputs.query[0], inputs.query[1], inputs.query[1]])
+    row, start, stop = [0, 0, 1, 1], [0, 0, 0, 35], [0, 40, 50, 64]
     ids = jnp.asarray(inputs.block_tables)
     reads = Reads(ids, *(jnp.array(x, jnp.int32) for x in (row, start, stop)))
     interpret = LOOK_FOR_RACES if backend is pallas_tpu else False
