@@ -84,10 +84,7 @@ def schedule(
     skipped = start // lengths.page_size
     start, stop = (x - skipped * lengths.page_size for x in (start, stop))
     num_blocks = jnp.where(start < stop, -(-stop // lengths.block_tokens), 0)
-    per_split = -(-num_blocks // num_splits)
-    split = jnp.arange(num_splits, dtype=jnp.int32)
-    first = jnp.minimum(split * per_split[:, None], num_blocks[:, None]).reshape(-1)
-    end = jnp.minimum((split + 1) * per_split[:, None], num_blocks[:, None]).reshape(-1)
+    first, end = _segments(num_blocks, num_splits)
     after = jnp.cumsum(end - first, dtype=jnp.int32)
     before = after - (end - first)
     # Of the flat list, each core has `[low, high)`.
@@ -119,6 +116,14 @@ def schedule(
     fields = [x.reshape(shape) for x in fields]
     blocks = jnp.stack(fields, axis=-1).reshape(*shape[:2], -1)
     return Schedule(blocks, (high - low)[:, 0]), held.reshape(num_cores, num_queries, num_splits)
+
+
+def _segments(num_blocks: jax.Array, num_splits: int) -> tuple[jax.Array, jax.Array]:
+    """Each segment's blocks of its query, `[first, end)`."""
+    most = num_blocks[:, None]
+    split = jnp.arange(num_splits + 1, dtype=jnp.int32)
+    bounds = jnp.minimum(split * -(-most // num_splits), most)
+    return bounds[:, :-1].reshape(-1), bounds[:, 1:].reshape(-1)
 
 
 def _picker(index: jax.Array, before: jax.Array, after: jax.Array):
