@@ -181,6 +181,22 @@ def test_many_blocks_take_the_plain_path(pages):
     check(case)
 
 
+def test_sequences_that_share_a_step_share_no_nan():
+    """Eight blocks at once, of sequences of which one has read a NaN."""
+    lens = (40, 0, 16, 33, 7, 64, 1, 20)
+    inputs = make(Case("shared_step", num_seqs=8, lens=lens, num_heads=2, num_kv_heads=1), "fused")
+    chip = dataclasses.replace(UNKNOWN_CHIP, step_blocks=8)
+    tuning = Tuning(backend="pallas_tpu", chip=chip)
+    clean = attend_as(inputs, tuning)
+    tolerance.assert_within_rounding(inputs, *clean)
+    cache = inputs.key_cache.copy()
+    cache[inputs.block_tables[3, 0], :, :, 2] = np.nan
+    broken = attend_as(dataclasses.replace(inputs, key_cache=cache), tuning)
+    for one, other in zip(clean, broken, strict=True):
+        assert np.isnan(other[3]).all()
+        np.testing.assert_array_equal(np.delete(other, 3, 0), np.delete(one, 3, 0))
+
+
 class TestPagedTables:
     """Page ids that do not fit scalar memory come in windows."""
 
