@@ -8,6 +8,7 @@ from .report import Row, speed
 
 _COLORS = {
     OURS: "#1b6ca8",
+    "shardpage xla": "#7fb2d9",
     "gather": "#c9a227",
     "jax paged_attention": "#c44536",
     "ejkernel": "#8d5a97",
