@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import meshes
-from shardpage import PagedKVCache, page_attention, write_kv
+from shardpage import PagedKVCache, attend, make_plan, write_kv
 
 from ..plan.compile import Split, split_for
 from ..plan.workload import Workload
@@ -183,34 +183,31 @@ def _maker(instruction: hlo.Instruction) -> str:
 
 
 def _subject(work: Workload, split: Split) -> Subject:
-    """All layers in a `scan`, which carries one cache that has all layers' pages."""
+    """All layers in a `scan`, which carries one cache of all layers; planned before."""
     num_layers, num_seqs = min(_MOST_LAYERS, work.model.num_layers), work.batch
-    shard_pages = num_seqs * work.pages_per_seq // split.page_shards
     where = {"mesh": split.mesh, "layout": split.layout}
-    window = work.model.layers[0].window
 
-    def attention(x, weights, cache, lens, tables):
+    def attention(x, weights, cache, plan, number):
         query, key, value = (
             (x @ weights[name]).reshape(num_seqs, -1, work.model.head_dim)
             for name in ("query", "key", "value")
         )
         with jax.named_scope("step_write"):
-            rows = jnp.arange(num_seqs, dtype=jnp.int32)
-            cache = write_kv(cache, key, value, rows, lens - 1, tables, **where)
+            cache = write_kv(cache, key, value, plan, layer=number)
         with jax.named_scope("step_attend"):
-            out: Any = page_attention(
-                query, cache.key, cache.value, lens, tables, sliding_window=window,
-                kv_layout=cache.kv_layout, **where,
-            )  # fmt: skip
+            out: Any = attend(query, cache, plan, layer=number)
         return x + out.reshape(num_seqs, -1) @ weights["out"], cache
 
     def step(cache, weights, x, lens, tables):
+        plan = make_plan(
+            cache, lens, tables, num_heads=work.model.num_heads,
+            window=work.model.layers[0].window, **where,
+        )  # fmt: skip
+
         def layer(carry, xs):
             x, cache = carry
             weights, number = xs
-            shard, page = tables // shard_pages, tables % shard_pages
-            here = (shard * num_layers + number) * shard_pages + page
-            return attention(x, weights, cache, lens, here), None
+            return attention(x, weights, cache, plan, number), None
 
         numbers = jnp.arange(num_layers, dtype=jnp.int32)
         (x, cache), _ = jax.lax.scan(layer, (x, cache), (weights, numbers))
@@ -228,9 +225,9 @@ def _arguments(work: Workload, split: Split, num_layers: int) -> tuple[Any, ...]
         sharding = NamedSharding(split.mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(tuple(shape), work.dtype, sharding=sharding)
 
-    dims = (model.num_kv_heads, work.page_size, model.head_dim)
+    dims, layers = (model.num_kv_heads, work.page_size, model.head_dim), {"num_layers": num_layers}
     cache = PagedKVCache.abstract(
-        num_layers * pages, *dims, dtype=work.dtype, mesh=split.mesh, layout=layout
+        pages, *dims, dtype=work.dtype, mesh=split.mesh, layout=layout, **layers
     )
     wide, narrow = (
         array((num_layers, hidden, heads * model.head_dim), None, None, layout.heads)
