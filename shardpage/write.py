@@ -57,7 +57,7 @@ def write_kv(
       layer: which layer of a cache made with `num_layers`, from 0; may be traced.
       mesh: the mesh that the cache is split over; None for one device, or inside a `shard_map`.
       layout: which mesh axis splits what; None for `ShardLayout.of(mesh)`.
-      backend: "xla" or "pallas_tpu"; None for the one made for the mesh's devices.
+      backend: "xla", "pallas_tpu" or "pallas_gpu"; None for the one made for the mesh's devices.
       interpret: run a Pallas kernel in interpret mode; None where there is no TPU.
 
     Returns:

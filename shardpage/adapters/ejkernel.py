@@ -84,7 +84,7 @@ def page_attention(
       mesh: splits the call over the devices of this mesh. None attends on one device, without
         collectives, also inside a `shard_map` of your own.
       layout: which mesh axis splits what; None for `ShardLayout.of(mesh)`.
-      backend: "xla" or "pallas_tpu"; None for the one made for the mesh's devices.
+      backend: "xla", "pallas_tpu" or "pallas_gpu"; None for the one made for the mesh's devices.
       sinks: `[num_heads]`, a logit per query head that joins the softmax denominator once.
       return_lse: also return the natural log of the softmax denominator (sinks included).
       interpret: run a Pallas kernel in interpret mode; None where there is no TPU.
