@@ -20,7 +20,7 @@ from launch.generate.smollm2 import (
     find_weights,
     put_weights,
 )
-from launch.generate.smollm2.model import DecodeRows, Sampling
+from launch.generate.smollm2.model import Batch
 
 from . import tiny_model
 from .cases import build_mesh
@@ -99,10 +99,7 @@ def assert_says_what_the_oracle_says(smollm2, mesh_spec, names):
         Request(key, ORACLE[name]["prompt_ids"], max_new_tokens=48)
         for key, name in enumerate(names)
     ]
-    chunk_lens = (32, 128) if "inventory" in names else (32,)
-    serve(
-        model, weights, requests, tokenizer.stop_id, chunk_lens=chunk_lens, keep_first_logits=True
-    )
+    serve(model, weights, requests, tokenizer.stop_id, keep_first_logits=True)
     for name, request in zip(names, requests, strict=True):
         expected = LOGITS[f"{name}.first_logits"]
         assert np.abs(request.first_logits - expected).max() < 2e-3, name
@@ -171,7 +168,6 @@ def tiny_serve(tiny_file, mesh_spec="data=1", requests=None, **options):
     model = Model(tiny_file.config(), build_mesh(mesh_spec))
     weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
     requests = requests or tiny_requests(tiny_file)
-    options.setdefault("chunk_lens", (32,))
     engine = serve(model, weights, requests, tiny_model.STOP_ID, **options)
     return [request.ids for request in requests], engine
 
@@ -233,10 +229,10 @@ def test_any_mesh_gives_the_answers_of_a_dense_model(tiny_file, alone, mesh_spec
     [
         {"page_size": 8, "rows": 1},
         {"page_size": 64},
-        {"chunk_lens": (16, 48)},
+        {"step_tokens": 7},
     ],
 )
-def test_page_and_chunk_sizes_do_not_change_answers(tiny_file, alone, options):
+def test_page_and_step_sizes_do_not_change_answers(tiny_file, alone, options):
     assert tiny_serve(tiny_file, **options)[0] == alone
 
 
@@ -274,9 +270,7 @@ def test_stopping_early_keeps_what_there_is_and_frees_the_pages(tiny_file, alone
     requests = tiny_requests(tiny_file)
     model = Model(tiny_file.config(), build_mesh("data=2"))
     weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
-    engine = make_engine(
-        model, weights, requests, tiny_model.STOP_ID, num_pages=8, rows=4, chunk_lens=(32,)
-    )
+    engine = make_engine(model, weights, requests, tiny_model.STOP_ID, num_pages=8, rows=4)
     with contextlib.closing(engine.run(requests)) as events:
         num_tokens = 0
         while num_tokens < 6:
@@ -308,11 +302,8 @@ def test_a_step_updates_the_cache_in_place_and_talks_little(tiny_file):
     weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
     num_pages = 4096
     engine = make_engine(model, weights, requests, 0, num_pages=num_pages)
-    rows, blocks = engine.pool.num_rows, engine.pool.max_blocks
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    sampling = Sampling(jax.ShapeDtypeStruct((rows,), jnp.float32), ints(rows))
-    batch = DecodeRows(ints(rows), ints(rows), sampling, ints(rows, blocks))
-    compiled = Model.decode.lower(model, weights, engine.cache, batch).compile()
+    batch = Batch.empty(64, engine.pool.num_rows, engine.pool.max_blocks)
+    compiled = Model.step.lower(model, weights, engine.cache, batch).compile()
     memory, cache_bytes = compiled.memory_analysis(), engine.cache_bytes_per_device
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 4
