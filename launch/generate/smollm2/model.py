@@ -143,6 +143,7 @@ class Model:
     def step(self, weights: Weights, cache: PagedKVCache, batch: Batch) -> StepResult:
         """Puts the new tokens into the cache; the result follows each row's last one."""
         config, split = self.config, self.split
+        batch = jax.tree.map(split.replicated, batch)  # from the host, whole on every device
         plan = make_plan(
             cache,
             batch.context_lens,
@@ -191,10 +192,9 @@ class Model:
 
     def _next_tokens(self, logits: jax.Array, batch: Batch) -> jax.Array:
         """Each row's next token. Every device chooses all: cheaper than telling the others."""
-        arrays = (batch.sampling, batch.context_lens - 1)
-        sampling, positions = jax.tree.map(self.split.replicated, arrays)
-        sampled = jnp.any(sampling.temperatures > 0)
-        tokens = jax.lax.cond(sampled, sample, likeliest, logits, sampling, positions)
+        sampled = jnp.any(batch.sampling.temperatures > 0)
+        arrays = (logits, batch.sampling, batch.context_lens - 1)
+        tokens = jax.lax.cond(sampled, sample, likeliest, *arrays)
         return self.split.replicated(tokens)
 
 
