@@ -1,5 +1,9 @@
 """One plan and one call for all that a serving step attends to."""
 
+import dataclasses
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +20,13 @@ from .steps import STEPS, assert_exact
 SPECS = ("data=2,context=2,kv=2", "context=8", "data=8", "kv=4,data=2", "data=2,context=4")
 
 
-def run(inputs, backend="xla", mesh=None, written=False, **options):
-    """Plans, writes the new tokens if the cache is without them, and attends."""
+def planned(inputs, backend="xla", mesh=None, written=False):
+    """The inputs' cache, without the new tokens if they are to be `written`, and its plan."""
     arrays = (inputs.key_cache, inputs.value_cache)
     if written:
         arrays = (inputs.key_cache_before, inputs.value_cache_before)
     arrays = [None if x is None else jnp.asarray(x) for x in arrays]
-    cache = PagedKVCache.of(
-        *arrays, kv_layout=inputs.kv_layout, head_dim=inputs.step.head_dim
-    )
+    cache = PagedKVCache.of(*arrays, kv_layout=inputs.kv_layout, head_dim=inputs.step.head_dim)
     plan = shardpage.make_plan(
         cache,
         inputs.context_lens,
@@ -33,13 +35,19 @@ def run(inputs, backend="xla", mesh=None, written=False, **options):
         num_heads=inputs.step.num_heads,
         num_queries=inputs.num_queries,
         mesh=mesh,
-        tuning=Tuning(backend=backend, interpret=interpret(backend), **options),
+        tuning=Tuning(backend=backend, interpret=interpret(backend)),
         **inputs.step.mask,
     )
+    return cache, plan
+
+
+def run(inputs, backend="xla", mesh=None, written=False, out_split=None):
+    """Plans, writes the new tokens if the cache is without them, and attends."""
+    cache, plan = planned(inputs, backend, mesh, written)
     if written:
         cache = shardpage.write_kv(cache, jnp.asarray(inputs.key), jnp.asarray(inputs.value), plan)
     sinks = None if inputs.sinks is None else jnp.asarray(inputs.sinks)
-    options = {"soft_cap": inputs.step.soft_cap, "sinks": sinks}
+    options = {"soft_cap": inputs.step.soft_cap, "sinks": sinks, "out_split": out_split}
     out, lse = shardpage.attend(jnp.asarray(inputs.query), cache, plan, return_lse=True, **options)
     return np.array(out), np.array(lse)
 
@@ -76,3 +84,195 @@ def test_pages_may_lie_on_any_context_shard(placement, step):
     mesh = build_mesh("data=2,context=4")
     inputs = on(mesh, steps.named(step), placement=placement)
     assert_exact(inputs, *run(inputs, mesh=mesh))
+
+
+COLLECTIVE = re.compile(r"= (\S+) (all-reduce|reduce-scatter|all-gather|all-to-all)\(")
+
+
+def elements(shape):
+    """Elements of an HLO result's arrays, the largest of a tuple's."""
+    arrays = re.findall(r"f32\[([\d,]*)\]", shape)
+    return max((int(np.prod([int(n) for n in a.split(",") if n])) for a in arrays), default=0)
+
+
+@pytest.mark.parametrize("spec", ["context=4", "data=2,context=2,kv=2"])
+def test_heads_of_the_output_may_stay_split_over_context(spec):
+    mesh = build_mesh(spec)
+    inputs = on(mesh, steps.named("capped_with_sinks"))
+    whole, split = (run(inputs, mesh=mesh, out_split=way) for way in (None, "heads"))
+    for a, b in zip(whole, split, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert_exact(inputs, *split)
+
+
+@pytest.mark.parametrize("num_blocks", [12, 48])
+def test_a_split_output_is_sent_once_and_no_more_of_longer_contexts(num_blocks):
+    mesh = build_mesh("context=4")
+    step = steps.named("mixed").replace(max_blocks=num_blocks)
+    inputs = on(mesh, step)
+    cache, plan = planned(inputs, mesh=mesh)
+    attend = functools.partial(shardpage.attend, out_split="heads")
+    text = jax.jit(attend).lower(inputs.query, cache, plan).compile().as_text()
+    sent = [(kind, elements(shape)) for shape, kind in COLLECTIVE.findall(text)]
+    tokens, heads, dim = inputs.query.shape
+    share = tokens * heads // 4 * (dim + 1)
+    assert [kind for kind, _ in sent].count("reduce-scatter") == 1
+    assert all(size <= max(share, tokens * heads) for _, size in sent), sent
+
+
+def test_a_mixed_call_equals_its_parts():
+    inputs = steps.make(steps.named("window"))
+    out, lse = run(inputs)
+    row = 0
+    for seq, (_, new) in enumerate(inputs.step.seqs):
+        alone = dataclasses.replace(
+            inputs,
+            query=inputs.query[row : row + max(new, 1)],
+            context_lens=inputs.context_lens[seq : seq + 1],
+            query_lens=inputs.query_lens[seq : seq + 1],
+            block_tables=inputs.block_tables[seq : seq + 1],
+        )
+        for together, apart in zip((out, lse), run(alone), strict=True):
+            np.testing.assert_allclose(together[row : row + new], apart[:new], rtol=2e-5, atol=2e-5)
+        row += new
+
+
+def test_lengths_trace_nothing_anew():
+    inputs = steps.make(steps.named("mixed"))
+    traces = []
+
+    @jax.jit
+    def attend(query, cache, lens, query_lens, tables):
+        traces.append(1)
+        plan = shardpage.make_plan(
+            cache, lens, tables, query_lens, num_heads=8, num_queries=len(query)
+        )
+        return shardpage.attend(query, cache, plan)
+
+    cache, _ = planned(inputs)
+    for query_lens in (inputs.query_lens, np.minimum(inputs.context_lens, 2)):
+        attend(inputs.query, cache, inputs.context_lens, query_lens, inputs.block_tables)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("lens", "query_lens", "spoilt"),
+    [
+        ((30, -1), (3, 1), [3]),
+        ((30, 10), (3, 11), range(3, 14)),  # more queries than tokens
+        ((30, 97), (3, 2), range(3, 5)),  # longer than its table
+        ((30, 40), (3, 38), range(3, 40)),  # no room for all its queries
+        ((30, 40), (-5, 2), ()),
+    ],
+)
+def test_impossible_lengths_spoil_their_own_sequence_alone(lens, query_lens, spoilt):
+    step = steps.named("mixed").replace(seqs=((30, 3), (40, 2)), num_queries=40, name="two")
+    good = steps.make(step)
+    bad = dataclasses.replace(
+        good, context_lens=np.array(lens, np.int32), query_lens=np.array(query_lens, np.int32)
+    )
+    out, lse = run(bad)
+    expected = np.zeros(40, bool)
+    expected[list(spoilt)] = True
+    np.testing.assert_array_equal(np.isnan(out).any(axis=(1, 2)), expected)
+    np.testing.assert_array_equal(np.isnan(lse).any(axis=1), expected)
+    if query_lens[0] == 3:
+        np.testing.assert_allclose(out[:3], run(good)[0][:3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["key", "value", "query"])
+def test_a_nan_that_is_read_is_seen_by_those_that_read_it(what):
+    """In a tile of 37 queries of one row: those before it do not see it, all others do."""
+    inputs = steps.make(steps.named("mixed"))
+    assert inputs.step.seqs[0] == (37, 37)
+    clean = run(inputs)[0]
+    page = inputs.block_tables[0, 20 // inputs.step.page_size]
+    if what == "query":
+        inputs.query[20, 0, 0] = np.nan
+    else:
+        array = inputs.key_cache if what == "key" else inputs.value_cache
+        array[page, 0, 20 % inputs.step.page_size, 0] = np.nan
+    out, lse = run(inputs)
+    heads = slice(0, 1) if what == "query" else slice(0, 2)
+    seen = np.zeros(out.shape[:2], bool)
+    seen[20:21 if what == "query" else 37, heads] = True
+    np.testing.assert_array_equal(np.isnan(out).any(axis=-1), seen)
+    np.testing.assert_array_equal(np.isnan(lse), seen)
+    np.testing.assert_array_equal(out[~seen], clean[~seen])
+
+
+@pytest.mark.parametrize("step", ["mixed", "chunk_and_window"])
+@pytest.mark.parametrize("spec", [None, "data=2,context=2,kv=2"])
+def test_gradients_are_those_of_finite_differences(spec, step):
+    mesh = None if spec is None else build_mesh(spec)
+    step = steps.named(step).replace(num_heads=4, num_kv_heads=2, head_dim=16)
+    inputs = on(mesh, step) if mesh else steps.make(step)
+    cache, plan = planned(inputs, mesh=mesh)
+    cache = jax.tree.map(lambda x: jnp.nan_to_num(x), cache)
+    weights = np.random.default_rng(1).standard_normal(inputs.query.shape, np.float32)
+
+    @jax.jit
+    def loss(query, cache):
+        return jnp.sum(shardpage.attend(query, cache, plan) * weights)
+
+    args = jnp.asarray(inputs.query), cache
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(*args)
+    rng = np.random.default_rng(2)
+    ways = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), args)
+    at = lambda size: loss(*jax.tree.map(lambda x, way: x + size * way, args, ways))
+    numeric = (float(at(1e-2)) - float(at(-1e-2))) / 2e-2
+    products = jax.tree.map(lambda g, way: float(np.vdot(np.asarray(g), way)), grads, ways)
+    assert sum(jax.tree.leaves(products)) == pytest.approx(numeric, rel=2e-2, abs=2e-2)
+
+
+class TestErrors:
+    def test_a_plan_is_for_its_cache(self):
+        inputs = steps.make(steps.named("decoding"))
+        cache, plan = planned(inputs)
+        other = jax.tree.map(lambda x: x[:-1], cache)
+        with pytest.raises(ValueError, match=r"the plan was made for \d+ pages of"):
+            shardpage.attend(inputs.query, other, plan)
+        with pytest.raises(ValueError, match=r"query has shape .* num_queries, num_heads"):
+            shardpage.attend(inputs.query[:-1], cache, plan)
+        with pytest.raises(ValueError, match="key has 7 tokens for a plan of num_queries=8"):
+            shardpage.write_kv(cache, inputs.key[:-1], inputs.value[:-1], plan)
+        with pytest.raises(ValueError, match="the plan says seq_ids: leave them out"):
+            shardpage.write_kv(
+                cache, inputs.key, inputs.value, plan, seq_ids=np.zeros(8, np.int32)
+            )
+        with pytest.raises(ValueError, match="plan must be a plan of make_plan; got None"):
+            shardpage.attend(inputs.query, cache, None)
+        with pytest.raises(ValueError, match="plan with mesh="):
+            shardpage.attend(inputs.query, cache, plan, out_split="heads")
+        with pytest.raises(ValueError, match="out_split='rows' must be 'heads'"):
+            shardpage.attend(inputs.query, cache, plan, out_split="rows")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_queries": None}, "pass num_queries=: rows of the query array"),
+            ({"num_queries": 0}, "num_queries=0 must be a positive integer"),
+            ({"num_heads": 6}, "num_heads=6 must be a multiple of num_kv_heads=4"),
+            ({"query_lens": None, "num_queries": 9}, "num_queries=9 for 8 sequences of one token"),
+            ({"query_lens": np.ones(3, np.int32)}, "query_lens has 3 entries, block_tables 8 rows"),
+            ({"query_lens": np.ones(8)}, "query_lens must hold integers"),
+            ({"window": 0}, "window=0 must be a positive integer"),
+            ({"chunk": -3}, "chunk=-3 must be a positive integer"),
+            ({"causal": 1}, "causal must be True or False; got 1"),
+            ({"tuning": "fast"}, "tuning must be a Tuning, or None; got 'fast'"),
+        ],
+    )
+    def test_arguments_of_a_plan(self, changes, message):
+        inputs = steps.make(steps.named("decoding"))
+        cache, _ = planned(inputs)
+        arguments = {"query_lens": inputs.query_lens, "num_heads": 8, "num_queries": 8} | changes
+        with pytest.raises(ValueError, match=message):
+            shardpage.make_plan(cache, inputs.context_lens, inputs.block_tables, **arguments)
+
+    def test_heads_that_do_not_split_over_context(self):
+        mesh = build_mesh("context=4")
+        step = steps.named("decoding").replace(num_heads=6, num_kv_heads=2)
+        inputs = on(mesh, step)
+        cache, plan = planned(inputs, mesh=mesh)
+        with pytest.raises(ValueError, match=r"splits the 6 query heads .* 4 shards .* 'context'"):
+            shardpage.attend(inputs.query, cache, plan, out_split="heads")

@@ -25,6 +25,8 @@ _STEP_BYTES_ELSEWHERE = 64 << 20
 _LANE_TOKENS = 512
 # Sizes of tiles: a row's queries go into the smallest that holds them all, or into the largest.
 _TILES = (1, 8, 64)
+# Tokens of a block that a tile of several queries is worked on with.
+_TILE_TOKENS = 128
 # Where the batch must not matter: tokens of a block, and queries of a tile, one or many in use.
 _INVARIANT_TOKENS = 256
 _INVARIANT_TILE = 8
@@ -135,6 +137,8 @@ def _walks(
     splits = min(num_splits, num_tiles * max_pages)
     if splits > 1:  # more lanes, of as many bytes together
         lane_pages = min(lane_pages, max(step_pages // splits, 1))
+    if tiles.size > 1:  # of a longer block, a prompt's first tokens would see less than half
+        lane_pages = min(lane_pages, max(_TILE_TOKENS // page_size, 1))
     pages = tuning.pages_per_block or min(step_pages, lane_pages)
     pages = max(min(pages, max_pages), 1)
 
