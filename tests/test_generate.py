@@ -5,7 +5,6 @@ import dataclasses
 import json
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -266,6 +265,28 @@ def test_a_prompt_beyond_the_models_sight_or_without_tokens_is_an_error(tiny_fil
     assert "exceed the 512 tokens that the model can see" in requests[2].error
 
 
+def test_a_long_prompt_holds_up_no_answer(tiny_file):
+    requests = tiny_requests(tiny_file, 24, prompt_lens=(5, 3, 4, 160))
+    requests[2].max_new_tokens = 6  # the long one takes its row
+    model = Model(tiny_file.config(), build_mesh("data=1"))
+    weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
+    engine = make_engine(model, weights, requests, -1, rows=3, step_tokens=16)
+    token_steps, read = [], []
+    for event in engine.run(requests):
+        if event.request is requests[3] and event.kind == "read":
+            read.append((engine.stats.steps, requests[3].num_prefilled))
+        elif event.request is requests[0] and event.kind == "token":
+            token_steps.append(engine.stats.steps)
+    assert np.all(np.diff(token_steps) == 1)  # a token a step, from its first to its last
+    chunks = np.diff([0, *(tokens for _, tokens in read)])
+    assert list(chunks) == [14] * 11 + [6]  # beside the two answers
+    assert {step for step, _ in read} < set(token_steps)
+    stats = engine.stats
+    assert stats.prefill_tokens == 172
+    assert stats.decode_tokens == sum(len(request.ids) - 1 for request in requests)
+    assert stats.prefill_seconds < stats.seconds < stats.prefill_seconds + stats.decode_seconds
+
+
 def test_stopping_early_keeps_what_there_is_and_frees_the_pages(tiny_file, alone):
     requests = tiny_requests(tiny_file)
     model = Model(tiny_file.config(), build_mesh("data=2"))
@@ -309,7 +330,7 @@ def test_a_step_updates_the_cache_in_place_and_talks_little(tiny_file):
     assert memory.temp_size_in_bytes < cache_bytes / 4
     text = compiled.as_text()
     collectives = [text.count(f" {name}(") for name in ("all-gather", "all-reduce")]
-    assert sum(collectives) <= 10, collectives
+    assert sum(collectives) <= 9, collectives
     assert "all-to-all" not in text
     assert "collective-permute" not in text
 

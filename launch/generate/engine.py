@@ -25,10 +25,9 @@ from .requests import Ending, Event, Pool, Request, Stats, num_cached_tokens
 from .smollm2 import Model, Weights
 from .smollm2.model import Batch, StepResult
 
-# Tokens of a step on each data shard, at most: while answers are made, so that a long prompt does
-# not hold them up, and where there are prompts alone, which larger steps read faster.
-STEP_TOKENS = 32
-PROMPT_TOKENS = 128
+# Tokens of a step on each data shard that only reads prompts: nobody waits for it, and the large
+# size is faster, the small one for short prompts and ends.
+PROMPT_TOKENS = (64, 128)
 
 
 @dataclasses.dataclass
@@ -69,7 +68,7 @@ class Engine:
         *,
         dtype: Any,
         stop_id: int,
-        step_tokens: int = STEP_TOKENS,
+        step_tokens: int = 32,
         keep_first_logits: bool = False,
         on_compile: Callable[[str], None] = lambda what: None,
     ):
@@ -81,8 +80,8 @@ class Engine:
           pool: sizes.
           dtype: of the cache.
           stop_id: the token that ends an answer.
-          step_tokens: tokens of a step on each data shard, at most, while answers are made; at
-            least one a row.
+          step_tokens: tokens of a step on each data shard, at most, while answers are made, so
+            that a long prompt does not hold them up; but at least one a row.
           keep_first_logits: fill in `Request.first_logits`.
           on_compile: called before a step that compiles, with its name.
 
@@ -109,7 +108,7 @@ class Engine:
         self._compiled: set[int] = set()
         self._step_tokens = max(step_tokens, self._rows_per_shard)
         # Each is a program of its own: answers alone, with prompts, and prompts alone.
-        self._sizes = sorted({self._rows_per_shard, self._step_tokens, PROMPT_TOKENS})
+        self._sizes = sorted({self._rows_per_shard, self._step_tokens, *PROMPT_TOKENS})
 
     @property
     def cache_bytes_per_device(self) -> int:
@@ -231,31 +230,29 @@ class Engine:
         num_new = np.zeros(self.pool.num_rows, np.int32)
         num_new[[i for i, row in rows.items() if not row.num_unread]] = 1
         most = self._step_tokens if num_new.any() else self._sizes[-1]
+        left = most - num_new.reshape(self.num_seq_shards, -1).sum(axis=1)
         for i in sorted(rows, key=lambda i: rows[i].request.key):
             if rows[i].num_unread:
-                part = self._part(i)
-                num_new[i] = min(rows[i].num_unread, most - num_new[part].sum())
+                num_new[i] = min(rows[i].num_unread, left[self._shard(i)])
+                left[self._shard(i)] -= num_new[i]
         return num_new
 
     def _batch(self, num_new: np.ndarray) -> Batch:
         """The tokens of a step, in the smallest size that they fit."""
-        parts = [self._part(i) for i in range(0, self.pool.num_rows, self._rows_per_shard)]
-        size = next(n for n in self._sizes if n >= max(num_new[part].sum() for part in parts))
+        per_shard = num_new.reshape(self.num_seq_shards, -1)
+        size = next(n for n in self._sizes if n >= per_shard.sum(axis=1).max())
         num_tokens = size * self.num_seq_shards
         batch = Batch.empty(num_tokens, self.pool.num_rows, self.pool.max_blocks)
         batch.query_lens[:] = num_new
-        for shard, part in enumerate(parts):
-            at = shard * size
-            for i in range(*part.indices(self.pool.num_rows)):
-                if num_new[i]:
-                    row = self._row(i)
-                    tokens = row.next_tokens(num_new[i])
-                    batch.tokens[at : at + len(tokens)] = tokens
-                    batch.context_lens[i] = row.num_cached + len(tokens)
-                    batch.tables[i] = row.table
-                    batch.sampling.temperatures[i] = row.request.temperature
-                    batch.sampling.seeds[i] = row.request.seed
-                    at += len(tokens)
+        first = size * np.arange(self.num_seq_shards)[:, None]
+        ends = (first + np.cumsum(per_shard, axis=1)).ravel()
+        for i in np.flatnonzero(num_new):
+            row = self._row(i)
+            batch.tokens[ends[i] - num_new[i] : ends[i]] = row.next_tokens(num_new[i])
+            batch.context_lens[i] = row.num_cached + num_new[i]
+            batch.tables[i] = row.table
+            batch.sampling.temperatures[i] = row.request.temperature
+            batch.sampling.seeds[i] = row.request.seed
         return batch
 
     def _run_step(self, batch: Batch) -> tuple[StepResult, float]:
@@ -314,11 +311,6 @@ class Engine:
     def _shard(self, index: int) -> int:
         """The data shard of a row."""
         return index // self._rows_per_shard
-
-    def _part(self, index: int) -> slice:
-        """The rows of a row's data shard."""
-        first = self._shard(index) * self._rows_per_shard
-        return slice(first, first + self._rows_per_shard)
 
 
 def _round_up(number: int, multiple: int) -> int:
