@@ -1,9 +1,9 @@
 """Continuous batching: prompts share one pool of pages, joining and leaving between steps.
 
-Each turn of the loop admits prompts for which a row and pages are free, prefills one chunk on every
-data shard that has a prompt to read, and decodes one token of every running sequence. A prompt
-reserves the pages of its longest possible answer when it joins, so it never has to stop midway;
-they go back to the pool when it leaves.
+Each turn of the loop admits prompts for which a row and pages are free and takes one step: one more
+token of every answer, and as much of the prompts as the step has room for. So a long prompt holds
+up nobody. A prompt reserves the pages of its longest possible answer when it joins, so it never has
+to stop midway; they go back to the pool when it leaves.
 
 The loop is host code without randomness: in a run of several processes each takes the same
 decisions, and nothing about the schedule needs to be exchanged.
@@ -23,11 +23,11 @@ from shardpage import PageAllocator
 
 from .requests import Ending, Event, Pool, Request, Stats, num_cached_tokens
 from .smollm2 import Model, Weights
-from .smollm2.model import DecodeRows, PrefillChunks, Sampling, StepResult
+from .smollm2.model import Batch, StepResult
 
-# Prompt tokens of one prefill step: the large size for speed, the small one for short prompts and
-# ends. Each is a program of its own.
-CHUNK_LENS = (64, 128)
+# Tokens of a step on each data shard that only reads prompts: nobody waits for it, and the large
+# size is faster, the small one for short prompts and ends.
+PROMPT_TOKENS = (64, 128)
 
 
 @dataclasses.dataclass
@@ -42,9 +42,14 @@ class _Row:
         return len(self.request.prompt_ids) - self.request.num_prefilled
 
     @property
-    def position(self) -> int:
-        """Position of the newest token, which is not in the cache yet."""
-        return len(self.request.prompt_ids) + len(self.request.ids) - 1
+    def num_cached(self) -> int:
+        """Tokens in the cache: of an answer, all but the newest."""
+        return self.request.num_prefilled + max(len(self.request.ids) - 1, 0)
+
+    def next_tokens(self, count: int) -> Sequence[int]:
+        """The next tokens that go into the cache."""
+        prompt, start = self.request.prompt_ids, self.request.num_prefilled
+        return prompt[start : start + count] if self.num_unread else self.request.ids[-1:]
 
 
 class Engine:
@@ -63,7 +68,7 @@ class Engine:
         *,
         dtype: Any,
         stop_id: int,
-        chunk_lens: Sequence[int] = CHUNK_LENS,
+        step_tokens: int = 32,
         keep_first_logits: bool = False,
         on_compile: Callable[[str], None] = lambda what: None,
     ):
@@ -75,7 +80,8 @@ class Engine:
           pool: sizes.
           dtype: of the cache.
           stop_id: the token that ends an answer.
-          chunk_lens: sizes of a prefill step in tokens, rounded up to pages.
+          step_tokens: tokens of a step on each data shard, at most, while answers are made, so
+            that a long prompt does not hold them up; but at least one a row.
           keep_first_logits: fill in `Request.first_logits`.
           on_compile: called before a step that compiles, with its name.
 
@@ -99,8 +105,10 @@ class Engine:
         self._weights, self._stop_id = weights, stop_id
         self._keep_first_logits, self._on_compile = keep_first_logits, on_compile
         self._rows: list[_Row | None] = [None] * pool.num_rows
-        self._compiled: set[str] = set()
-        self._chunk_lens = sorted({_round_up(n, pool.page_size) for n in chunk_lens})
+        self._compiled: set[int] = set()
+        self._step_tokens = max(step_tokens, self._rows_per_shard)
+        # Each is a program of its own: answers alone, with prompts, and prompts alone.
+        self._sizes = sorted({self._rows_per_shard, self._step_tokens, *PROMPT_TOKENS})
 
     @property
     def cache_bytes_per_device(self) -> int:
@@ -128,8 +136,7 @@ class Engine:
         try:
             while waiting or any(self._rows):
                 yield from self._admit(waiting)
-                yield from self._prefill()
-                yield from self._decode()
+                yield from self._step()
         finally:
             for index, row in enumerate(self._rows):
                 if row is not None:
@@ -193,88 +200,74 @@ class Engine:
         shard = max(free, key=lambda shard: self.allocator.num_free(shard))
         return free[shard] if self.allocator.num_free(shard) >= num_pages else None
 
-    def _prefill(self) -> Iterator[Event]:
-        """Reads one chunk on each data shard whose oldest unread prompt has one."""
-        reading: dict[int, int] = {}
-        for index, row in enumerate(self._rows):
-            if row is not None and row.num_unread:
-                shard, best = self._shard(index), reading.get(self._shard(index))
-                if best is None or row.request.key < self._row(best).request.key:
-                    reading[shard] = index
-        if not reading:
+    def _step(self) -> Iterator[Event]:
+        """Takes one step; prompts get shorter and answers longer."""
+        num_new = self._num_new()
+        if not num_new.any():
             return
-        rows = [self._row(index) for index in reading.values()]
-        longest = max(row.num_unread for row in rows)
-        chunk_len = next((n for n in self._chunk_lens if n >= longest), self._chunk_lens[-1])
-        # Two shapes only, each a program: one chunk, or one on every data shard.
-        num_chunks = 1 if len(rows) == 1 else self.num_seq_shards
-        chunks = PrefillChunks(
-            tokens=np.zeros((num_chunks, chunk_len), np.int32),
-            shards=np.full(num_chunks, self.num_seq_shards, np.int32),
-            starts=np.zeros(num_chunks, np.int32),
-            lens=np.zeros(num_chunks, np.int32),
-            sampling=_greedy(num_chunks),
-            tables=np.full((self.num_seq_shards, self.pool.max_blocks), -1, np.int32),
-        )
-        for i, (shard, row) in enumerate(zip(reading, rows, strict=True)):
-            start = row.request.num_prefilled
-            part = row.request.prompt_ids[start : start + chunk_len]
-            chunks.tokens[i, : len(part)] = part
-            chunks.shards[i], chunks.starts[i], chunks.lens[i] = shard, start, len(part)
-            _put(chunks.sampling, i, row.request)
-            chunks.tables[shard] = row.table
-        result, seconds = self._run_step("prefill", self.model.prefill, chunks)
-        self.stats.prefill_seconds += seconds
-        self.stats.prefill_tokens += int(chunks.lens.sum())
+        reading = [i for i in np.flatnonzero(num_new) if self._row(i).num_unread]
+        result, seconds = self._run_step(self._batch(num_new))
+        num_read = int(num_new[reading].sum())
+        self.stats.count(num_read, int(num_new.sum()) - num_read, seconds)
         tokens = np.asarray(result.tokens)
-        for i, index in enumerate(reading.values()):
-            row = self._row(index)
-            row.request.num_prefilled += int(chunks.lens[i])
-            yield Event("read", row.request)
-            if not row.num_unread:
-                if self._keep_first_logits:
-                    row.request.first_logits = np.asarray(result.logits[i])
-                yield from self._append(index, int(tokens[i]))
-
-    def _decode(self) -> Iterator[Event]:
-        """Makes one token of every sequence whose prompt has been read."""
-        running = [i for i, row in enumerate(self._rows) if row is not None and not row.num_unread]
-        if not running:
-            return
-        rows = DecodeRows(
-            tokens=np.zeros(self.pool.num_rows, np.int32),
-            positions=np.full(self.pool.num_rows, -1, np.int32),
-            sampling=_greedy(self.pool.num_rows),
-            tables=np.full((self.pool.num_rows, self.pool.max_blocks), -1, np.int32),
-        )
-        for i in running:
+        for i in map(int, np.flatnonzero(num_new)):
             row = self._row(i)
-            rows.tokens[i], rows.positions[i] = row.request.ids[-1], row.position
-            rows.tables[i] = row.table
-            _put(rows.sampling, i, row.request)
-        result, seconds = self._run_step("decode", self.model.decode, rows)
-        self.stats.decode_seconds += seconds
-        self.stats.decode_tokens += len(running)
-        self.stats.decode_steps += 1
-        tokens = np.asarray(result.tokens)
-        for i in running:
-            yield from self._append(i, int(tokens[i]))
+            if i in reading:
+                row.request.num_prefilled += int(num_new[i])
+                yield Event("read", row.request)
+                if self._keep_first_logits and not row.num_unread:
+                    row.request.first_logits = np.asarray(result.logits[i])
+            if not row.num_unread:
+                yield from self._append(i, int(tokens[i]))
 
-    def _run_step(
-        self, name: str, step: Callable[..., StepResult], batch: PrefillChunks | DecodeRows
-    ) -> tuple[StepResult, float]:
+    def _num_new(self) -> np.ndarray:
+        """How many tokens of each row are next.
+
+        One of each answer; what these leave of each data shard's part goes to its prompts, the
+        oldest first. Where no answer waits for the step, prompts may make it as long as they like.
+        """
+        rows = {i: row for i, row in enumerate(self._rows) if row is not None}
+        num_new = np.zeros(self.pool.num_rows, np.int32)
+        num_new[[i for i, row in rows.items() if not row.num_unread]] = 1
+        most = self._step_tokens if num_new.any() else self._sizes[-1]
+        left = most - num_new.reshape(self.num_seq_shards, -1).sum(axis=1)
+        for i in sorted(rows, key=lambda i: rows[i].request.key):
+            if rows[i].num_unread:
+                num_new[i] = min(rows[i].num_unread, left[self._shard(i)])
+                left[self._shard(i)] -= num_new[i]
+        return num_new
+
+    def _batch(self, num_new: np.ndarray) -> Batch:
+        """The tokens of a step, in the smallest size that they fit."""
+        per_shard = num_new.reshape(self.num_seq_shards, -1)
+        size = next(n for n in self._sizes if n >= per_shard.sum(axis=1).max())
+        num_tokens = size * self.num_seq_shards
+        batch = Batch.empty(num_tokens, self.pool.num_rows, self.pool.max_blocks)
+        batch.query_lens[:] = num_new
+        first = size * np.arange(self.num_seq_shards)[:, None]
+        ends = (first + np.cumsum(per_shard, axis=1)).ravel()
+        for i in np.flatnonzero(num_new):
+            row = self._row(i)
+            batch.tokens[ends[i] - num_new[i] : ends[i]] = row.next_tokens(num_new[i])
+            batch.context_lens[i] = row.num_cached + num_new[i]
+            batch.tables[i] = row.table
+            batch.sampling.temperatures[i] = row.request.temperature
+            batch.sampling.seeds[i] = row.request.seed
+        return batch
+
+    def _run_step(self, batch: Batch) -> tuple[StepResult, float]:
         """Runs a step to its end; returns its result and seconds."""
-        what = f"{name} of {' x '.join(map(str, batch.tokens.shape))} tokens"
-        if what not in self._compiled:
-            self._on_compile(what)
-            _, seconds = self._timed(step, batch.emptied())
-            self.stats.compile_seconds += seconds
-            self._compiled.add(what)
-        return self._timed(step, batch)
+        num_tokens = len(batch.tokens)
+        if num_tokens not in self._compiled:
+            self._on_compile(f"a step of {num_tokens} tokens")
+            empty = Batch.empty(num_tokens, self.pool.num_rows, self.pool.max_blocks)
+            self.stats.compile_seconds += self._timed(empty)[1]
+            self._compiled.add(num_tokens)
+        return self._timed(batch)
 
-    def _timed(self, step: Callable[..., StepResult], batch: Any) -> tuple[StepResult, float]:
+    def _timed(self, batch: Batch) -> tuple[StepResult, float]:
         begin = time.perf_counter()
-        result = step(self._weights, self.cache, batch)
+        result = self.model.step(self._weights, self.cache, batch)
         self.cache = result.cache
         result.tokens.block_until_ready()
         return result, time.perf_counter() - begin
@@ -311,18 +304,13 @@ class Engine:
         assert row is not None
         return row
 
+    @property
+    def _rows_per_shard(self) -> int:
+        return self.pool.num_rows // self.num_seq_shards
+
     def _shard(self, index: int) -> int:
         """The data shard of a row."""
-        return index // (self.pool.num_rows // self.num_seq_shards)
-
-
-def _greedy(num_rows: int) -> Sampling:
-    return Sampling(np.zeros(num_rows, np.float32), np.zeros(num_rows, np.int32))
-
-
-def _put(sampling: Sampling, index: int, request: Request) -> None:
-    sampling.temperatures[index] = request.temperature
-    sampling.seeds[index] = request.seed
+        return index // self._rows_per_shard
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -74,14 +74,32 @@ class Pool:
 
 @dataclasses.dataclass
 class Stats:
-    """Work done so far. Seconds are without compilation, which is counted apart."""
+    """Work done so far. Seconds are without compilation, which is counted apart.
 
+    A step may read prompt tokens and add to answers at once. Its time cannot be divided: it counts
+    in full as prefill and as decode, each of which is thus what prompts, or answers, waited for.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_steps: int = 0
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
+
+    def count(self, num_read: int, num_made: int, seconds: float) -> None:
+        """Adds a step that read prompt tokens and lengthened answers."""
+        self.steps += 1
+        self.seconds += seconds
+        if num_read:
+            self.prefill_tokens += num_read
+            self.prefill_seconds += seconds
+        if num_made:
+            self.decode_tokens += num_made
+            self.decode_steps += 1
+            self.decode_seconds += seconds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,15 @@ MOST_DEVICES_SHOWN = 16
 
 
 def rates(engine: Engine) -> dict[str, float | int | None]:
-    """Speeds over the whole run, compilation apart."""
+    """Speeds over the whole run, compilation apart; see `Stats` for steps that do both."""
     stats = engine.stats
     per_second = lambda tokens, seconds: round(tokens / seconds, 2) if seconds else None
     return {
         "prefill_tokens_per_second": per_second(stats.prefill_tokens, stats.prefill_seconds),
         "decode_tokens_per_second": per_second(stats.decode_tokens, stats.decode_seconds),
         "decode_steps": stats.decode_steps,
+        "steps": stats.steps,
+        "step_seconds": round(stats.seconds, 2),
         "compile_seconds": round(stats.compile_seconds, 2),
     }
 

@@ -14,7 +14,7 @@ from ..processes.bootstrap import Processes
 from .requests import Request
 
 # Settings that may differ: they change how fast answers come, not what they are.
-_HARMLESS = ("page_size", "num_pages", "batch")
+_HARMLESS = ("page_size", "num_pages", "batch", "step_tokens")
 _MISTAKES_SHOWN = 8
 _WORDS = {list: "a list", dict: "an object", bool: "true or false"}
 _short = reprlib.repr

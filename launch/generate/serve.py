@@ -36,6 +36,7 @@ class Options:
     page_size: int = 16
     num_pages: int | None = None
     batch: int | None = None
+    step_tokens: int = 32
     dtype: str = "float32"
     json_file: Path | None = None
     raw: bool = False
@@ -99,6 +100,7 @@ def run(options: Options) -> bool:
                 pool,
                 dtype=dtype,
                 stop_id=tokenizer.stop_id,
+                step_tokens=options.step_tokens,
                 on_compile=lambda what: output.status(f"compiling {what} ..."),
             )
             report.engine, report.load_seconds = engine, round(time.perf_counter() - began, 2)

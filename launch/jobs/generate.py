@@ -39,6 +39,15 @@ def generate(
         int | None,
         Option(min=1, help="Prompts that run at the same time, rounded up to the data shards."),
     ] = None,
+    step_tokens: Annotated[
+        int,
+        Option(
+            min=1,
+            help="Tokens of a step on each data shard, at most, while answers are made: one for "
+            "each of them (always), the rest for prompts. Fewer keep answers steady while a long "
+            "prompt is read, more read it sooner.",
+        ),
+    ] = 32,
     dtype: Annotated[
         Literal["float32", "bfloat16"], Option(help="Dtype of the weights and the cache.")
     ] = "float32",
@@ -74,6 +83,7 @@ def generate(
         page_size=page_size,
         num_pages=num_pages,
         batch=batch,
+        step_tokens=step_tokens,
         dtype=dtype,
         json_file=json_file,
         raw=raw,

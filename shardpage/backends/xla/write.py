@@ -29,6 +29,11 @@ def write(
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
     writes = writes._replace(page=cache.in_layer(writes.page))
+    if key.shape[0] == 1:
+        # XLA makes a dynamic_update_slice of a scatter of one token, and on CPUs copies the cache
+        # of all layers around it. Written twice, it stays a scatter.
+        twice = functools.partial(jnp.repeat, repeats=2, axis=0)
+        key, value, writes = jax.tree.map(twice, (key, value, writes))
     unpacked = cache.unpacked().arrays
     tokens = cache.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
     arrays = zip(cache.arrays, unpacked, tokens, strict=True)
