@@ -76,7 +76,7 @@ def test_batch_place_pages_and_chunks_change_no_bit(window, dtype):
 def test_what_cannot_be_had_is_refused():
     cache = PagedKVCache.zeros(4, KV_HEADS, PAGE, DIM)
     tuning = Tuning(backend="pallas_tpu", invariant=True)
-    with pytest.raises(NotImplementedError, match="invariant=True: .* use backend='xla'"):
+    with pytest.raises(NotImplementedError, match=r"invariant=True: .* use backend='xla'"):
         make_plan(cache, np.ones(1, int), np.zeros((1, 1), int), num_heads=8, tuning=tuning)
 
 

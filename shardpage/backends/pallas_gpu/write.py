@@ -16,9 +16,7 @@ from .config import refuse
 from .mosaic import as_kernel, compiler_params, in_place, interpreter, num_sms
 
 
-def prepare_writes(
-    writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning
-) -> None:
+def prepare_writes(writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning) -> None:
     """Copies of single tokens need no order; see `shardpage.backends` for the contract."""
     refuse(page_format, tuning)
 
