@@ -31,12 +31,12 @@ class Ring:
     semaphores: Any  # [places], which count the bytes of a whole step
     first_head: jax.Array | int
 
-    def start_block(self, num_pages, page_ids: Any, index: int, place: jax.Array) -> None:
+    def start_block(self, num_pages, page_ids: Any, index: Any, place: jax.Array) -> None:
         """Fetches the first pages of a block; no branches."""
         for page in range(self.sizes.block_pages):
             self._start(page, num_pages, page_ids, index, place)
 
-    def start_in_loop(self, num_pages, page_ids: Any, index: jax.Array, place: jax.Array) -> None:
+    def start_in_loop(self, num_pages, page_ids: Any, index: Any, place: jax.Array) -> None:
         """The same in less code."""
         unroll = math.gcd(_UNROLL, self.sizes.block_pages)
 
