@@ -111,10 +111,11 @@ def step_attention(
         limit = len(table) * page_size
         if max_context_len is not None:
             limit = min(limit, max_context_len)
+        possible = 0 <= length <= limit and (new <= length or length == 0)
         seen = [
             [
                 other
-                for other in range(max(length, 0))
+                for other in range(length if possible else 0)
                 if (other <= position or not causal)
                 and (window is None or other > position - window)
                 and (chunk is None or other // chunk == position // chunk)
@@ -124,14 +125,10 @@ def step_attention(
         seq_shard = seq // seqs_per_shard
         pages_per_seq_shard = num_pages // num_seq_shards
         own_pages = range(seq_shard * pages_per_seq_shard, (seq_shard + 1) * pages_per_seq_shard)
-        valid = (
-            0 <= length <= limit
-            and (new <= length or length == 0)
-            and all(
-                table[position // page_size] in own_pages
-                for positions in seen
-                for position in positions
-            )
+        valid = possible and all(
+            table[position // page_size] in own_pages
+            for positions in seen
+            for position in positions
         )
         for positions in seen:
             if valid:
