@@ -251,7 +251,7 @@ def bad(**changes):
         ({"block_tables": np.zeros(3, np.int32)}, r"block_tables must be \[num_seqs, max_blocks\]"),
         ({"dtype": jnp.int8}, "dtype=int8 is no cache's; choose one of"),
         ({"value_pages": 5}, r"key_cache is bfloat16\[.*\] but value_cache bfloat16\[5, .*must be"),
-        ({"backend": "cuda"}, r"backend='cuda' is none of \('xla', 'pallas_tpu'\)"),
+        ({"backend": "cuda"}, r"backend='cuda' is none of \('xla', 'pallas_tpu', 'pallas_gpu'\)"),
         ({"mesh": "data=8"}, r"num_seqs=2 must be divisible by the 8 shards"),
         ({"mesh": "data=8", "block_tables": np.zeros((8, 2), np.int32)},
          r"num_tokens=4 must be divisible by the 8 shards .* pad to 8 with seq_ids of -1"),

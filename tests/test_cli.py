@@ -184,6 +184,7 @@ def test_a_signal_ends_the_run_with_what_there_is(tiny, tmp_path, name):
 def test_verify_prints_the_matrix_and_fails_on_a_miss(monkeypatch):
     monkeypatch.setattr(checks, "ROWS", checks.ROWS[:1])
     monkeypatch.setattr(checks, "OPTIONS", {"plain": {}})
+    monkeypatch.setattr(checks, "STEPS", {})
     monkeypatch.setattr(checks, "COLUMNS", ("write", "plain"))
     result = run("verify", "--mesh", "data=2,context=2")
     assert result.exit_code == 0, result.output

@@ -173,4 +173,4 @@ def test_what_needs_no_cast_and_no_move_is_taken_as_it_is():
     assert as_int32(lens) is lens
     split = Split.of(build_mesh("data=2"), None)
     placed = jax.device_put(lens, jax.NamedSharding(split.mesh, jax.P("data")))
-    assert _place(placed, jax.P(("data",)), split) is placed
+    assert _place(placed, spec=jax.P(("data",)), split=split, movable=True) is placed

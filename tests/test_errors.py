@@ -184,7 +184,11 @@ def test_kv_layout(kv_layout, changes, message):
         ("attn_logits_soft_cap", 3e38, r"soft_cap=3e\+38 must be 0 or between"),
         ("megacore_mode", "heads", r"megacore_mode='heads' must be one of \(None, 'auto', 'off', "),
         ("inline_seq_dim", 2, "inline_seq_dim must be True or False; got 2"),
-        ("backend", "triton", r"backend='triton' is none of \('xla', 'pallas_tpu'\); None follows"),
+        (
+            "backend",
+            "triton",
+            r"backend='triton' is none of \('xla', 'pallas_tpu', 'pallas_gpu'\); None follows",
+        ),
         ("interpret", "yes", "interpret must be True, False or None .*; got 'yes'"),
     ],
 )
