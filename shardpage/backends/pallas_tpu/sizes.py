@@ -109,8 +109,8 @@ def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> 
       NotImplementedError: if it cannot fit; naming what would.
     """
     page_format, room = demand.geometry.format, chip.vmem_bytes - _VMEM_RESERVE_BYTES
-    sizes = _wanted(demand, chip, block_pages or _model_block_pages(demand))
-    for sizes in _ever_smaller(sizes, fixed_block=block_pages is not None):
+    sizes = wanted = _wanted(demand, chip, block_pages or _model_block_pages(demand))
+    for sizes in _ever_smaller(wanted, fixed_block=block_pages is not None):
         if demand.vmem_bytes(sizes) <= room:
             break
     else:
