@@ -56,6 +56,21 @@ test_sharding.py::test_large_partials_merge_in_two_on_gpus
 test_transfer.py::test_running_sequences_go_on_elsewhere[mixed-*]
 test_meshes.py::TestPlanHeads::test_works_end_to_end[{heads1,heads2}-*]
 test_meshes.py::TestPlanHeads::test_eight_heads_on_sixteen_devices
+test_step.py::test_every_mesh_gives_the_oracles_numbers[*]
+!test_step.py::test_every_mesh_gives_the_oracles_numbers[data=2,context=2,kv=2-mixed]
+test_step.py::test_pages_may_lie_on_any_context_shard[*]
+!test_step.py::test_pages_may_lie_on_any_context_shard[contiguous-chunk]
+test_step.py::test_any_lengths_masks_and_places
+test_step.py::test_gradients_are_those_of_finite_differences[*]
+!test_step.py::test_gradients_are_those_of_finite_differences[mixed-None]
+test_step.py::test_interpreted_kernels[*]
+test_step.py::test_heads_of_the_output_may_stay_split_over_context[context=4]
+test_layers.py::test_layers_of_a_scan_are_caches_of_their_own[*]
+!test_layers.py::test_layers_of_a_scan_are_caches_of_their_own[None-blocks_first]
+test_layers.py::test_a_scan_copies_no_cache_and_plans_nothing[*-mixed]
+test_layers.py::test_interpreted_kernels_know_layers[*]
+test_invariance.py::test_shards_of_sequences_and_heads_change_no_bit[*]
+!test_invariance.py::test_shards_of_sequences_and_heads_change_no_bit[kv=4]
 
 # Compiled for every generation of TPU, for whole slices, or measured.
 test_tpu_aot.py::test_attention_compiles_without_a_copy_of_the_cache[*]

@@ -53,6 +53,7 @@ STEPS = (
     Step("prompt", ((96, 96), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0)), 96),
     Step("guesses", tuple((n, 4) for n in (4, 8, 9, 40, 41, 63, 90, 96)), 32),
     Step("decoding", tuple((n, 1) for n in (1, 7, 8, 9, 30, 64, 95, 96)), 8),
+    Step("one_token", ((5, 1),), 1),
     Step("all_padding", ((5, 0), (0, 0)) * 4, 12),
     Step("one_token_over_a_page", ((17, 17), (9, 9), (25, 2), (8, 8)) * 2, 72),
     Step("window", MIXED, 80, window=19),

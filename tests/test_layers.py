@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import meshes
 from shardpage import PagedKVCache, ShardLayout, Tuning, attend, make_plan, write_kv
 
 from . import steps
@@ -84,11 +85,14 @@ def test_layers_of_a_scan_are_caches_of_their_own(spec, kv_layout):
         np.testing.assert_array_equal(np.asarray(attend(query, one, plan)), np.asarray(out[number]))
 
 
-@pytest.mark.parametrize("spec", [None, "data=2,context=2,kv=2"])
-def test_a_scan_copies_no_cache_and_plans_nothing(spec):
+@pytest.mark.parametrize(
+    ("spec", "step"),
+    [(None, "mixed"), (None, "one_token"), ("data=2,context=2,kv=2", "mixed")],
+)
+def test_a_scan_copies_no_cache_and_plans_nothing(spec, step):
     temps = []
     for num_layers in (2, 12):
-        model, cache, tokens = on(spec, "blocks_first", num_layers)
+        model, cache, tokens = on(spec, "blocks_first", num_layers, step=step)
         compiled = layered.lower(model, cache, *tokens).compile()
         memory, size = compiled.memory_analysis(), sum(x.nbytes for x in cache.arrays)
         assert memory.alias_size_in_bytes == size // (8 if spec else 1)
@@ -115,3 +119,51 @@ def test_a_layer_is_named_where_there_are_several_and_only_there():
     single = PagedKVCache.of(cache.key[0], kv_layout="fused", head_dim=cache.head_dim)
     with pytest.raises(ValueError, match="layer=0 of a cache of one layer"):
         attend(query, single, plan, layer=0)
+
+
+@pytest.mark.parametrize("kv_layout", ["blocks_first", "fused"])
+def test_interpreted_kernels_know_layers(kv_layout):
+    model, cache, tokens = on(None, kv_layout, 2, backend="pallas_tpu", step="decoding")
+    expected = layered(on(None, kv_layout, 2, step="decoding")[0], cache, *tokens)
+    cache = jax.tree.map(jnp.zeros_like, expected[0])
+    written, out = layered(model, cache, *tokens)
+    for actual, wanted in zip(written.arrays, expected[0].arrays, strict=True):
+        np.testing.assert_array_equal(np.asarray(actual), np.asarray(wanted))
+    np.testing.assert_allclose(np.asarray(out), np.asarray(expected[1]), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "tpu7x:2x2x1"])
+def test_on_tpus_a_scan_copies_no_cache_and_plans_nothing(name):
+    """Compiled ahead of time: the kernels, what is truly a layer's, and no sort."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: shardpage[tpu]")
+    mesh = meshes.topology(name, "data=4" if name == "v5e:2x2" else "data=8")
+    num_seqs, num_layers, num_pages = 8 * mesh.size, 4, 64 * mesh.size
+    cache = PagedKVCache.abstract(num_pages, 4, 16, 128, num_layers=num_layers, mesh=mesh)
+    layout = ShardLayout.of(mesh)
+
+    def array(dtype, *shape, dims):
+        sharding = jax.NamedSharding(mesh, layout.spec(*dims))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    token = lambda heads: array(
+        jnp.bfloat16, num_layers, num_seqs, heads, 128, dims=(None, "seqs", None, None)
+    )
+    lens = array(jnp.int32, num_seqs, dims=("seqs",))
+    tables = array(jnp.int32, num_seqs, 32, dims=("seqs", None))
+
+    def step(cache, query, key, value, lens, tables):
+        plan = make_plan(cache, lens, tables, num_heads=16, mesh=mesh)
+        return layered.__wrapped__(lambda _: plan, cache, query, key, value)
+
+    compiled = (
+        jax.jit(step, donate_argnums=0, out_shardings=(cache.array_formats, None))
+        .lower(cache, token(16), token(4), token(4), lens, tables)
+        .compile()
+    )
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    size = sum(np.prod(x.shape) * 2 for x in cache.arrays) // mesh.size
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < size // num_layers
+    in_loop = [line for line in text.splitlines() if "while/body" in line]
+    assert sum("custom-call(" in line and "shardpage" in line for line in in_loop) == 2
+    assert not [line for line in in_loop if re.search(r" sort\(|/plan/", line)]

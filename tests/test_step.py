@@ -299,3 +299,13 @@ def test_any_lengths_masks_and_places(lens, shares, mask, placement, spec):
     mesh = None if spec is None else build_mesh(spec)
     inputs = on(mesh, step, placement=placement) if mesh else steps.make(step)
     assert_exact(inputs, *run(inputs, mesh=mesh, written=True))
+
+
+@pytest.mark.parametrize("spec", [None, "data=2,context=2"])
+def test_interpreted_kernels(spec):
+    """Races are looked for; a prompt is cut short, since each of its queries is walked alone."""
+    seqs = ((12, 12), (30, 1), (20, 3), (9, 0))
+    step = steps.named("window").replace(seqs=seqs, num_queries=18, num_heads=4, num_kv_heads=2)
+    mesh = None if spec is None else build_mesh(spec)
+    inputs = on(mesh, step, "fused") if mesh else steps.make(step, "fused")
+    assert_exact(inputs, *run(inputs, "pallas_tpu", mesh, written=True))
