@@ -211,7 +211,8 @@ class TestLowersForCuda:
         cache = abstract_cache(layout=layout)
         tokens = jax.ShapeDtypeStruct((65, 8, 128), jnp.bfloat16)
         writes = Writes(*[jax.ShapeDtypeStruct((65,), jnp.int32)] * 2)
-        call = jax.jit(functools.partial(pallas_gpu.write, tuning=COMPILED), donate_argnums=0)
+        write = functools.partial(pallas_gpu.write, work=None, tuning=COMPILED)
+        call = jax.jit(write, donate_argnums=0)
         exported = jax.export.export(call, platforms=["cuda"])(cache, tokens, tokens, writes)
         assert exported.mlir_module().count("mosaic_gpu_v2") == 1
 

@@ -39,9 +39,11 @@ LIMITS = {
     "64 x 4096, G1 K32, page 32": (0.46, 0.30, 0.43, 0.84, 1.38),
     "64 x 4096, G8 K1, page 32, dim 64": (0.88, 0.81, 1.11, 1.44, 2.73),
     "256 x 256, G8 K1, page 16": (0.75, 0.76, 1.04, 1.37, 2.73),
-    "256 x 256, G4 K8, page 16": (0.16, 0.27, 0.39, 0.47, 0.85),
+    "256 x 256, G4 K8, page 16": (0.37, 0.27, 0.39, 0.47, 0.85),
     "64 x 1..4096, G8 K1, page 16": (0.70, 0.75, 1.01, 1.13, 2.14),
 }
+# Executed for all chips; the others for one.
+ON_ALL_CHIPS = ("64 x 4096, G8 K1, page 16", "256 x 256, G4 K8, page 16")
 
 
 def run(text, operands=(), core=V6E):
@@ -410,6 +412,8 @@ class TestCompiled:
     def test_whole_calls_stay_within_their_limits(self, topology):
         slow = {}
         for case, limits in LIMITS.items():
+            if topology != "v6e:2x2" and case not in ON_ALL_CHIPS:
+                continue
             (row,) = worker.call(worker.execute_case, topology, "decode", case, "off")
             assert row.guessed == 0
             assert row.copied_bytes >= row.num_bytes

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import re
 import time
@@ -157,11 +158,14 @@ def compile_kernels(subject: Subject, mesh: Mesh, dump: pathlib.Path) -> Kernels
 
 
 def execute(subject: Subject, topology: str, mesh: Mesh, dump: pathlib.Path) -> list[Executed]:
-    """Compiles a program and executes each of its kernels; see `compile_kernels`."""
+    """Compiles a program and executes each of its kernels; see `compile_kernels`.
+
+    Of a case by name, the calls that a large batch is cut into count together.
+    """
     kernels = compile_kernels(subject, mesh, dump)
     runs = kernels.run(subject.arguments)
     temp_bytes = kernels.compiled.memory_analysis().temp_size_in_bytes
-    return [
+    rows = [
         dataclasses.replace(
             _report(subject.num_bytes, program, of_kernel),
             topology=topology,
@@ -172,6 +176,29 @@ def execute(subject: Subject, topology: str, mesh: Mesh, dump: pathlib.Path) -> 
         )
         for name, program, of_kernel in zip(kernels.names, kernels.programs, runs, strict=True)
     ]
+    return [functools.reduce(joined, rows)] if subject.kernel else rows
+
+
+def joined(one: Executed, other: Executed) -> Executed:
+    """Two calls, one after the other, as one."""
+    add = lambda a, b: {name: round(a.get(name, 0) + b.get(name, 0), 3) for name in {**a, **b}}
+    phases: dict[Any, dict[str, Any]] = {}
+    for phase in (*one.phases, *other.phases):
+        key = tuple(value for value in phase.values() if isinstance(value, str))
+        before = phases.get(key, {})
+        phases[key] = {
+            name: value if isinstance(value, str) else value + before.get(name, 0)
+            for name, value in phase.items()
+        }
+    summed = ("cycles", "empty", "copies", "copied_bytes", "guessed")
+    return dataclasses.replace(
+        one,
+        **{name: getattr(one, name) + getattr(other, name) for name in summed},
+        us=add(one.us, other.us),
+        wait_us=add(one.wait_us, other.wait_us),
+        unknown=add(one.unknown, other.unknown),
+        phases=sorted(phases.values(), key=lambda phase: -phase["cycles"]),
+    )
 
 
 def _trace(subject: Subject, mesh: Mesh) -> Any:
