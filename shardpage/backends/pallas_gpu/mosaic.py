@@ -64,8 +64,8 @@ def interpreter(tuning: Tuning) -> dict[str, Any]:
             "interpret=True: JAX 0.10 has no interpreter of Mosaic GPU kernels, 0.11 has; run on a "
             "Hopper GPU, or use backend='xla'"
         )
-    how = plgpu.InterpretGPUParams() if tuning.interpret is True else tuning.interpret
-    return {"interpret": how}
+    interpreted = getattr(plgpu, "InterpretGPUParams")  # noqa: B009 (JAX 0.10 has none)
+    return {"interpret": interpreted() if tuning.interpret is True else tuning.interpret}
 
 
 def in_place(

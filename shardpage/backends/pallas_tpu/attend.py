@@ -94,13 +94,14 @@ def attend(
 ) -> Partial:
     """Attends over local pages with a Pallas TPU kernel; see `shardpage.backends`."""
     logits = Logits(attention.scale_of(cache.format.key_dim), attention.soft_cap)
-    parts, partials = _parts(*query.shape[:2], cache.format, tuning), []
+    num_queries, num_heads, _ = query.shape
+    parts, partials = _parts(num_queries, num_heads, cache.format, tuning), []
     for part, some in zip(parts, work, strict=True):
         here = query[part]
-        config = _configure(cache.format, query.shape[1], len(here), reads, tuning)
+        config = _configure(cache.format, num_heads, len(here), reads, tuning)
         call = as_kernel(functools.partial(_call, config, logits), tuning)
-        result = call(some.walk, some.ids, rows.query_rows(config, here), cache)
-        partials.append(rows.merged_partial(config, *result, some.held))
+        out, lse = call(some.walk, some.ids, rows.query_rows(config, here), cache)
+        partials.append(rows.merged_partial(config, out, lse, some.held))
     if len(partials) == 1:
         return partials[0]
     return Partial(*map(jnp.concatenate, zip(*partials, strict=True)))

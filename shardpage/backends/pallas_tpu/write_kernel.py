@@ -127,7 +127,7 @@ class Tile(NamedTuple):
 
     number: jax.Array
     place: jax.Array
-    index: int  # in its group
+    member: int  # of its group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +192,12 @@ class Kernel:
         rows = pl.ds(first_row, self.tiles.rows)
         at = self.tiles.format.page_at(page, slice(None), rows)
         ends = [
-            (cache.at[at], buffer.at[tile.place, tile.index])
+            (cache.at[at], buffer.at[tile.place, tile.member])
             for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True)
         ]
         semaphore = semaphores.at[tile.place]
-        return [pltpu.make_async_copy(*(x if in_ else x[::-1]), semaphore) for x in ends]
+        pairs = ends if in_ else [(buffer, cache) for cache, buffer in ends]
+        return [pltpu.make_async_copy(source, target, semaphore) for source, target in pairs]
 
     def put_all(self, group: jax.Array) -> None:
         """Puts the first token of each tile, and then the others of those that get several."""
@@ -220,7 +221,7 @@ class Kernel:
         heads = list(np.ndindex(*page_format.heads_shape))
         for which, buffer in enumerate(self.scratch.tiles):
             for index, head in enumerate(heads):
-                at = (tile.place, tile.index, *head)
+                at = (tile.place, tile.member, *head)
                 old = pltpu.bitcast(buffer[at], jnp.int32)
                 new = self.tokens[number, pl.ds(which * len(heads) + index, 1), :]
                 words = (old & others) | (new & own)
