@@ -51,7 +51,8 @@ def attend(
         in the cache already (`write_kv`); any float dtype of 16 bits or more.
       cache: the cache that the plan was made for.
       plan: of `make_plan`: who reads what, on which mesh, and how it is computed.
-      layer: which layer of a cache made with `num_layers`, from 0; may be traced.
+      layer: which layer of a cache made with `num_layers`, from 0; may be traced. One that there is
+        not gives NaN.
       scale: factor on the logits; None for `head_dim ** -0.5`.
       soft_cap: `cap * tanh(logits / cap)` on scaled logits, before masking; None for no cap.
       sinks: `[num_heads]`, a logit per query head that joins the softmax denominator once.
@@ -145,7 +146,9 @@ def _attend_here(
     """One device's part of a planned call."""
     if split is not None:
         reads = jax.tree.map(lambda array: array[0], reads)
-    cache = cache if layer is None else cache.of_layer(layer)
+    if layer is not None:
+        cache = cache.of_layer(layer)
+        invalid |= cache.first_page < 0
     return _attend_and_merge(cache, query, sinks, (*reads, invalid), options, split)
 
 

@@ -192,12 +192,15 @@ class PagedKVCache:
     def of_layer(self, layer: Any) -> "PagedKVCache":
         """All layers' pages as one range, with `first_page` where those of `layer` begin.
 
-        Moves nothing: backends add `first_page` to page ids, and see one long cache.
+        Moves nothing: backends add `first_page` to page ids, and see one long cache. A traced
+        `layer` that there is not has a `first_page` of -1.
         """
         axis = self.layout.value.pages
         merge = lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
         arrays = tuple(map(merge, self.arrays))
-        return dataclasses.replace(self, arrays=arrays, first_page=layer * self.num_pages)
+        there = (layer >= 0) & (layer < self.num_layers)
+        first_page = jnp.where(there, layer * self.num_pages, -1)
+        return dataclasses.replace(self, arrays=arrays, first_page=first_page)
 
     @property
     def num_array_pages(self) -> int:
@@ -205,11 +208,12 @@ class PagedKVCache:
         return self.key.shape[self.layout.value.pages]
 
     def in_layer(self, page_ids: Any) -> Any:
-        """Ids of a layer's pages as ids in the array(s); `num_pages`, of no page, stays of none."""
+        """Ids of a layer's pages as ids in the array(s); `num_pages`, of no page, stays of none,
+        as do all ids of a layer that there is not."""
         if self.first_page is None:
             return page_ids
-        ids = page_ids + self.first_page
-        return jnp.where(page_ids < self.num_pages, ids, self.num_array_pages)
+        there = (page_ids < self.num_pages) & (self.first_page >= 0)
+        return jnp.where(there, page_ids + self.first_page, self.num_array_pages)
 
     @property
     def array_formats(self) -> "PagedKVCache":

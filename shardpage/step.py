@@ -81,7 +81,7 @@ def make_plan(
     integer("num_heads", num_heads)
     mask = Mask(window, chunk, causal, max_context_len)
     if query_lens is None:
-        num_queries = num_queries or context_lens.shape[0]
+        num_queries = context_lens.shape[0] if num_queries is None else num_queries
         if num_queries != context_lens.shape[0]:
             raise ValueError(
                 f"{num_queries=} for {context_lens.shape[0]} sequences of one token each; pass "
@@ -125,10 +125,11 @@ def _plan_here(
     page_format, tuning = made_for.page_format, made_for.tuning
     row = jnp.arange(num_queries, dtype=jnp.int32) if queries.row is None else queries.row
     pages = PageRange.here(made_for.num_pages, split)
-    writes = plan_writes(row, queries.position, block_tables, page_format.page_size, pages)
-    write_work = backends.load(tuning).prepare_writes(
-        writes, made_for.num_pages, page_format, tuning
-    )
+    with jax.named_scope("plan"):
+        writes = plan_writes(row, queries.position, block_tables, page_format.page_size, pages)
+        write_work = backends.load(tuning).prepare_writes(
+            writes, made_for.num_pages, page_format, tuning
+        )
     per_shard = ((reads, work), (writes, write_work))
     if split is not None:
         per_shard = jax.tree.map(lambda array: array[None], per_shard)

@@ -54,7 +54,8 @@ def write_kv(
       block_tables: `[num_seqs, max_blocks]` int32, global page ids.
       seq_ids: `[num_tokens]` int32, the row of `block_tables` that a token belongs to, counted
         over all devices. -1 drops the token.
-      layer: which layer of a cache made with `num_layers`, from 0; may be traced.
+      layer: which layer of a cache made with `num_layers`, from 0; may be traced. Tokens of one
+        that there is not are dropped.
       mesh: the mesh that the cache is split over; None for one device, or inside a `shard_map`.
       layout: which mesh axis splits what; None for `ShardLayout.of(mesh)`.
       backend: "xla", "pallas_tpu" or "pallas_gpu"; None for the one made for the mesh's devices.

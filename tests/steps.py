@@ -7,8 +7,12 @@ looked up, NaN in every slot that no query reads, and in new tokens' own slots u
 import dataclasses
 
 import numpy as np
+from jax.sharding import Mesh
+
+from shardpage import PagedKVCache, Plan, Tuning, make_plan
 
 from . import cases, reference
+from .backends import interpret
 from .cases import Case, Placement
 from .tolerance import assert_close
 
@@ -191,6 +195,21 @@ def _query_rows(step: Step, num_seq_shards: int) -> list[int]:
             row += new
         assert row <= (shard + 1) * step.num_queries
     return rows
+
+
+def planned(inputs: StepInputs, backend: str, mesh: Mesh | None, cache: PagedKVCache) -> Plan:
+    """The inputs' plan, for their cache or one of their sizes."""
+    return make_plan(
+        cache,
+        inputs.context_lens,
+        inputs.block_tables,
+        inputs.query_lens,
+        num_heads=inputs.step.num_heads,
+        num_queries=inputs.num_queries,
+        mesh=mesh,
+        tuning=Tuning(backend=backend, interpret=interpret(backend)),
+        **inputs.step.mask,
+    )
 
 
 def exact(inputs: StepInputs) -> tuple[np.ndarray, np.ndarray]:

@@ -9,24 +9,10 @@ import numpy as np
 import pytest
 
 import meshes
-from shardpage import PagedKVCache, ShardLayout, Tuning, attend, make_plan, write_kv
+from shardpage import PagedKVCache, ShardLayout, attend, make_plan, write_kv
 
 from . import steps
-from .backends import interpret
 from .cases import KV_LAYOUTS, build_mesh
-
-
-def planned(cache, inputs, mesh=None, backend="xla"):
-    return make_plan(
-        cache,
-        inputs.context_lens,
-        inputs.block_tables,
-        inputs.query_lens,
-        num_heads=inputs.step.num_heads,
-        num_queries=inputs.num_queries,
-        mesh=mesh,
-        tuning=Tuning(backend=backend, interpret=interpret(backend)),
-    )
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnums=1)
@@ -65,7 +51,7 @@ def on(spec, kv_layout, num_layers, backend="xla", step="mixed"):
     shape = (num_layers, inputs.num_queries)
     heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads)
     tokens = [rng.standard_normal((*shape, n, case.head_dim), np.float32) for n in heads]
-    return functools.partial(planned, inputs=inputs, mesh=mesh, backend=backend), cache, tokens
+    return functools.partial(steps.planned, inputs, backend, mesh), cache, tokens
 
 
 @pytest.mark.parametrize(
@@ -99,8 +85,10 @@ def test_a_scan_copies_no_cache_and_plans_nothing(spec, step):
         temps.append(memory.temp_size_in_bytes)
     layer_bytes = size // 12 // (8 if spec else 1)
     assert temps[1] - temps[0] < layer_bytes  # of ten layers more
-    in_loops = re.findall(r'op_name="[^"]*while/body[^"]*"', compiled.as_text())
+    text = compiled.as_text()
+    in_loops = re.findall(r'op_name="[^"]*while/body[^"]*"', text)
     assert in_loops
+    assert re.search(r'op_name="[^"]*/plan/', text)  # before the loop
     assert not [name for name in in_loops if re.search(r"while/body.*/plan/", name)]
 
 
@@ -167,3 +155,18 @@ def test_on_tpus_a_scan_copies_no_cache_and_plans_nothing(name):
     in_loop = [line for line in text.splitlines() if "while/body" in line]
     assert sum("custom-call(" in line and "shardpage" in line for line in in_loop) == 2
     assert not [line for line in in_loop if re.search(r" sort\(|/plan/", line)]
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize("number", [-1, 2, 2**31 - 1])
+def test_a_traced_layer_that_there_is_not(number, backend):
+    """What Python refuses, a compiled program answers: NaN, and nothing is written."""
+    model, cache, tokens = on(None, "fused", 2, backend, step="one_token")
+    plan = model(cache)
+    query, key, value = (x[0] for x in tokens)
+    number = jnp.int32(number)
+    before = jax.tree.map(np.asarray, cache.arrays)
+    assert np.isnan(np.asarray(attend(query, cache, plan, layer=number))).all()
+    written = write_kv(cache, key, value, plan, layer=number)
+    for actual, expected in zip(written.arrays, before, strict=True):
+        np.testing.assert_array_equal(np.asarray(actual), expected)

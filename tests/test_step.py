@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardpage
-from shardpage import PagedKVCache, ShardLayout, Tuning
+from shardpage import PagedKVCache, ShardLayout
 
 from . import steps
-from .backends import interpret
 from .cases import KV_LAYOUTS, PLACEMENTS, build_mesh
 from .steps import STEPS, assert_exact
 
@@ -29,18 +28,7 @@ def planned(inputs, backend="xla", mesh=None, written=False):
         arrays = (inputs.key_cache_before, inputs.value_cache_before)
     arrays = [None if x is None else jnp.asarray(x) for x in arrays]
     cache = PagedKVCache.of(*arrays, kv_layout=inputs.kv_layout, head_dim=inputs.step.head_dim)
-    plan = shardpage.make_plan(
-        cache,
-        inputs.context_lens,
-        inputs.block_tables,
-        inputs.query_lens,
-        num_heads=inputs.step.num_heads,
-        num_queries=inputs.num_queries,
-        mesh=mesh,
-        tuning=Tuning(backend=backend, interpret=interpret(backend)),
-        **inputs.step.mask,
-    )
-    return cache, plan
+    return cache, steps.planned(inputs, backend, mesh, cache)
 
 
 def run(inputs, backend="xla", mesh=None, written=False, out_split=None):

@@ -26,7 +26,7 @@ _LANE_TOKENS = 512
 # Sizes of tiles: a row's queries go into the smallest that holds them all, or into the largest.
 _TILES = (1, 8, 64)
 # Tokens of a block that a tile of several queries is worked on with.
-_TILE_TOKENS = 128
+_TILE_TOKENS = 256
 # Where the batch must not matter: tokens of a block, and queries of a tile, one or many in use.
 _INVARIANT_TOKENS = 256
 _INVARIANT_TILE = 8
