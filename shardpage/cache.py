@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -198,7 +199,7 @@ class PagedKVCache:
         axis = self.layout.value.pages
         merge = lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
         arrays = tuple(map(merge, self.arrays))
-        there = (layer >= 0) & (layer < self.num_layers)
+        there = lax.convert_element_type(layer, jnp.uint32) < self.num_layers  # nor below 0
         first_page = jnp.where(there, layer * self.num_pages, -1)
         return dataclasses.replace(self, arrays=arrays, first_page=first_page)
 

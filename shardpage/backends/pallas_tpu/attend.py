@@ -120,7 +120,7 @@ def _call(
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     agenda = hbm if config.sizes.paged else scalar
-    first_page = jnp.int32(0) if cache.first_page is None else jnp.maximum(cache.first_page, 0)
+    first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
     inputs = vary_together(schedule, ids, first_page.reshape(1), query_rows, cache.arrays)
     varying = jax.typeof(inputs[1]).manual_axis_type
     whole = lambda shape, by_core=True: pl.BlockSpec(

@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
 
     schedule: Any  # see `walk`; in scalar memory, or in HBM if the agenda is paged
     ids: Any  # page ids, likewise
-    first_page: Any  # [1] in scalar memory: added to all ids
+    first_page: Any  # [1] in scalar memory: added to all ids; -1 of no layer, read as any
     query: Any  # [1, queries, rows, row_dim]
     caches: Sequence[Any]  # in HBM
 
@@ -75,7 +75,8 @@ class Kernel:
         self.num_steps = _cdiv(schedule.num_blocks[walk_core], self.sizes.step_blocks)
         page_format = config.geometry.format
         # Where ids count from: said once here, it costs nothing in each copy.
-        caches = [_pages_from(page_format, cache, first_page[0]) for cache in caches]
+        begin = jnp.maximum(first_page[0], 0)
+        caches = [_pages_from(page_format, cache, begin) for cache in caches]
         first_head = core * page_format.num_kv_heads if by_heads else 0
         self.rings = [
             Ring(page_format, self.sizes, caches, pages, semaphores, first_head)

@@ -74,8 +74,6 @@ def _write(
 ) -> tuple[jax.Array, ...]:
     tiles = write_kernel.Tiles(cache.format, together=chip_of(tuning).step_blocks)
     first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
-    num_tiles = jnp.where(first_page < 0, 0, schedule.num_tiles)  # of no layer: nothing to write
-    schedule = schedule._replace(num_tiles=num_tiles)
     *before, arrays = vary_together(schedule, first_page.reshape(1), words, cache.arrays)
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)

@@ -136,7 +136,7 @@ class Kernel:
 
     tiles: Tiles
     schedule: Any
-    first_page: jax.Array  # added to all page ids
+    first_page: jax.Array  # added to all page ids; -1 of no layer, to which nothing is written
     tokens: Any  # [num_tokens, 2 * num_kv_heads, row_dim] words: of keys, then of values
     caches: Sequence[Any]
     scratch: Scratch
@@ -160,7 +160,7 @@ class Kernel:
 
     @property
     def num_tiles(self) -> jax.Array:
-        return self.schedule.num_tiles[0]
+        return jnp.where(self.first_page < 0, 0, self.schedule.num_tiles[0])
 
     def group(self, group: jax.Array) -> list[Tile]:
         place, first = lax.rem(group, self.tiles.ring), group * self.tiles.together
