@@ -196,6 +196,7 @@ class PagedKVCache:
         Moves nothing: backends add `first_page` to page ids, and see one long cache. A traced
         `layer` that there is not has a `first_page` of -1.
         """
+        assert self.num_layers is not None
         axis = self.layout.value.pages
         merge = lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
         arrays = tuple(map(merge, self.arrays))

@@ -44,6 +44,7 @@ class Op:
       is_equal: whether nothing that it reads differs between layers but their number; not said
         of what is in a loop of its own.
       times: how often it runs in a layer.
+      reason: why it was not executed, and its cycles are the compiler's estimate.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Op:
     in_layers: bool = False
     is_equal: bool = False
     times: int = 1
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,17 +143,14 @@ def _counts(instruction: hlo.Instruction) -> bool:
 
 
 def _op(instruction: hlo.Instruction, programs: dict[str, pathlib.Path], core: Core) -> Op:
-    cycles, us = None, 0.0
+    cycles, us, reason = None, 0.0, ""
     path = programs.get(instruction.name)
     if path is not None and not instruction.opcode.startswith(_COLLECTIVES):
-        # Operands that are not integers do not matter, and XLA's loops have fixed lengths.
-        program = Program(bundles.parse(path.read_text(errors="replace")), core)
-        run = Machine(program, ()).run()
-        cycles = run.cycles
         try:
-            us = _us(run, core)[1]
-        except RuntimeError:  # it waits for another core or device
-            us = round(cycles / core.clock_hz * 1e6, 3)
+            cycles, us = _executed(path, core)
+        except ValueError as error:  # an instruction that the executor does not know
+            cycles, reason = instruction.estimated_cycles, str(error)
+            us = round((cycles or 0) / core.clock_hz * 1e6, 3)
     return Op(
         instruction.name,
         instruction.opcode,
@@ -159,7 +158,18 @@ def _op(instruction: hlo.Instruction, programs: dict[str, pathlib.Path], core: C
         cycles,
         us,
         instruction.estimated_cycles,
+        reason=reason,
     )
+
+
+def _executed(path: pathlib.Path, core: Core) -> tuple[int, float]:
+    """Cycles of an operation, and its microseconds at 1 us of latency."""
+    # Operands that are not integers do not matter, and XLA's loops have fixed lengths.
+    run = Machine(Program(bundles.parse(path.read_text(errors="replace")), core), ()).run()
+    try:
+        return run.cycles, _us(run, core)[1]
+    except RuntimeError:  # it waits for another core or device
+        return run.cycles, round(run.cycles / core.clock_hz * 1e6, 3)
 
 
 def _us(run: Any, core: Core) -> tuple[float, float]:
@@ -260,8 +270,11 @@ def table(step: Step) -> str:
     ]
     kernels = [f"{n}: {issue:.1f} us issue, {us:.1f} at 1 us" for n, issue, us in step.kernels]
     sent = [f"{kind} over {axes or 'all'}, {size} B" for kind, axes, size in step.collectives]
+    guessed = [
+        f"{op.name}, by the compiler's estimate: {op.reason}" for op in step.ops if op.reason
+    ]
     return "\n".join([
-        "", f"{step.device_kind} ({step.topology}): {step.title}", *lines, *kernels,
+        "", f"{step.device_kind} ({step.topology}): {step.title}", *lines, *guessed, *kernels,
         f"sent in a layer: {'; '.join(sent) or 'nothing'}",
         f"scratch {step.temp_bytes / 1e6:.1f} MB, in place {step.alias_bytes / 1e6:.0f} MB",
     ])  # fmt: skip
