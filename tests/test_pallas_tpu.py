@@ -174,7 +174,7 @@ def test_packed_rows_with_any_number_of_queries(head_dim, queries):
 
 
 @pytest.mark.parametrize("pages", [1, 3])
-def test_many_blocks_take_the_plain_path(pages):
+def test_many_blocks_of_a_sequence(pages):
     """Long sequences next to short and empty ones: blocks without a mask, across their ends."""
     lens = (512, 0, 33, 0, 0, 400, 512, 1)
     case = Case("plain", lens=lens, max_blocks=32, pages_per_compute_block=pages)
