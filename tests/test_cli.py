@@ -167,7 +167,7 @@ def test_a_signal_ends_the_run_with_what_there_is(tiny, tmp_path, name):
     ) as process:
         assert process.stdout is not None
         shown = b""
-        while b"compiling decode" not in shown:
+        while b"compiling a step of 1 token" not in shown:
             piece = process.stdout.readline()
             assert piece, shown.decode()
             shown += piece
