@@ -13,7 +13,7 @@ from shardpage.shard_layout import Split
 from shardpage.sharded import _place, as_int32, platform_of
 
 from . import tolerance
-from .backends import attend, backends, interpret
+from .backends import INTERPRETED, attend, backends, interpret
 from .cases import Case, build_mesh, make, named
 
 CASE = Case("context", num_seqs=2, lens=(40, 64))
