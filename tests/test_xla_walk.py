@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardpage.backends.xla.tiles import tiles_of
+from shardpage.tiles import tiles_of
 from shardpage.backends.xla.walk import make_walk, prepare, walk_blocks
 from shardpage.options import Tuning
 from shardpage.page_format import KVLayout, PageFormat

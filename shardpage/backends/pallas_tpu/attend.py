@@ -1,159 +1,85 @@
-"""`attend` of the TPU backend: the walk, the call of the decode kernel, the merge."""
+"""`attend` of the TPU backend: which queries go to which kernel.
 
-import functools
+Where every row has one query, all go to the decode kernel. In a step of ragged queries a row goes by
+how many it has: one, to the decode kernel; more, in tiles to the prompt kernel.
+"""
+
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from ...cache import PagedKVCache
 from ...options import Attention, Tuning
 from ...page_format import PageFormat
 from ...partial import Partial
 from ...plan import Reads
-from ...varying import vary_together
-from . import decode_kernel, rows, walk
-from .chip import chip_of, interpreter
-from .config import Config, configure, queries_per_call
-from .geometry import LANES, round_up
+from ...tiles import Tiles, tiles_of
+from . import decode
+from .prompt import attend as prompt
+from .prompt import config as prompt_config
 from .softmax import Logits
-from .transforms import as_kernel
+
+# Queries of a small tile: guesses to verify, and the ends of prompts.
+_FEW = 8
 
 
-class Work(NamedTuple):
-    """What `prepare` makes of the reads of some queries."""
+class StepWork(NamedTuple):
+    """What `prepare` makes of the reads of ragged queries."""
 
-    walk: walk.Schedule
-    ids: jax.Array  # of the table, as the kernel has them
-    held: jax.Array  # [cores, queries, splits]: which segments have blocks on which core
-
-
-def prepare(
-    reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning
-) -> tuple[Work, ...]:
-    """Lays out the walk of each call of the kernel; see `shardpage.backends` for the contract."""
-    row, work = _rows_of(reads), []
-    for part in _parts(len(row), num_heads, page_format, tuning):
-        spans = (row[part], reads.start[part], reads.stop[part])
-        config = _configure(page_format, num_heads, len(spans[0]), reads, tuning)
-        schedule, held = walk.schedule(*spans, config.lengths)
-        work.append(_as_in_memory(config, schedule, reads.ids, held))
-    return tuple(work)
+    single: tuple[Reads, tuple[decode.Work, ...], jax.Array]  # with the query of each row
+    tiled: tuple[prompt.Work, ...]
+    ids: jax.Array  # of the table, as the prompt kernel has them
 
 
-def _parts(
-    num_queries: int, num_heads: int, page_format: PageFormat, tuning: Tuning
-) -> list[slice]:
-    """The queries of each call: as many as stay in fast memory."""
-    most = queries_per_call(page_format, num_heads, tuning)
-    return [slice(first, first + most) for first in range(0, num_queries, most)]
-
-
-def _rows_of(reads: Reads) -> jax.Array:
-    num_rows = reads.ids.shape[0]
+def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Any:
+    """Lays out the walks of all kernels; see `shardpage.backends` for the contract."""
     if reads.row is None:
-        return jnp.arange(num_rows, dtype=jnp.int32)
-    return jnp.clip(reads.row, 0, num_rows - 1)
+        return decode.prepare(reads, num_heads, page_format, tuning)
+    configs = _configs(reads, num_heads, page_format, tuning)
+    single, *tiled = tiles_of(reads, (1, *(c.tile_tokens for c in configs)), compact=True)
+    alone = Reads(reads.ids, _row(reads, single), single.start, single.stop)
+    first = jnp.where(single.num_queries > 0, single.first_query, len(reads.start))
+    work = [prompt.prepare(reads, t, c) for t, c in zip(tiled, configs, strict=True)]
+    decoding = decode.prepare(alone, num_heads, page_format, tuning)
+    return StepWork((alone, decoding, first), tuple(work), prompt.ids_in_windows(reads.ids))
 
 
-def _configure(
-    page_format: PageFormat, num_heads: int, num_queries: int, reads: Reads, tuning: Tuning
-) -> Config:
-    num_rows, max_pages = reads.ids.shape
-    return configure(page_format, num_heads, num_queries, max_pages, tuning, num_rows)
+def _row(reads: Reads, tiles: Tiles) -> jax.Array:
+    assert reads.row is not None
+    return jnp.minimum(reads.row.at[tiles.first_query].get(mode="clip"), len(reads.ids) - 1)
 
 
-def _as_in_memory(config: Config, schedule: walk.Schedule, ids: jax.Array, held: jax.Array) -> Work:
-    """Flat for scalar memory; or in rows of whole lanes, to be read in windows."""
-    if config.sizes.paged:
-        ids = _padded(ids, round_up(ids.shape[1], LANES)).reshape(-1, 1, LANES)
-        ids = jnp.pad(ids, ((0, 1), (0, 0), (0, 0)))  # windows come in twos
-        blocks = schedule.blocks.reshape(-1, 1, schedule.blocks.shape[-1])
-        blocks = _padded(blocks, config.sizes.step_lanes)
-    else:
-        ids, blocks = ids.reshape(-1), schedule.blocks.reshape(-1)
-        ids = _padded(ids, len(ids) + config.sizes.block_pages)  # read, not used
-    return Work(schedule._replace(blocks=blocks), ids, held)
-
-
-def _padded(array: jax.Array, width: int) -> jax.Array:
-    """With zeros behind the last axis."""
-    widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
-    return jnp.pad(array, widths)
+def _configs(
+    reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning
+) -> list[prompt_config.Config]:
+    """The kernels for few and for many queries of a row, as far as there can be such."""
+    shape = (page_format, num_heads, len(reads.start), reads.ids.shape[1], tuning)
+    few, many = prompt_config.configure(*shape, _FEW), prompt_config.configure(*shape)
+    return [few, many] if len(reads.start) > _FEW and many.tile_tokens > _FEW else [few]
 
 
 def attend(
     query: jax.Array,
     cache: PagedKVCache,
     reads: Reads,
-    work: tuple[Work, ...],
+    work: Any,
     attention: Attention,
     tuning: Tuning,
 ) -> Partial:
-    """Attends over local pages with a Pallas TPU kernel; see `shardpage.backends`."""
+    """Attends over local pages with Pallas TPU kernels; see `shardpage.backends`."""
     logits = Logits(attention.scale_of(cache.format.key_dim), attention.soft_cap)
-    num_queries, num_heads, _ = query.shape
-    parts, partials = _parts(num_queries, num_heads, cache.format, tuning), []
-    for part, some in zip(parts, work, strict=True):
-        here = query[part]
-        config = _configure(cache.format, num_heads, len(here), reads, tuning)
-        call = as_kernel(functools.partial(_call, config, logits), tuning)
-        out, lse = call(some.walk, some.ids, rows.query_rows(config, here), cache)
-        partials.append(rows.merged_partial(config, out, lse, some.held))
-    if len(partials) == 1:
-        return partials[0]
-    return Partial(*map(jnp.concatenate, zip(*partials, strict=True)))
-
-
-def _call(
-    config: Config,
-    logits: Logits,
-    tuning: Tuning,
-    schedule: walk.Schedule,
-    ids: jax.Array,
-    query_rows: jax.Array,
-    cache: PagedKVCache,
-) -> tuple[jax.Array, jax.Array]:
-    geometry, cores = config.geometry, config.cores
-    scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
-    hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
-    agenda = hbm if config.sizes.paged else scalar
-    first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
-    inputs = vary_together(schedule, ids, first_page.reshape(1), query_rows, cache.arrays)
-    varying = jax.typeof(inputs[1]).manual_axis_type
-    whole = lambda shape, by_core=True: pl.BlockSpec(
-        (1, *shape),
-        lambda core: (core if by_core else 0, *(0,) * len(shape)),
-        pipeline_mode=pl.Buffered(1),
+    if reads.row is None:
+        return decode.attend(query, cache, reads, work, logits, tuning)
+    configs = _configs(reads, query.shape[1], cache.format, tuning)
+    rows, out, lses = prompt.query_rows(query, configs[0]), None, []
+    for config, tiled in zip(configs, work.tiled, strict=True):
+        out, lse = prompt.attend(config, logits, tuning, rows, cache, work.ids, tiled, out)
+        lses.append(lse)
+    out, lse = prompt.partial_of(out, jnp.max(jnp.stack(lses), axis=0), configs[0])
+    alone, decoding, first = work.single
+    single = decode.attend(
+        query.at[first].get(mode="clip"), cache, alone, decoding, logits, tuning
     )
-    shapes = [
-        (config.num_segments, geometry.rows, geometry.format.row_dim),
-        (config.num_segments, geometry.lse_tiles, LANES),
-    ]
-    output = lambda shape: jax.ShapeDtypeStruct(
-        (cores.count, *shape), jnp.float32, manual_axis_type=varying
-    )
-    specs = decode_kernel.Inputs(
-        schedule=walk.Schedule(agenda, scalar),
-        ids=agenda,
-        first_page=scalar,
-        query=whole(query_rows.shape[1:], cores.by_heads),
-        caches=(hbm,) * len(cache.arrays),
-    )
-    return pl.pallas_call(
-        functools.partial(decode_kernel.kernel, config=config, logits=logits),
-        grid=(cores.count,),
-        in_specs=tuple(specs),
-        out_specs=tuple(map(whole, shapes)),
-        scratch_shapes=decode_kernel.scratch_shapes(config),
-        out_shape=tuple(map(output, shapes)),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel" if cores.count > 1 else "arbitrary",),
-            disable_bounds_checks=True,
-            vmem_limit_bytes=chip_of(tuning).vmem_bytes,
-        ),
-        interpret=interpreter(tuning),
-        name="shardpage_decode",
-    )(*inputs)
+    put = lambda array, new: array.at[first].set(new, mode="drop")
+    return Partial(put(out, single.out), put(lse, single.lse))

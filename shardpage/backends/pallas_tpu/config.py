@@ -78,7 +78,7 @@ def _share(page_format: PageFormat, num_heads: int, tuning: Tuning) -> tuple[Geo
     """What one core works on."""
     check_format(page_format)
     queries_per_kv_head = num_heads // page_format.num_kv_heads
-    cores = _choose_cores(page_format, chip_of(tuning), tuning)
+    cores = choose_cores(page_format, chip_of(tuning), tuning)
     if cores.by_heads:
         heads = page_format.num_kv_heads // cores.count
         page_format = dataclasses.replace(page_format, num_kv_heads=heads)
@@ -106,7 +106,7 @@ def check_format(page_format: PageFormat) -> None:
         )
 
 
-def _choose_cores(page_format: PageFormat, chip: Chip, tuning: Tuning) -> Cores:
+def choose_cores(page_format: PageFormat, chip: Chip, tuning: Tuning) -> Cores:
     """How the cores of this device share the call."""
     mode, heads = tuning.cores, page_format.num_kv_heads
     if mode == "off" or (mode in (None, "auto") and chip.cores == 1):

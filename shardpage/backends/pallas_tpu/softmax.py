@@ -161,7 +161,7 @@ def add(before: Sums, block: Sums) -> Sums:
     maximum = jnp.maximum(before.maximum, block.maximum)
     parts = [(each, jnp.exp2(each.maximum - maximum)) for each in (before, block)]
     total = sum(each.total * fade for each, fade in parts)
-    out = sum(each.out * _across(fade, each.out.shape[1]) for each, fade in parts)
+    out = sum(each.out * across(fade, each.out.shape[1]) for each, fade in parts)
     return Sums(maximum, total, out)
 
 
@@ -174,7 +174,7 @@ def _scores(view: View, group: int, logits: Logits) -> jax.Array:
     geometry = view.geometry
     keys = [view.keys(head) for head in geometry.heads_of(group)]
     queries = view.query[_rows(geometry, group), :]
-    scores = logits(_own_rows(geometry, [_dot(queries, key, over=1) for key in keys]))
+    scores = logits(_own_rows(geometry, [dot(queries, key, over=1) for key in keys]))
     return jnp.where(_seen_logits(geometry, view.num_rows, view.span), scores, -jnp.inf)
 
 
@@ -188,7 +188,7 @@ def _weights(scores: jax.Array, geometry: Geometry) -> Sums:
     return Sums(maximum, total, weights.astype(geometry.format.compute_dtype))
 
 
-def _across(column: jax.Array, width: int) -> jax.Array:
+def across(column: jax.Array, width: int) -> jax.Array:
     """Widens [rows, 128] of equal lanes, which costs nothing, to [rows, width]."""
     return jnp.tile(column, (1, -(-width // LANES)))[:, :width]
 
@@ -196,10 +196,10 @@ def _across(column: jax.Array, width: int) -> jax.Array:
 def _values(view: View, group: int, weights: jax.Array) -> jax.Array:
     geometry = view.geometry
     values = [view.values(head) for head in geometry.heads_of(group)]
-    return _own_rows(geometry, [_dot(weights, value, over=0) for value in values])
+    return _own_rows(geometry, [dot(weights, value, over=0) for value in values])
 
 
-def _dot(rows: jax.Array, matrix: jax.Array, *, over: int) -> jax.Array:
+def dot(rows: jax.Array, matrix: jax.Array, *, over: int) -> jax.Array:
     """Contracts the rows' last axis with one of the matrix, in float32."""
     precision = lax.Precision.HIGHEST if matrix.dtype == jnp.float32 else None
     dims, options = (((1,), (over,)), ((), ())), {"preferred_element_type": jnp.float32}
@@ -248,7 +248,7 @@ def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
     some = sums.total != 0  # NaN, too, is something
     lse = jnp.where(some, sums.maximum + jnp.log2(sums.total), -jnp.inf) / LOG2_E
     inverse = jnp.where(some, 1 / jnp.where(some, sums.total, 1.0), 0.0)
-    return sums.out * _across(inverse, sums.out.shape[1]), lse
+    return sums.out * across(inverse, sums.out.shape[1]), lse
 
 
 def as_lanes(column: jax.Array, tiles: int) -> jax.Array:

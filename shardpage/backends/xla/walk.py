@@ -13,7 +13,7 @@ from ...options import Tuning
 from ...page_format import PageFormat
 from ...plan import Reads, rank
 from ...varying import vary_over, varying_axes
-from .tiles import Tiles, tiles_of
+from ...tiles import Tiles, tiles_of
 
 State = TypeVar("State")
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from ...plan import Reads, rank
+from .plan import Reads, rank
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +36,11 @@ class Tiles:
         return dataclasses.replace(self, start=start, stop=stop)
 
 
-def tiles_of(reads: Reads, sizes: tuple[int, ...]) -> list[Tiles]:
-    """All queries in tiles, those of a row in the smallest size that holds them, or the largest."""
+def tiles_of(reads: Reads, sizes: tuple[int, ...], *, compact: bool = False) -> list[Tiles]:
+    """All queries in tiles, those of a row in the smallest size that holds them, or the largest.
+
+    Tiles of one are all queries, of which the others' rows read nothing; or `compact`, those alone.
+    """
     num_queries, num_rows = reads.start.shape[0], reads.ids.shape[0]
     single = Tiles(reads.start, reads.stop, None, None, 1)
     if sizes == (1,) or (reads.row is None and sizes[0] == 1):
@@ -49,11 +52,13 @@ def tiles_of(reads: Reads, sizes: tuple[int, ...]) -> list[Tiles]:
     tiles, below = [], 0
     for size in sizes:
         ours = (count > below) & ((count <= size) | (size == sizes[-1]))
-        if size == 1:
+        if size == 1 and not compact:
             tiles.append(single.only(ours))
         else:
             head = ours & ((index - first) % size == 0)
-            most = num_queries // size + min(num_rows + 1, num_queries // (below + 1))
+            most = min(num_rows + 1, num_queries // (below + 1))  # one per row, of padding too
+            if size == sizes[-1]:
+                most += num_queries // size
             tiles.append(_tiles_at(reads, head, first + count, size, max(most, 1)))
         below = size
     return tiles

@@ -1,0 +1,158 @@
+"""Queries that are walked over one by one: the walk, the call of the decode kernel, the merge."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ...cache import PagedKVCache
+from ...options import Tuning
+from ...page_format import PageFormat
+from ...partial import Partial
+from ...plan import Reads
+from ...varying import vary_together
+from . import decode_kernel, rows, walk
+from .chip import chip_of, interpreter
+from .config import Config, configure, queries_per_call
+from .geometry import LANES, round_up
+from .softmax import Logits
+from .transforms import as_kernel
+
+
+class Work(NamedTuple):
+    """What `prepare` makes of the reads of some queries."""
+
+    walk: walk.Schedule
+    ids: jax.Array  # of the table, as the kernel has them
+    held: jax.Array  # [cores, queries, splits]: which segments have blocks on which core
+
+
+def prepare(
+    reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning
+) -> tuple[Work, ...]:
+    """Lays out the walk of each call of the kernel."""
+    row, work = _rows_of(reads), []
+    for part in _parts(len(row), num_heads, page_format, tuning):
+        spans = (row[part], reads.start[part], reads.stop[part])
+        config = _configure(page_format, num_heads, len(spans[0]), reads, tuning)
+        schedule, held = walk.schedule(*spans, config.lengths)
+        work.append(_as_in_memory(config, schedule, reads.ids, held))
+    return tuple(work)
+
+
+def _parts(
+    num_queries: int, num_heads: int, page_format: PageFormat, tuning: Tuning
+) -> list[slice]:
+    """The queries of each call: as many as stay in fast memory."""
+    most = queries_per_call(page_format, num_heads, tuning)
+    return [slice(first, first + most) for first in range(0, num_queries, most)]
+
+
+def _rows_of(reads: Reads) -> jax.Array:
+    num_rows = reads.ids.shape[0]
+    if reads.row is None:
+        return jnp.arange(num_rows, dtype=jnp.int32)
+    return jnp.clip(reads.row, 0, num_rows - 1)
+
+
+def _configure(
+    page_format: PageFormat, num_heads: int, num_queries: int, reads: Reads, tuning: Tuning
+) -> Config:
+    num_rows, max_pages = reads.ids.shape
+    return configure(page_format, num_heads, num_queries, max_pages, tuning, num_rows)
+
+
+def _as_in_memory(config: Config, schedule: walk.Schedule, ids: jax.Array, held: jax.Array) -> Work:
+    """Flat for scalar memory; or in rows of whole lanes, to be read in windows."""
+    if config.sizes.paged:
+        ids = _padded(ids, round_up(ids.shape[1], LANES)).reshape(-1, 1, LANES)
+        ids = jnp.pad(ids, ((0, 1), (0, 0), (0, 0)))  # windows come in twos
+        blocks = schedule.blocks.reshape(-1, 1, schedule.blocks.shape[-1])
+        blocks = _padded(blocks, config.sizes.step_lanes)
+    else:
+        ids, blocks = ids.reshape(-1), schedule.blocks.reshape(-1)
+        ids = _padded(ids, len(ids) + config.sizes.block_pages)  # read, not used
+    return Work(schedule._replace(blocks=blocks), ids, held)
+
+
+def _padded(array: jax.Array, width: int) -> jax.Array:
+    """With zeros behind the last axis."""
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
+    return jnp.pad(array, widths)
+
+
+def attend(
+    query: jax.Array,
+    cache: PagedKVCache,
+    reads: Reads,
+    work: tuple[Work, ...],
+    logits: Logits,
+    tuning: Tuning,
+) -> Partial:
+    """Attends with each query by itself."""
+    num_queries, num_heads, _ = query.shape
+    parts, partials = _parts(num_queries, num_heads, cache.format, tuning), []
+    for part, some in zip(parts, work, strict=True):
+        here = query[part]
+        config = _configure(cache.format, num_heads, len(here), reads, tuning)
+        call = as_kernel(functools.partial(_call, config, logits), tuning)
+        out, lse = call(some.walk, some.ids, rows.query_rows(config, here), cache)
+        partials.append(rows.merged_partial(config, out, lse, some.held))
+    if len(partials) == 1:
+        return partials[0]
+    return Partial(*map(jnp.concatenate, zip(*partials, strict=True)))
+
+
+def _call(
+    config: Config,
+    logits: Logits,
+    tuning: Tuning,
+    schedule: walk.Schedule,
+    ids: jax.Array,
+    query_rows: jax.Array,
+    cache: PagedKVCache,
+) -> tuple[jax.Array, jax.Array]:
+    geometry, cores = config.geometry, config.cores
+    scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
+    hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
+    agenda = hbm if config.sizes.paged else scalar
+    first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
+    inputs = vary_together(schedule, ids, first_page.reshape(1), query_rows, cache.arrays)
+    varying = jax.typeof(inputs[1]).manual_axis_type
+    whole = lambda shape, by_core=True: pl.BlockSpec(
+        (1, *shape),
+        lambda core: (core if by_core else 0, *(0,) * len(shape)),
+        pipeline_mode=pl.Buffered(1),
+    )
+    shapes = [
+        (config.num_segments, geometry.rows, geometry.format.row_dim),
+        (config.num_segments, geometry.lse_tiles, LANES),
+    ]
+    output = lambda shape: jax.ShapeDtypeStruct(
+        (cores.count, *shape), jnp.float32, manual_axis_type=varying
+    )
+    specs = decode_kernel.Inputs(
+        schedule=walk.Schedule(agenda, scalar),
+        ids=agenda,
+        first_page=scalar,
+        query=whole(query_rows.shape[1:], cores.by_heads),
+        caches=(hbm,) * len(cache.arrays),
+    )
+    return pl.pallas_call(
+        functools.partial(decode_kernel.kernel, config=config, logits=logits),
+        grid=(cores.count,),
+        in_specs=tuple(specs),
+        out_specs=tuple(map(whole, shapes)),
+        scratch_shapes=decode_kernel.scratch_shapes(config),
+        out_shape=tuple(map(output, shapes)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel" if cores.count > 1 else "arbitrary",),
+            disable_bounds_checks=True,
+            vmem_limit_bytes=chip_of(tuning).vmem_bytes,
+        ),
+        interpret=interpreter(tuning),
+        name="shardpage_decode",
+    )(*inputs)

@@ -1,0 +1,132 @@
+"""The static configuration of a prompt kernel: tiles, blocks, and what they take of fast memory."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from ....options import Tuning
+from ....page_format import PageFormat
+from ..chip import chip_of
+from ..config import Cores, check_format, choose_cores
+from ..geometry import LANES, SUBLANES, round_up
+from ..sizes import vmem_page_bytes
+
+# Rows that a matmul has of each KV head: so many that loading the keys into it is nothing beside.
+_TILE_ROWS = 1024
+_MAX_TILE_TOKENS = LANES
+_BLOCK_TOKENS = 512
+_RESERVE_BYTES = 4 << 20  # what the compiler spills: logits, above all
+# Blocks that the ring holds: one is worked on, the others are on their way. Powers of two.
+_PLACES, _PLACES_OF_FEW = 2, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything static about a prompt kernel."""
+
+    format: PageFormat  # with the KV heads of one core
+    queries_per_kv_head: int
+    cores: Cores
+    num_queries: int
+    max_pages: int  # columns of the table
+    tile_tokens: int  # a power of two
+    block_pages: int  # a power of two, at most 128
+    places: int  # in the ring; a power of two
+
+    @property
+    def num_heads(self) -> int:
+        return self.format.num_kv_heads * self.queries_per_kv_head
+
+    @property
+    def head_rows(self) -> int:
+        """Query heads in memory: padded to whole tiles of 8."""
+        return round_up(self.num_heads, SUBLANES)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile per KV head: first all tokens of its first query head."""
+        return self.queries_per_kv_head * self.tile_tokens
+
+    @property
+    def block_rows(self) -> int:
+        """Cache rows of a block, per KV head."""
+        return self.block_pages * self.format.page_rows
+
+    @property
+    def block_tokens(self) -> int:
+        return self.block_pages * self.format.page_size
+
+    @property
+    def windows(self) -> int:
+        """Windows of 128 page ids in a row of the table."""
+        return -(-self.max_pages // LANES)
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Vector memory that the kernel takes, its logits included."""
+        kv_heads, row = self.format.num_kv_heads, round_up(self.format.row_dim, LANES)
+        rows, tokens = kv_heads * self.rows, self.tile_tokens * self.head_rows
+        pages = self.places * self.block_pages * vmem_page_bytes(self.format)
+        queries = self.format.pack * rows * row * self.format.dtype.itemsize
+        sums = 4 * rows * (2 * LANES + row)
+        moved = 2 * 2 * 4 * tokens * row
+        logits = 2 * 4 * self.format.pack * self.rows * round_up(self.block_rows, LANES)
+        return pages + queries + sums + moved + logits
+
+
+def configure(
+    page_format: PageFormat,
+    num_heads: int,
+    num_queries: int,
+    max_pages: int,
+    tuning: Tuning,
+    most_tokens: int | None = None,
+) -> Config:
+    """The kernel for ragged queries of `num_heads` heads over a table of `max_pages` columns.
+
+    `most_tokens` of a tile, where its rows have few queries.
+
+    Raises:
+      NotImplementedError: for shapes and options that the kernel does not have.
+    """
+    check_format(page_format)
+    cores = choose_cores(page_format, chip_of(tuning), tuning)
+    queries_per_kv_head = num_heads // page_format.num_kv_heads
+    if cores.by_heads:
+        heads = page_format.num_kv_heads // cores.count
+        page_format = dataclasses.replace(page_format, num_kv_heads=heads)
+    room = chip_of(tuning).vmem_bytes - _RESERVE_BYTES
+    config, places = None, _PLACES_OF_FEW if most_tokens else _PLACES
+    for tokens, pages in _ever_smaller(page_format, queries_per_kv_head, most_tokens, tuning):
+        config = Config(
+            page_format, queries_per_kv_head, cores, num_queries, max_pages, tokens, pages, places
+        )
+        if config.vmem_bytes <= room:
+            return config
+    assert config is not None
+    raise NotImplementedError(
+        f"{config.tile_tokens} query tokens of {config.num_heads} heads against blocks of "
+        f"{config.block_tokens} tokens take {config.vmem_bytes:,} B of VMEM, a kernel has "
+        f"{room:,} B. Use fewer pages per block, a smaller page_size, or split the KV heads over "
+        "more devices"
+    )
+
+
+def _ever_smaller(
+    page_format: PageFormat, queries_per_kv_head: int, most_tokens: int | None, tuning: Tuning
+) -> Iterator[tuple[int, int]]:
+    """Tokens of a tile and pages of a block, first the best ones."""
+    tokens = min(_MAX_TILE_TOKENS, _power_of_two_within(_TILE_ROWS // queries_per_kv_head))
+    tokens = max(SUBLANES, min(tokens, most_tokens or tokens))
+    fixed = tuning.pages_per_block
+    pages = min(LANES, _power_of_two_within(fixed or _BLOCK_TOKENS // page_format.page_size))
+    yield tokens, pages
+    while tokens > SUBLANES or (pages > 1 and not fixed):
+        if tokens > 4 * SUBLANES or pages == 1 or fixed or tokens * 8 > pages * page_format.page_size:
+            tokens = max(tokens // 2, SUBLANES)
+        else:
+            pages //= 2
+        yield tokens, pages
+
+
+def _power_of_two_within(most: int) -> int:
+    return 1 << (max(most, 1).bit_length() - 1)

@@ -1,0 +1,316 @@
+"""Attention of many queries over pages: one persistent kernel per core.
+
+    ids    |b0|b1|b2|b3|...         windows of page ids, for blocks of all tiles
+    pages     |b0|b1|b2|...         a ring of blocks
+    math            |b0|b1|...      of a block, one KV head after the other
+
+A *tile* is a run of query tokens of one row: it reads keys once for all its queries. The walk is flat,
+over the blocks of one tile after the other (see `walk`), so that what is fetched next never depends
+on where a tile ends. A tile's queries come while the one before it is worked on, and its results
+leave while the next is.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..geometry import LANES
+from ..softmax import Logits
+from . import softmax
+from .config import Config
+from .walk import NUM_FIELDS, Schedule, Tile
+
+_UNROLL = 4  # page copies issued between two branches
+
+
+class Inputs(NamedTuple):
+    """References to what the kernel is given."""
+
+    schedule: Schedule  # in scalar memory, but for the spans, in HBM
+    ids: Any  # [rows * windows, 1, 128] in HBM
+    first_page: Any  # [1] in scalar memory: added to all ids; -1 of no layer, read as any
+    query: Any  # [shards, queries, head_rows, row_dim] float32, in HBM
+    caches: Sequence[Any]  # in HBM
+    before: Sequence[Any]  # nothing, or what `out` is to keep of other queries: the same memory
+
+
+class Outputs(NamedTuple):
+    """References to the results, in HBM."""
+
+    out: Any  # [shards, queries, head_rows, row_dim]
+    lse: Any  # [shards, tiles, head_rows, tile_tokens]
+
+
+class Scratch(NamedTuple):
+    """References to what a core keeps in fast memory; of two, one is on its way."""
+
+    pages: Any  # of each cache array [places, block_pages, *page_shape]
+    ids: Any  # [id_places * 128] in scalar memory
+    arriving: Any  # [2, tile_tokens, head_rows, row_dim]
+    spans: Any  # [2, tile_tokens, 128]
+    queries: Any  # [kv_heads, pack, rows, row_dim] in the caches' dtype
+    sums: softmax.Sums
+    out: Any  # [2, tile_tokens, head_rows, row_dim]
+    lse: Any  # [2, head_rows, tile_tokens]
+    page_semaphores: Any  # [places]
+    id_semaphores: Any  # [id_places]
+    query_semaphores: Any  # [2]
+    out_semaphores: Any  # [2]
+
+
+class Cursor(NamedTuple):
+    """A place in the walk."""
+
+    number: jax.Array  # of the block, over all tiles
+    tile: jax.Array
+    block: jax.Array  # of the tile
+
+
+class Kernel:
+    """One core's run. Its methods are the phases of the pipeline."""
+
+    def __init__(self, config: Config, logits: Logits, inputs: Inputs, outputs, scratch: Scratch):
+        core = pl.program_id(0)
+        by_heads = config.cores.by_heads
+        walk_core, self.shard = (0, core) if by_heads else (core, 0)
+        self.config, self.logits = config, logits
+        self.inputs, self.outputs, self.scratch = inputs, outputs, scratch
+        schedule = inputs.schedule
+        self.first_tile, self.end_tile = schedule.bounds[walk_core], schedule.bounds[walk_core + 1]
+        self.num_blocks = schedule.num_blocks[walk_core]
+        heads = config.format.num_kv_heads
+        self.heads = pl.ds(core * heads if by_heads else 0, heads)
+        self.first_page = jnp.maximum(inputs.first_page[0], 0)
+
+    def run(self) -> None:
+        zero = jnp.int32(0)
+        start = Cursor(zero, self.first_tile, zero)
+        self.start_tile(self.first_tile)
+        ids = pages = start
+        for _ in range(self.config.places):
+            ids = self.fetch_ids(ids)
+        for _ in range(self.config.places - 1):
+            pages = self.fetch_pages(pages)
+        lax.fori_loop(0, self.num_blocks, self.step, (start, pages, ids))
+        for behind in (2, 1):
+            pl.when(self.end_tile - behind >= self.first_tile)(
+                lambda tile=self.end_tile - behind: self.wait_results(tile)
+            )
+
+    def step(self, _: jax.Array, cursors: tuple[Cursor, Cursor, Cursor]):
+        """Works on a block, while later ones are on their way."""
+        here, pages, ids = cursors
+        ids = self.fetch_ids(ids)
+        pages = self.fetch_pages(pages)
+        pl.when(here.block == 0)(lambda: self.begin(here.tile))
+        self.work(here)
+        last = here.block + 1 == self.tile(here.tile).num_blocks
+        pl.when(last)(lambda: self.finish(here.tile))
+        return self.after(here), pages, ids
+
+    # -- the walk
+
+    def tile(self, number: jax.Array) -> Tile:
+        fields = (self.inputs.schedule.tiles[number * NUM_FIELDS + i] for i in range(NUM_FIELDS))
+        return Tile(*fields)
+
+    def after(self, cursor: Cursor) -> Cursor:
+        last = cursor.block + 1 == self.tile(cursor.tile).num_blocks
+        return Cursor(
+            cursor.number + 1,
+            jnp.where(last, cursor.tile + 1, cursor.tile),
+            jnp.where(last, 0, cursor.block + 1),
+        )
+
+    def columns(self, cursor: Cursor) -> tuple[Tile, jax.Array, jax.Array, jax.Array]:
+        """A block's tile and first column, and its pages that are read, counted from there."""
+        tile, pages = self.tile(cursor.tile), self.config.block_pages
+        first = (lax.div(tile.begin, pages) + cursor.block) * pages
+        low = jnp.maximum(tile.begin - first, 0)
+        return tile, first, low, jnp.clip(tile.end - first, low, pages)
+
+    # -- page ids and pages
+
+    def fetch_ids(self, cursor: Cursor) -> Cursor:
+        pl.when(cursor.number < self.num_blocks)(lambda: self.ids_of(cursor).start())
+        return self.after(cursor)
+
+    def ids_of(self, cursor: Cursor):
+        """A block's window of page ids: a block has at most 128, and begins at a multiple of that."""
+        tile, first, _, _ = self.columns(cursor)
+        window = lax.div(tile.first_id + first, LANES)
+        window = jnp.minimum(window, self.inputs.ids.shape[0] - 1)
+        place = cursor.number & (2 * self.config.places - 1)
+        target = self.scratch.ids.at[pl.ds(pl.multiple_of(place * LANES, LANES), LANES)]
+        source = self.inputs.ids.at[window, 0]
+        return pltpu.make_async_copy(source, target, self.scratch.id_semaphores.at[place])
+
+    def fetch_pages(self, cursor: Cursor) -> Cursor:
+        @pl.when(cursor.number < self.num_blocks)
+        def _():
+            self.ids_of(cursor).wait()
+            _, first, low, high = self.columns(cursor)
+            place = cursor.number & (self.config.places - 1)
+            first_id = (cursor.number & (2 * self.config.places - 1)) * LANES + lax.rem(first, LANES)
+
+            @pl.loop(lax.div(low, _UNROLL), lax.div(high + (_UNROLL - 1), _UNROLL))
+            def _(some):
+                for index in range(_UNROLL):
+                    page = some * _UNROLL + index
+
+                    @pl.when((page >= low) & (page < high))
+                    def _(page=page):
+                        self.copy_page(self.scratch.ids[first_id + page], page, place)
+
+        return self.after(cursor)
+
+    def copy_page(self, page_id: jax.Array, page: jax.Array, place: jax.Array) -> None:
+        source = self.config.format.page_at(self.first_page + page_id, self.heads)
+        semaphore = self.scratch.page_semaphores.at[place]
+        for cache, pages in zip(self.inputs.caches, self.scratch.pages, strict=True):
+            pltpu.make_async_copy(cache.at[source], pages.at[place, page], semaphore).start()
+
+    def wait_pages(self, count: jax.Array, place: jax.Array) -> None:
+        """One wait for each binary digit of their number."""
+        for size, _ in _digits(count, self.config.block_pages):
+            for pages in self.scratch.pages:
+                some = pages.at[place, pl.ds(0, size)]
+                semaphore = self.scratch.page_semaphores.at[place]
+                pl.when(count & size != 0)(pltpu.make_async_copy(some, some, semaphore).wait)
+
+    # -- a tile
+
+    def start_tile(self, number: jax.Array) -> None:
+        """Fetches a tile's queries."""
+
+        @pl.when(number < self.end_tile)
+        def _():
+            for there, copy in self.queries_of(number):
+                pl.when(there)(copy.start)
+
+    def queries_of(self, number: jax.Array) -> Iterator[tuple[Any, Any]]:
+        turn, tile = number & 1, self.tile(number)
+        semaphore = self.scratch.query_semaphores.at[turn]
+        for size, offset in _digits(tile.num_queries, self.config.tile_tokens):
+            source = self.inputs.query.at[self.shard, pl.ds(tile.first_query + offset, size)]
+            target = self.scratch.arriving.at[turn, pl.ds(offset, size)]
+            copy = pltpu.make_async_copy(source, target, semaphore)
+            yield tile.num_queries & size != 0, copy
+        spans = self.inputs.schedule.spans.at[number], self.scratch.spans.at[turn]
+        yield number >= 0, pltpu.make_async_copy(*spans, semaphore)
+
+    def begin(self, number: jax.Array) -> None:
+        """Takes a tile's queries, and fetches the next one's."""
+        self.start_tile(number + 1)
+        for there, copy in self.queries_of(number):
+            pl.when(there)(copy.wait)
+        softmax.begin(self.scratch.sums)
+        config, tokens = self.config, self.config.tile_tokens
+        arriving = self.scratch.arriving.at[number & 1]
+
+        @pl.loop(0, config.format.num_kv_heads)
+        def _(head):
+            for query in range(config.queries_per_kv_head):
+                own = arriving[:, head * config.queries_per_kv_head + query, :]
+                for copy in range(config.format.pack):
+                    lanes = softmax.lanes_of(config, own, copy)
+                    rows = pl.ds(query * tokens, tokens)
+                    self.scratch.queries[head, copy, rows, :] = lanes.astype(
+                        self.scratch.queries.dtype
+                    )
+
+    def work(self, cursor: Cursor) -> None:
+        """Works on a block that has arrived: with masks, without, or not at all."""
+        config, place = self.config, cursor.number & (self.config.places - 1)
+        tile, first, low, high = self.columns(cursor)
+        self.wait_pages(high - low, place)
+        token = first * config.format.page_size
+        whole = (tile.all_from <= token) & (token + config.block_tokens <= tile.all_to)
+        block = softmax.Block(config, [pages.at[place] for pages in self.scratch.pages])
+
+        def attend(masked: bool) -> None:
+            @pl.loop(0, config.format.num_kv_heads)
+            def _(head):
+                spans = self.scratch.spans[cursor.tile & 1] - token if masked else None
+                softmax.attend(
+                    self.scratch.sums, self.scratch.queries, block, head, self.logits, spans
+                )
+
+        pl.when(whole)(lambda: attend(False))
+        pl.when(~whole & (high > low))(lambda: attend(True))
+
+    def finish(self, number: jax.Array) -> None:
+        """Sends a tile's results on their way."""
+        config, tokens = self.config, self.config.tile_tokens
+        pl.when(number - 2 >= self.first_tile)(lambda: self.wait_results(number - 2))
+        out, lse = self.scratch.out.at[number & 1], self.scratch.lse.at[number & 1]
+
+        @pl.loop(0, config.format.num_kv_heads)
+        def _(kv_head):
+            rows, logs = softmax.finish(self.scratch.sums, kv_head)
+            for query in range(config.queries_per_kv_head):
+                own = slice(query * tokens, (query + 1) * tokens)
+                head = kv_head * config.queries_per_kv_head + query
+                out[:, head, :] = rows[own]
+                lse[pl.ds(head, 1), :] = softmax.as_lanes(logs[own], tokens)
+
+        for there, copy in self.results_of(number):
+            pl.when(there)(copy.start)
+
+    def wait_results(self, number: jax.Array) -> None:
+        for there, copy in self.results_of(number):
+            pl.when(there)(copy.wait)
+
+    def results_of(self, number: jax.Array) -> Iterator[tuple[Any, Any]]:
+        turn, tile = number & 1, self.tile(number)
+        semaphore = self.scratch.out_semaphores.at[turn]
+        for size, offset in _digits(tile.num_queries, self.config.tile_tokens):
+            source = self.scratch.out.at[turn, pl.ds(offset, size)]
+            target = self.outputs.out.at[self.shard, pl.ds(tile.first_query + offset, size)]
+            yield tile.num_queries & size != 0, pltpu.make_async_copy(source, target, semaphore)
+        lse = self.scratch.lse.at[turn], self.outputs.lse.at[self.shard, number]
+        yield number >= 0, pltpu.make_async_copy(*lse, semaphore)
+
+
+def _digits(count: jax.Array, most: int) -> Iterator[tuple[int, jax.Array]]:
+    """The binary digits of a number up to `most`: their value, and what those above it make."""
+    for digit in reversed(range(most.bit_length())):
+        yield 1 << digit, (count >> (digit + 1)) << (digit + 1)
+
+
+def kernel(*refs, config: Config, logits: Logits) -> None:
+    """The body of the `pallas_call`."""
+    num_inputs = len(Inputs._fields)
+    inputs, outputs, scratch = refs[:num_inputs], refs[num_inputs:][:2], refs[num_inputs + 2 :]
+    Kernel(config, logits, Inputs(*inputs), Outputs(*outputs), Scratch(*scratch)).run()
+
+
+def scratch_shapes(config: Config) -> Scratch:
+    page_format, tokens = config.format, config.tile_tokens
+    kv_heads, rows, row_dim = page_format.num_kv_heads, config.rows, page_format.row_dim
+    float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
+    semaphores = lambda count: pltpu.SemaphoreType.DMA((count,))
+    pages = pltpu.VMEM((config.places, config.block_pages, *page_format.page_shape), page_format.dtype)
+    return Scratch(
+        pages=(pages,) * page_format.num_arrays,
+        ids=pltpu.SMEM((2 * config.places * LANES,), jnp.int32),
+        arriving=float32(2, tokens, config.head_rows, row_dim),
+        spans=pltpu.VMEM((2, tokens, LANES), jnp.int32),
+        queries=pltpu.VMEM((kv_heads, page_format.pack, rows, row_dim), page_format.compute_dtype),
+        sums=softmax.Sums(
+            float32(kv_heads, rows, LANES),
+            float32(kv_heads, rows, LANES),
+            float32(kv_heads, rows, row_dim),
+        ),
+        out=float32(2, tokens, config.head_rows, row_dim),
+        lse=float32(2, config.head_rows, tokens),
+        page_semaphores=semaphores(config.places),
+        id_semaphores=semaphores(2 * config.places),
+        query_semaphores=semaphores(2),
+        out_semaphores=semaphores(2),
+    )
