@@ -31,15 +31,29 @@ class Logits:
     scale: float
     soft_cap: float | None
 
+    @property
+    def factor(self) -> float:
+        """What dot products are multiplied by before anything else."""
+        return self.scale * LOG2_E if self.soft_cap is None else self.scale / self.soft_cap
+
     def __call__(self, dots: jax.Array) -> jax.Array:
+        logits = self.of_scaled(dots * self.factor)
+        return logits if self.soft_cap is not None else finite_or_nan(logits)
+
+    def of_scaled(self, scaled: jax.Array) -> jax.Array:
+        """Logits of dot products times the factor; without a cap one may be -inf."""
         if self.soft_cap is None:
-            logits = dots * (self.scale * LOG2_E)
-            return jnp.where(logits > -jnp.inf, logits, jnp.nan)  # inf makes NaN by itself
-        ratio = dots * (self.scale / self.soft_cap)
-        logits = jnp.tanh(ratio) * (self.soft_cap * LOG2_E)
+            return scaled
+        logits = jnp.tanh(scaled) * (self.soft_cap * LOG2_E)
         if self.soft_cap > HUGE_SOFT_CAP:
-            logits = jnp.where(jnp.abs(ratio) < UNCAPPED, dots * (self.scale * LOG2_E), logits)
-        return jnp.where(jnp.abs(ratio) <= FLOAT32_MAX, logits, jnp.nan)
+            uncapped = scaled * (self.soft_cap * LOG2_E)
+            logits = jnp.where(jnp.abs(scaled) < UNCAPPED, uncapped, logits)
+        return jnp.where(jnp.abs(scaled) <= FLOAT32_MAX, logits, jnp.nan)
+
+
+def finite_or_nan(logits: jax.Array) -> jax.Array:
+    """NaN for -inf; inf makes NaN by itself."""
+    return jnp.where(logits > -jnp.inf, logits, jnp.nan)
 
 
 class Sums(NamedTuple):

@@ -2,6 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
+
+from jax import lax
+from jax.experimental import pallas as pl
 
 from ....options import Tuning
 from ....page_format import PageFormat
@@ -12,8 +16,9 @@ from ..sizes import vmem_page_bytes
 
 # Rows that a matmul has of each KV head: so many that loading the keys into it is nothing beside.
 _TILE_ROWS = 1024
-_MAX_TILE_TOKENS = LANES
-_BLOCK_TOKENS = 512
+_PART_ROWS = 1024
+_MAX_TILE_TOKENS = 256
+_BLOCK_TOKENS = 1024
 _RESERVE_BYTES = 4 << 20  # what the compiler spills: logits, above all
 # Blocks that the ring holds: one is worked on, the others are on their way. Powers of two.
 _PLACES, _PLACES_OF_FEW = 2, 4
@@ -31,6 +36,7 @@ class Config:
     tile_tokens: int  # a power of two
     block_pages: int  # a power of two, at most 128
     places: int  # in the ring; a power of two
+    wide: bool  # whether the matrix unit has room for twice a row: see `softmax`
 
     @property
     def num_heads(self) -> int:
@@ -45,6 +51,26 @@ class Config:
     def rows(self) -> int:
         """Rows of a tile per KV head: first all tokens of its first query head."""
         return self.queries_per_kv_head * self.tile_tokens
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of one KV head that are worked on at a time: all tokens of some query heads."""
+        heads = max(1, min(self.queries_per_kv_head, _PART_ROWS // self.tile_tokens))
+        while self.queries_per_kv_head % heads:
+            heads -= 1
+        return heads * self.tile_tokens
+
+    @property
+    def num_parts(self) -> int:
+        return self.format.num_kv_heads * (self.rows // self.part_rows)
+
+    def part(self, number: Any) -> tuple[Any, Any]:
+        """The KV head of a part, and its rows."""
+        per_head = self.rows // self.part_rows
+        if per_head == 1:
+            return number, pl.ds(0, self.part_rows)
+        first = lax.rem(number, per_head) * self.part_rows
+        return lax.div(number, per_head), pl.ds(pl.multiple_of(first, SUBLANES), self.part_rows)
 
     @property
     def block_rows(self) -> int:
@@ -69,7 +95,8 @@ class Config:
         queries = self.format.pack * rows * row * self.format.dtype.itemsize
         sums = 4 * rows * (2 * LANES + row)
         moved = 2 * 2 * 4 * tokens * row
-        logits = 2 * 4 * self.format.pack * self.rows * round_up(self.block_rows, LANES)
+        scores = 4 * self.format.pack * self.part_rows * round_up(self.block_rows, LANES)
+        logits = 3 * (scores + 4 * self.part_rows * LANES)
         return pages + queries + sums + moved + logits
 
 
@@ -89,17 +116,19 @@ def configure(
       NotImplementedError: for shapes and options that the kernel does not have.
     """
     check_format(page_format)
-    cores = choose_cores(page_format, chip_of(tuning), tuning)
+    chip = chip_of(tuning)
+    cores = choose_cores(page_format, chip, tuning)
     queries_per_kv_head = num_heads // page_format.num_kv_heads
     if cores.by_heads:
         heads = page_format.num_kv_heads // cores.count
         page_format = dataclasses.replace(page_format, num_kv_heads=heads)
-    room = chip_of(tuning).vmem_bytes - _RESERVE_BYTES
+    room = chip.vmem_bytes - _RESERVE_BYTES
     config, places = None, _PLACES_OF_FEW if most_tokens else _PLACES
     for tokens, pages in _ever_smaller(page_format, queries_per_kv_head, most_tokens, tuning):
         config = Config(
-            page_format, queries_per_kv_head, cores, num_queries, max_pages, tokens, pages, places
-        )
+            page_format, queries_per_kv_head, cores, num_queries, max_pages, tokens, pages, places,
+            chip.mxu_side >= 2 * page_format.row_dim and page_format.dtype.itemsize == 2,
+        )  # fmt: skip
         if config.vmem_bytes <= room:
             return config
     assert config is not None

@@ -55,6 +55,7 @@ class Scratch(NamedTuple):
     spans: Any  # [2, tile_tokens, 128]
     queries: Any  # [kv_heads, pack, rows, row_dim] in the caches' dtype
     sums: softmax.Sums
+    stages: softmax.Stages
     out: Any  # [2, tile_tokens, head_rows, row_dim]
     lse: Any  # [2, head_rows, tile_tokens]
     page_semaphores: Any  # [places]
@@ -88,6 +89,8 @@ class Kernel:
         self.first_page = jnp.maximum(inputs.first_page[0], 0)
 
     def run(self) -> None:
+        for kv_head in range(self.config.format.num_kv_heads):
+            softmax.begin(self.scratch.sums, kv_head)
         zero = jnp.int32(0)
         start = Cursor(zero, self.first_tile, zero)
         self.start_tile(self.first_tile)
@@ -209,20 +212,17 @@ class Kernel:
         self.start_tile(number + 1)
         for there, copy in self.queries_of(number):
             pl.when(there)(copy.wait)
-        softmax.begin(self.scratch.sums)
         config, tokens = self.config, self.config.tile_tokens
-        arriving = self.scratch.arriving.at[number & 1]
+        arriving = _by_row(self.scratch.arriving.at[number & 1])
 
         @pl.loop(0, config.format.num_kv_heads)
-        def _(head):
+        def _(kv_head):
             for query in range(config.queries_per_kv_head):
-                own = arriving[:, head * config.queries_per_kv_head + query, :]
+                head = kv_head * config.queries_per_kv_head + query
+                own = arriving[pl.ds(head, tokens, stride=config.head_rows), :]
                 for copy in range(config.format.pack):
-                    lanes = softmax.lanes_of(config, own, copy)
-                    rows = pl.ds(query * tokens, tokens)
-                    self.scratch.queries[head, copy, rows, :] = lanes.astype(
-                        self.scratch.queries.dtype
-                    )
+                    rows = softmax.query_rows(config, own, copy)
+                    self.scratch.queries[kv_head, copy, pl.ds(query * tokens, tokens)] = rows
 
     def work(self, cursor: Cursor) -> None:
         """Works on a block that has arrived: with masks, without, or not at all."""
@@ -234,12 +234,11 @@ class Kernel:
         block = softmax.Block(config, [pages.at[place] for pages in self.scratch.pages])
 
         def attend(masked: bool) -> None:
-            @pl.loop(0, config.format.num_kv_heads)
-            def _(head):
-                spans = self.scratch.spans[cursor.tile & 1] - token if masked else None
-                softmax.attend(
-                    self.scratch.sums, self.scratch.queries, block, head, self.logits, spans
-                )
+            spans = self.scratch.spans[cursor.tile & 1] - token if masked else None
+            scratch = self.scratch
+            softmax.attend(
+                scratch.sums, scratch.stages, scratch.queries, block, self.logits, spans
+            )
 
         pl.when(whole)(lambda: attend(False))
         pl.when(~whole & (high > low))(lambda: attend(True))
@@ -248,16 +247,17 @@ class Kernel:
         """Sends a tile's results on their way."""
         config, tokens = self.config, self.config.tile_tokens
         pl.when(number - 2 >= self.first_tile)(lambda: self.wait_results(number - 2))
-        out, lse = self.scratch.out.at[number & 1], self.scratch.lse.at[number & 1]
+        out, lse = _by_row(self.scratch.out.at[number & 1]), self.scratch.lse.at[number & 1]
 
         @pl.loop(0, config.format.num_kv_heads)
         def _(kv_head):
             rows, logs = softmax.finish(self.scratch.sums, kv_head)
+            softmax.begin(self.scratch.sums, kv_head)
             for query in range(config.queries_per_kv_head):
                 own = slice(query * tokens, (query + 1) * tokens)
                 head = kv_head * config.queries_per_kv_head + query
-                out[:, head, :] = rows[own]
-                lse[pl.ds(head, 1), :] = softmax.as_lanes(logs[own], tokens)
+                out[pl.ds(head, tokens, stride=config.head_rows), :] = rows[own]
+                lse[pl.ds(head, 1), :] = softmax.as_lanes(logs[own])
 
         for there, copy in self.results_of(number):
             pl.when(there)(copy.start)
@@ -275,6 +275,11 @@ class Kernel:
             yield tile.num_queries & size != 0, pltpu.make_async_copy(source, target, semaphore)
         lse = self.scratch.lse.at[turn], self.outputs.lse.at[self.shard, number]
         yield number >= 0, pltpu.make_async_copy(*lse, semaphore)
+
+
+def _by_row(tokens: Any) -> Any:
+    """A reference to [tokens, head_rows, row_dim] as one to [tokens * head_rows, row_dim]."""
+    return tokens.reshape(tokens.shape[0] * tokens.shape[1], tokens.shape[2])
 
 
 def _digits(count: jax.Array, most: int) -> Iterator[tuple[int, jax.Array]]:
@@ -306,6 +311,10 @@ def scratch_shapes(config: Config) -> Scratch:
             float32(kv_heads, rows, LANES),
             float32(kv_heads, rows, LANES),
             float32(kv_heads, rows, row_dim),
+        ),
+        stages=softmax.Stages(
+            (float32(page_format.pack, config.part_rows, config.block_rows),) * 2,
+            (float32(config.part_rows, LANES),) * 2,
         ),
         out=float32(2, tokens, config.head_rows, row_dim),
         lse=float32(2, config.head_rows, tokens),

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from ..geometry import LANES, SUBLANES
-from ..softmax import FLOAT32_MAX, LOG2_E, Logits, across, dot
+from ..softmax import FLOAT32_MAX, LOG2_E, Logits, across, dot, finite_or_nan
 from .config import Config
 
 
@@ -26,6 +27,13 @@ class Sums(NamedTuple):
     maximum: Any  # [kv_heads, rows, 128], each row repeated over the lanes
     total: Any  # [kv_heads, rows, 128], of each lane's tokens
     out: Any  # [kv_heads, rows, row_dim], not yet divided by the total
+
+
+class Stages(NamedTuple):
+    """References to what one part of the rows leaves for the next stage: of each, two in turn."""
+
+    scores: Any  # [pack, part_rows, block_rows]
+    largest: Any  # [part_rows, 128], of each row, repeated over the lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,49 +59,98 @@ class Block:
         return pages.reshape(self.config.block_rows, page_format.row_dim)
 
 
-def begin(sums: Sums) -> None:
+def begin(sums: Sums, head: Any) -> None:
     """Nothing seen yet."""
-    sums.maximum[...] = jnp.full(sums.maximum.shape, -FLOAT32_MAX, jnp.float32)
-    sums.total[...] = jnp.zeros(sums.total.shape, jnp.float32)
-    sums.out[...] = jnp.zeros(sums.out.shape, jnp.float32)
+    for ref, value in zip(sums, (-FLOAT32_MAX, 0.0, 0.0), strict=True):
+        ref[head] = jnp.full(ref.shape[1:], value, jnp.float32)
+
+
+def query_rows(config: Config, rows: jax.Array, copy: int) -> jax.Array:
+    """Queries in the lanes of one token of a cache row, zeros elsewhere."""
+    if config.format.pack > 1:
+        rows = jnp.where(_copy_lanes(config, rows, copy), rows, 0.0)
+    return rows.astype(config.format.compute_dtype)
 
 
 def attend(
-    sums: Sums, queries: Any, block: Block, head: jax.Array, logits: Logits, spans: Any | None
+    sums: Sums, stages: Stages, queries: Any, block: Block, logits: Logits, spans: Any | None
 ) -> None:
-    """Adds a block to the sums of a KV head.
+    """Adds a block to the sums of all KV heads.
+
+    Scores of one part of the rows are computed while the weights of the one before are: the one
+    keeps the matrix unit busy, the other the vector unit.
 
     Args:
       queries: reference, [kv_heads, pack, rows, row_dim].
       spans: [tile_tokens, 128], the tokens `[start, stop)` of each query in its first two lanes,
         counted from the block's first; None if all see the whole block.
     """
+    num_parts = block.config.num_parts
+    score = lambda number, turn: _score(stages, turn, queries, block, number, logits, spans)
+    add = lambda number, turn: _add(sums, stages, turn, block, number, masked=spans is not None)
+    score(0, 0)
+
+    @pl.loop(0, (num_parts - 1) // 2)
+    def _(pair):
+        for turn in range(2):
+            score(2 * pair + turn + 1, 1 - turn)
+            add(2 * pair + turn, turn)
+
+    if num_parts % 2 == 0:
+        score(num_parts - 1, 1)
+        add(num_parts - 2, 0)
+    add(num_parts - 1, 1 - num_parts % 2)
+
+
+def _score(
+    stages: Stages, turn: int, queries: Any, block: Block, number: Any, logits: Logits, spans: Any
+) -> None:
+    """Logits of a part of the rows."""
     config = block.config
-    keys, values = block.keys(head), block.values(head)
+    head, rows = config.part(number)
+    keys = block.keys(head)
     if spans is not None:
-        keys, keys_flawed = _silenced(config, keys)
-        values, values_flawed = _silenced(config, values)
-        flawed = [a + b for a, b in zip(keys_flawed, values_flawed, strict=True)]
-    scores = []
+        keys, flawed = _silenced(config, keys)
+        flawed = [a + b for a, b in zip(flawed, _silenced(config, block.values(head))[1], strict=True)]
     for copy in range(config.format.pack):
-        score = logits(dot(queries[head, copy], keys, over=1))
+        score = logits.of_scaled(dot(queries[head, copy, rows], keys, over=1) * logits.factor)
         if spans is not None:
-            score = _masked(config, score, spans, flawed[copy], copy)
-        scores.append(score)
-    before = sums.maximum[head]
-    largest = jnp.max(scores[0], axis=1, keepdims=True)
-    for score in scores[1:]:
-        largest = jnp.maximum(largest, jnp.max(score, axis=1, keepdims=True))
-    maximum = jnp.maximum(before, jnp.broadcast_to(largest, before.shape))
+            score = _masked(config, finite_or_nan(score), spans, flawed[copy], copy)
+        stages.scores[turn][copy] = score
+        peak = jnp.max(score, axis=1, keepdims=True)
+        if spans is None and logits.soft_cap is None:
+            # One of -inf must not pass for one that is masked.
+            peak = jnp.where(jnp.min(score, axis=1, keepdims=True) > -jnp.inf, peak, jnp.nan)
+        largest = peak if copy == 0 else jnp.maximum(largest, peak)
+    stages.largest[turn][...] = jnp.broadcast_to(largest, (config.part_rows, LANES))
+
+
+def _add(sums: Sums, stages: Stages, turn: int, block: Block, number: Any, *, masked: bool) -> None:
+    """Adds a part's scores to its sums."""
+    config = block.config
+    head, rows = config.part(number)
+    values = block.values(head)
+    if masked:
+        values, _ = _silenced(config, values)
+    if config.wide:
+        values = jnp.concatenate([values, jnp.full((config.block_rows, LANES), 1 / LANES, values.dtype)], axis=1)
+    before = sums.maximum[head, rows]
+    largest = stages.largest[turn][...]
+    maximum = jnp.where(largest == largest, jnp.maximum(before, largest), jnp.nan)
     fade = jnp.exp2(before - maximum)
-    total, out = sums.total[head] * fade, None
-    for copy, score in enumerate(scores):
+    total, out = sums.total[head, rows] * fade, None
+    for copy in range(config.format.pack):
+        score = stages.scores[turn][copy]
         weights = jnp.exp2(score - across(maximum, score.shape[1]))
-        total += _lane_sums(weights)
         product = dot(weights.astype(config.format.compute_dtype), values, over=0)
+        if config.wide:
+            product, sums_of_weights = product[:, : config.format.row_dim], product[:, -LANES:]
+        else:
+            sums_of_weights = _lane_sums(weights)
+        total += sums_of_weights
         out = product if out is None else jnp.where(_copy_lanes(config, product, copy), product, out)
-    sums.maximum[head], sums.total[head] = maximum, total
-    sums.out[head] = sums.out[head] * across(fade, out.shape[1]) + out
+    sums.maximum[head, rows], sums.total[head, rows] = maximum, total
+    sums.out[head, rows] = sums.out[head, rows] * across(fade, out.shape[1]) + out
 
 
 def finish(sums: Sums, head: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -107,18 +164,16 @@ def finish(sums: Sums, head: jax.Array) -> tuple[jax.Array, jax.Array]:
     return out * across(inverse, out.shape[1]), lse
 
 
-def lanes_of(config: Config, rows: jax.Array, copy: int) -> jax.Array:
-    """Rows with their elements in the lanes of one token of a cache row, zeros elsewhere."""
-    if config.format.pack == 1:
-        return rows
-    return jnp.where(_copy_lanes(config, rows, copy), rows, 0.0)
-
-
-def as_lanes(column: jax.Array, width: int) -> jax.Array:
+def as_lanes(column: jax.Array) -> jax.Array:
     """Lays rows of equal lanes, [width, 128], side by side: [1, width]."""
-    row = lax.broadcasted_iota(jnp.int32, column.shape, 0)
-    lane = lax.broadcasted_iota(jnp.int32, column.shape, 1)
-    return jnp.sum(jnp.where(row == lane, column, 0.0), axis=0, keepdims=True)[:, :width]
+    parts = []
+    for first in range(0, len(column), LANES):
+        part = column[first : first + LANES]
+        row = lax.broadcasted_iota(jnp.int32, part.shape, 0)
+        lane = lax.broadcasted_iota(jnp.int32, part.shape, 1)
+        own = jnp.sum(jnp.where(row == lane, part, 0.0), axis=0, keepdims=True)
+        parts.append(own[:, : len(part)])
+    return jnp.concatenate(parts, axis=1)
 
 
 def _lane_sums(weights: jax.Array) -> jax.Array:
@@ -158,6 +213,6 @@ def _masked(
     shape = (config.tile_tokens, score.shape[1])
     token = lax.broadcasted_iota(jnp.int32, shape, 1) * config.format.pack + copy
     seen = (token >= spans[:, :1]) & (token < spans[:, 1:2])
-    by_head = score.reshape(config.queries_per_kv_head, *shape)
+    by_head = score.reshape(-1, *shape)
     flawless = jnp.where(flawed > 0, jnp.nan, jnp.zeros(shape, jnp.float32))
     return jnp.where(seen[None], by_head + flawless[None], -jnp.inf).reshape(score.shape)
