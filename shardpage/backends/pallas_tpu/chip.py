@@ -23,7 +23,6 @@ class Chip:
     vmem_bytes: int  # that a kernel may ask for
     smem_bytes: int
     hbm_bytes_per_us: float
-    mxu_side: int = 128  # rows and columns of a matrix unit
     step_blocks: int = 8  # that a kernel works on at once, to hide the latencies of each
 
     @property
@@ -52,7 +51,6 @@ def chip_of(tuning: Tuning) -> Chip:
         vmem_bytes=max(16 * MIB, info.vmem_capacity_bytes // 2),
         smem_bytes=info.smem_capacity_bytes,
         hbm_bytes_per_us=info.mem_bw_bytes_per_second / 1e6,
-        mxu_side=info.mxu_column_size,
     )
 
 

@@ -15,10 +15,11 @@ from ..geometry import LANES, SUBLANES, round_up
 from ..sizes import vmem_page_bytes
 
 # Rows that a matmul has of each KV head: so many that loading the keys into it is nothing beside.
-_TILE_ROWS = 1024
+_TILE_ROWS = 2048
 _PART_ROWS = 1024
 _MAX_TILE_TOKENS = 256
 _BLOCK_TOKENS = 1024
+_MASKED_TOKENS = 256
 _RESERVE_BYTES = 4 << 20  # what the compiler spills: logits, above all
 # Blocks that the ring holds: one is worked on, the others are on their way. Powers of two.
 _PLACES, _PLACES_OF_FEW = 2, 4
@@ -36,7 +37,6 @@ class Config:
     tile_tokens: int  # a power of two
     block_pages: int  # a power of two, at most 128
     places: int  # in the ring; a power of two
-    wide: bool  # whether the matrix unit has room for twice a row: see `softmax`
 
     @property
     def num_heads(self) -> int:
@@ -60,6 +60,12 @@ class Config:
             heads -= 1
         return heads * self.tile_tokens
 
+    def rows_of(self, head: Any) -> tuple[Any, Any]:
+        """The KV head of a query head, and the rows of its tokens."""
+        kv_head, query = lax.div(head, self.queries_per_kv_head), lax.rem(head, self.queries_per_kv_head)
+        first = pl.multiple_of(query * self.tile_tokens, SUBLANES)
+        return kv_head, pl.ds(first, self.tile_tokens)
+
     @property
     def num_parts(self) -> int:
         return self.format.num_kv_heads * (self.rows // self.part_rows)
@@ -76,6 +82,11 @@ class Config:
     def block_rows(self) -> int:
         """Cache rows of a block, per KV head."""
         return self.block_pages * self.format.page_rows
+
+    @property
+    def masked_pages(self) -> int:
+        """Pages that are worked on at a time in a block that not every query sees whole."""
+        return min(self.block_pages, _power_of_two_within(_MASKED_TOKENS // self.format.page_size))
 
     @property
     def block_tokens(self) -> int:
@@ -126,9 +137,8 @@ def configure(
     config, places = None, _PLACES_OF_FEW if most_tokens else _PLACES
     for tokens, pages in _ever_smaller(page_format, queries_per_kv_head, most_tokens, tuning):
         config = Config(
-            page_format, queries_per_kv_head, cores, num_queries, max_pages, tokens, pages, places,
-            chip.mxu_side >= 2 * page_format.row_dim and page_format.dtype.itemsize == 2,
-        )  # fmt: skip
+            page_format, queries_per_kv_head, cores, num_queries, max_pages, tokens, pages, places
+        )
         if config.vmem_bytes <= room:
             return config
     assert config is not None

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..geometry import LANES
+from ..geometry import LANES, SUBLANES
 from ..softmax import Logits
 from . import softmax
 from .config import Config
@@ -89,8 +89,6 @@ class Kernel:
         self.first_page = jnp.maximum(inputs.first_page[0], 0)
 
     def run(self) -> None:
-        for kv_head in range(self.config.format.num_kv_heads):
-            softmax.begin(self.scratch.sums, kv_head)
         zero = jnp.int32(0)
         start = Cursor(zero, self.first_tile, zero)
         self.start_tile(self.first_tile)
@@ -212,17 +210,21 @@ class Kernel:
         self.start_tile(number + 1)
         for there, copy in self.queries_of(number):
             pl.when(there)(copy.wait)
-        config, tokens = self.config, self.config.tile_tokens
-        arriving = _by_row(self.scratch.arriving.at[number & 1])
+        config = self.config
+        arriving = self.scratch.arriving.at[number & 1]
 
-        @pl.loop(0, config.format.num_kv_heads)
-        def _(kv_head):
-            for query in range(config.queries_per_kv_head):
-                head = kv_head * config.queries_per_kv_head + query
-                own = arriving[pl.ds(head, tokens, stride=config.head_rows), :]
-                for copy in range(config.format.pack):
-                    rows = softmax.query_rows(config, own, copy)
-                    self.scratch.queries[kv_head, copy, pl.ds(query * tokens, tokens)] = rows
+        @pl.loop(0, config.head_rows // SUBLANES)
+        def _(group):
+            heads = pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
+            by_head = jnp.swapaxes(arriving[:, heads, :], 0, 1)
+            for index in range(SUBLANES):
+
+                @pl.when(group * SUBLANES + index < config.num_heads)
+                def _(index=index):
+                    kv_head, own = config.rows_of(group * SUBLANES + index)
+                    for copy in range(config.format.pack):
+                        rows = softmax.query_rows(config, by_head[index], copy)
+                        self.scratch.queries[kv_head, copy, own] = rows
 
     def work(self, cursor: Cursor) -> None:
         """Works on a block that has arrived: with masks, without, or not at all."""
@@ -231,34 +233,45 @@ class Kernel:
         self.wait_pages(high - low, place)
         token = first * config.format.page_size
         whole = (tile.all_from <= token) & (token + config.block_tokens <= tile.all_to)
-        block = softmax.Block(config, [pages.at[place] for pages in self.scratch.pages])
+        begins, spans = cursor.block == 0, self.scratch.spans.at[cursor.tile & 1]
+        buffers = [pages.at[place] for pages in self.scratch.pages]
+        scratch = (self.scratch.sums, self.scratch.stages, self.scratch.queries)
 
-        def attend(masked: bool) -> None:
-            spans = self.scratch.spans[cursor.tile & 1] - token if masked else None
-            scratch = self.scratch
-            softmax.attend(
-                scratch.sums, scratch.stages, scratch.queries, block, self.logits, spans
-            )
+        @pl.when(whole)
+        def _():
+            block = softmax.Block(config, buffers)
+            softmax.attend(*scratch, block, self.logits, begins, None)
 
-        pl.when(whole)(lambda: attend(False))
-        pl.when(~whole & (high > low))(lambda: attend(True))
+        @pl.when(~whole & (high > low))
+        def _():
+            some = config.masked_pages
+            begin = lax.div(low, some)
+
+            @pl.loop(begin, lax.div(high + (some - 1), some))
+            def _(part):
+                block = softmax.Block(config, buffers, part * some, some)
+                seen = spans[...] - (token + part * (some * config.format.page_size))
+                begins_here = begins & (part == begin)
+                softmax.attend(*scratch, block, self.logits, begins_here, seen)
 
     def finish(self, number: jax.Array) -> None:
         """Sends a tile's results on their way."""
-        config, tokens = self.config, self.config.tile_tokens
+        config = self.config
         pl.when(number - 2 >= self.first_tile)(lambda: self.wait_results(number - 2))
-        out, lse = _by_row(self.scratch.out.at[number & 1]), self.scratch.lse.at[number & 1]
+        tile = self.tile(number)
+        any_seen = tile.end > tile.begin
+        out, lse = self.scratch.out.at[number & 1], self.scratch.lse.at[number & 1]
 
-        @pl.loop(0, config.format.num_kv_heads)
-        def _(kv_head):
-            rows, logs = softmax.finish(self.scratch.sums, kv_head)
-            softmax.begin(self.scratch.sums, kv_head)
-            for query in range(config.queries_per_kv_head):
-                own = slice(query * tokens, (query + 1) * tokens)
-                head = kv_head * config.queries_per_kv_head + query
-                out[pl.ds(head, tokens, stride=config.head_rows), :] = rows[own]
-                lse[pl.ds(head, 1), :] = softmax.as_lanes(logs[own])
-
+        @pl.loop(0, config.head_rows // SUBLANES)
+        def _(group):
+            by_head = []
+            for index in range(SUBLANES):
+                head = jnp.minimum(group * SUBLANES + index, config.num_heads - 1)
+                rows, logs = softmax.finish(self.scratch.sums, *config.rows_of(head), any_seen)
+                by_head.append(rows)
+                lse[pl.ds(group * SUBLANES + index, 1), :] = softmax.as_lanes(logs)
+            heads = pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
+            out[:, heads, :] = jnp.swapaxes(jnp.stack(by_head), 0, 1)
         for there, copy in self.results_of(number):
             pl.when(there)(copy.start)
 
@@ -275,11 +288,6 @@ class Kernel:
             yield tile.num_queries & size != 0, pltpu.make_async_copy(source, target, semaphore)
         lse = self.scratch.lse.at[turn], self.outputs.lse.at[self.shard, number]
         yield number >= 0, pltpu.make_async_copy(*lse, semaphore)
-
-
-def _by_row(tokens: Any) -> Any:
-    """A reference to [tokens, head_rows, row_dim] as one to [tokens * head_rows, row_dim]."""
-    return tokens.reshape(tokens.shape[0] * tokens.shape[1], tokens.shape[2])
 
 
 def _digits(count: jax.Array, most: int) -> Iterator[tuple[int, jax.Array]]:

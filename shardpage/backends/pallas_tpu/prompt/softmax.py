@@ -42,6 +42,13 @@ class Block:
 
     config: Config
     buffers: Any  # of each cache array [block_pages, *page_shape]
+    first_page: Any = 0
+    num_pages: int | None = None  # None: all
+
+    @property
+    def rows(self) -> int:
+        """Cache rows per KV head."""
+        return (self.num_pages or self.config.block_pages) * self.config.format.page_rows
 
     def keys(self, head: jax.Array) -> jax.Array:
         """[block_rows, row_dim]"""
@@ -52,17 +59,12 @@ class Block:
 
     def _elements(self, which: int, head: jax.Array) -> jax.Array:
         page_format = self.config.format
+        pages = pl.ds(self.first_page, self.num_pages or self.config.block_pages)
         if page_format.fused:
-            pages = self.buffers[0][:, which, head]
+            elements = self.buffers[0][pages, which, head]
         else:
-            pages = self.buffers[which][:, head]
-        return pages.reshape(self.config.block_rows, page_format.row_dim)
-
-
-def begin(sums: Sums, head: Any) -> None:
-    """Nothing seen yet."""
-    for ref, value in zip(sums, (-FLOAT32_MAX, 0.0, 0.0), strict=True):
-        ref[head] = jnp.full(ref.shape[1:], value, jnp.float32)
+            elements = self.buffers[which][pages, head]
+        return elements.reshape(self.rows, page_format.row_dim)
 
 
 def query_rows(config: Config, rows: jax.Array, copy: int) -> jax.Array:
@@ -73,7 +75,13 @@ def query_rows(config: Config, rows: jax.Array, copy: int) -> jax.Array:
 
 
 def attend(
-    sums: Sums, stages: Stages, queries: Any, block: Block, logits: Logits, spans: Any | None
+    sums: Sums,
+    stages: Stages,
+    queries: Any,
+    block: Block,
+    logits: Logits,
+    begins: jax.Array,
+    spans: Any | None,
 ) -> None:
     """Adds a block to the sums of all KV heads.
 
@@ -82,12 +90,15 @@ def attend(
 
     Args:
       queries: reference, [kv_heads, pack, rows, row_dim].
+      begins: whether nothing was seen before, whatever the sums hold.
       spans: [tile_tokens, 128], the tokens `[start, stop)` of each query in its first two lanes,
         counted from the block's first; None if all see the whole block.
     """
     num_parts = block.config.num_parts
     score = lambda number, turn: _score(stages, turn, queries, block, number, logits, spans)
-    add = lambda number, turn: _add(sums, stages, turn, block, number, masked=spans is not None)
+    add = lambda number, turn: _add(
+        sums, stages, turn, block, number, begins, masked=spans is not None
+    )
     score(0, 0)
 
     @pl.loop(0, (num_parts - 1) // 2)
@@ -116,7 +127,7 @@ def _score(
         score = logits.of_scaled(dot(queries[head, copy, rows], keys, over=1) * logits.factor)
         if spans is not None:
             score = _masked(config, finite_or_nan(score), spans, flawed[copy], copy)
-        stages.scores[turn][copy] = score
+        stages.scores[turn][copy, :, : block.rows] = score
         peak = jnp.max(score, axis=1, keepdims=True)
         if spans is None and logits.soft_cap is None:
             # One of -inf must not pass for one that is masked.
@@ -125,42 +136,45 @@ def _score(
     stages.largest[turn][...] = jnp.broadcast_to(largest, (config.part_rows, LANES))
 
 
-def _add(sums: Sums, stages: Stages, turn: int, block: Block, number: Any, *, masked: bool) -> None:
+def _add(
+    sums: Sums,
+    stages: Stages,
+    turn: int,
+    block: Block,
+    number: Any,
+    begins: jax.Array,
+    *,
+    masked: bool,
+) -> None:
     """Adds a part's scores to its sums."""
     config = block.config
     head, rows = config.part(number)
     values = block.values(head)
     if masked:
         values, _ = _silenced(config, values)
-    if config.wide:
-        values = jnp.concatenate([values, jnp.full((config.block_rows, LANES), 1 / LANES, values.dtype)], axis=1)
-    before = sums.maximum[head, rows]
+    before = jnp.where(begins, -FLOAT32_MAX, sums.maximum[head, rows])
     largest = stages.largest[turn][...]
     maximum = jnp.where(largest == largest, jnp.maximum(before, largest), jnp.nan)
     fade = jnp.exp2(before - maximum)
-    total, out = sums.total[head, rows] * fade, None
+    total, out = jnp.where(begins, 0.0, sums.total[head, rows]) * fade, None
     for copy in range(config.format.pack):
-        score = stages.scores[turn][copy]
+        score = stages.scores[turn][copy, :, : block.rows]
         weights = jnp.exp2(score - across(maximum, score.shape[1]))
+        total += _lane_sums(weights)
         product = dot(weights.astype(config.format.compute_dtype), values, over=0)
-        if config.wide:
-            product, sums_of_weights = product[:, : config.format.row_dim], product[:, -LANES:]
-        else:
-            sums_of_weights = _lane_sums(weights)
-        total += sums_of_weights
         out = product if out is None else jnp.where(_copy_lanes(config, product, copy), product, out)
     sums.maximum[head, rows], sums.total[head, rows] = maximum, total
-    sums.out[head, rows] = sums.out[head, rows] * across(fade, out.shape[1]) + out
+    faded = jnp.where(begins, 0.0, sums.out[head, rows]) * across(fade, out.shape[1])
+    sums.out[head, rows] = faded + out
 
 
-def finish(sums: Sums, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of a KV head, the output [rows, row_dim] and the natural lse, [rows, 128] of equal lanes."""
-    total = jnp.sum(sums.total[head], axis=1, keepdims=True)
-    total = jnp.broadcast_to(total, sums.total.shape[1:])
+def finish(sums: Sums, kv_head: Any, rows: Any, any_seen: Any) -> tuple[jax.Array, jax.Array]:
+    """Of some rows, the output [rows, row_dim] and the natural lse, [rows, 128] of equal lanes."""
+    maximum, total, out = (jnp.where(any_seen, ref[kv_head, rows], 0.0) for ref in sums)
+    total = jnp.broadcast_to(jnp.sum(total, axis=1, keepdims=True), total.shape)
     some = total != 0  # NaN, too, is something
-    lse = jnp.where(some, sums.maximum[head] + jnp.log2(total), -jnp.inf) / LOG2_E
+    lse = jnp.where(some, maximum + jnp.log2(total), -jnp.inf) / LOG2_E
     inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
-    out = sums.out[head]
     return out * across(inverse, out.shape[1]), lse
 
 
