@@ -64,6 +64,8 @@ test_step.py::test_any_lengths_masks_and_places
 test_step.py::test_gradients_are_those_of_finite_differences[*]
 !test_step.py::test_gradients_are_those_of_finite_differences[None-mixed]
 test_step.py::test_interpreted_kernels[*]
+!test_step.py::test_interpreted_kernels[prompt-*]
+test_tpu_prompts.py::test_packed_rows_are_those_of_other_backends[32]
 test_step.py::test_heads_of_the_output_may_stay_split_over_context[context=4]
 test_layers.py::test_layers_of_a_scan_are_caches_of_their_own[*]
 !test_layers.py::test_layers_of_a_scan_are_caches_of_their_own[None-blocks_first]

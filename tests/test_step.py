@@ -177,19 +177,20 @@ def test_impossible_lengths_spoil_their_own_sequence_alone(lens, query_lens, spo
         np.testing.assert_allclose(out[:3], run(good)[0][:3], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
 @pytest.mark.parametrize("what", ["key", "value", "query"])
-def test_a_nan_that_is_read_is_seen_by_those_that_read_it(what):
+def test_a_nan_that_is_read_is_seen_by_those_that_read_it(what, backend):
     """In a tile of 37 queries of one row: those before it do not see it, all others do."""
     inputs = steps.make(steps.named("mixed"))
     assert inputs.step.seqs[0] == (37, 37)
-    clean = run(inputs)[0]
+    clean = run(inputs, backend)[0]
     page = inputs.block_tables[0, 20 // inputs.step.page_size]
     if what == "query":
         inputs.query[20, 0, 0] = np.nan
     else:
         array = inputs.key_cache if what == "key" else inputs.value_cache
         array[page, 0, 20 % inputs.step.page_size, 0] = np.nan
-    out, lse = run(inputs)
+    out, lse = run(inputs, backend)
     heads = slice(0, 1) if what == "query" else slice(0, 2)
     seen = np.zeros(out.shape[:2], bool)
     seen[20 : 21 if what == "query" else 37, heads] = True
@@ -289,11 +290,22 @@ def test_any_lengths_masks_and_places(lens, shares, mask, placement, spec):
     assert_exact(inputs, *run(inputs, mesh=mesh, written=True))
 
 
-@pytest.mark.parametrize("spec", [None, "data=2,context=2"])
-def test_interpreted_kernels(spec):
-    """Races are looked for; a prompt is cut short, since each of its queries is walked alone."""
-    seqs = ((12, 12), (30, 1), (20, 3), (9, 0))
-    step = steps.named("window").replace(seqs=seqs, num_queries=18, num_heads=4, num_kv_heads=2)
+@pytest.mark.parametrize(
+    ("name", "kv_layout", "spec"),
+    [
+        ("prompt", "blocks_first", None),
+        ("mixed", "blocks_first", None),
+        ("window", "fused", None),
+        ("capped_with_sinks", "heads_first", None),
+        ("bf16", "fused", None),
+        ("window", "fused", "data=2,context=2"),
+    ],
+)
+def test_interpreted_kernels(name, kv_layout, spec):
+    """Prompts, guesses and running sequences, each in the kernel for its kind; races looked for."""
+    step = steps.named(name)
+    if name == "prompt":
+        step = step.replace(seqs=((21, 21), (0, 0)), num_queries=24, max_blocks=4)
     mesh = None if spec is None else build_mesh(spec)
-    inputs = on(mesh, step, "fused") if mesh else steps.make(step, "fused")
+    inputs = on(mesh, step, kv_layout) if mesh else steps.make(step, kv_layout)
     assert_exact(inputs, *run(inputs, "pallas_tpu", mesh, written=True))

@@ -20,9 +20,6 @@ from .prompt import attend as prompt
 from .prompt import config as prompt_config
 from .softmax import Logits
 
-# Queries of a small tile: guesses to verify, and the ends of prompts.
-_FEW = 8
-
 
 class StepWork(NamedTuple):
     """What `prepare` makes of the reads of ragged queries."""
@@ -55,8 +52,8 @@ def _configs(
 ) -> list[prompt_config.Config]:
     """The kernels for few and for many queries of a row, as far as there can be such."""
     shape = (page_format, num_heads, len(reads.start), reads.ids.shape[1], tuning)
-    few, many = prompt_config.configure(*shape, _FEW), prompt_config.configure(*shape)
-    return [few, many] if len(reads.start) > _FEW and many.tile_tokens > _FEW else [few]
+    few, many = prompt_config.configure(*shape, few=True), prompt_config.configure(*shape)
+    return [few, many] if min(len(reads.start), many.tile_tokens) > few.tile_tokens else [few]
 
 
 def attend(

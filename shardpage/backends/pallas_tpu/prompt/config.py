@@ -63,7 +63,7 @@ class Config:
     def rows_of(self, head: Any) -> tuple[Any, Any]:
         """The KV head of a query head, and the rows of its tokens."""
         kv_head, query = lax.div(head, self.queries_per_kv_head), lax.rem(head, self.queries_per_kv_head)
-        first = pl.multiple_of(query * self.tile_tokens, SUBLANES)
+        first = pl.multiple_of(query * self.tile_tokens, self.tile_tokens)
         return kv_head, pl.ds(first, self.tile_tokens)
 
     @property
@@ -76,7 +76,7 @@ class Config:
         if per_head == 1:
             return number, pl.ds(0, self.part_rows)
         first = lax.rem(number, per_head) * self.part_rows
-        return lax.div(number, per_head), pl.ds(pl.multiple_of(first, SUBLANES), self.part_rows)
+        return lax.div(number, per_head), pl.ds(pl.multiple_of(first, self.part_rows), self.part_rows)
 
     @property
     def block_rows(self) -> int:
@@ -105,7 +105,7 @@ class Config:
         pages = self.places * self.block_pages * vmem_page_bytes(self.format)
         queries = self.format.pack * rows * row * self.format.dtype.itemsize
         sums = 4 * rows * (2 * LANES + row)
-        moved = 2 * 2 * 4 * tokens * row
+        moved = 2 * 4 * tokens * row
         scores = 4 * self.format.pack * self.part_rows * round_up(self.block_rows, LANES)
         logits = 3 * (scores + 4 * self.part_rows * LANES)
         return pages + queries + sums + moved + logits
@@ -117,11 +117,12 @@ def configure(
     num_queries: int,
     max_pages: int,
     tuning: Tuning,
-    most_tokens: int | None = None,
+    *,
+    few: bool = False,
 ) -> Config:
     """The kernel for ragged queries of `num_heads` heads over a table of `max_pages` columns.
 
-    `most_tokens` of a tile, where its rows have few queries.
+    `few`: in the smallest tiles that there are, for rows of few queries.
 
     Raises:
       NotImplementedError: for shapes and options that the kernel does not have.
@@ -134,8 +135,8 @@ def configure(
         heads = page_format.num_kv_heads // cores.count
         page_format = dataclasses.replace(page_format, num_kv_heads=heads)
     room = chip.vmem_bytes - _RESERVE_BYTES
-    config, places = None, _PLACES_OF_FEW if most_tokens else _PLACES
-    for tokens, pages in _ever_smaller(page_format, queries_per_kv_head, most_tokens, tuning):
+    config, places = None, _PLACES_OF_FEW if few else _PLACES
+    for tokens, pages in _ever_smaller(page_format, queries_per_kv_head, few, tuning):
         config = Config(
             page_format, queries_per_kv_head, cores, num_queries, max_pages, tokens, pages, places
         )
@@ -151,19 +152,21 @@ def configure(
 
 
 def _ever_smaller(
-    page_format: PageFormat, queries_per_kv_head: int, most_tokens: int | None, tuning: Tuning
+    page_format: PageFormat, queries_per_kv_head: int, few: bool, tuning: Tuning
 ) -> Iterator[tuple[int, int]]:
     """Tokens of a tile and pages of a block, first the best ones."""
+    least = 4 * SUBLANES // page_format.dtype.itemsize  # rows of a tile in memory
     tokens = min(_MAX_TILE_TOKENS, _power_of_two_within(_TILE_ROWS // queries_per_kv_head))
-    tokens = max(SUBLANES, min(tokens, most_tokens or tokens))
+    tokens = least if few else max(least, tokens)
     fixed = tuning.pages_per_block
     pages = min(LANES, _power_of_two_within(fixed or _BLOCK_TOKENS // page_format.page_size))
     yield tokens, pages
-    while tokens > SUBLANES or (pages > 1 and not fixed):
-        if tokens > 4 * SUBLANES or pages == 1 or fixed or tokens * 8 > pages * page_format.page_size:
-            tokens = max(tokens // 2, SUBLANES)
-        else:
+    while tokens > least or (pages > 1 and not fixed):
+        small = tokens <= 4 * least and 8 * tokens <= pages * page_format.page_size
+        if tokens == least or (small and pages > 1 and not fixed):
             pages //= 2
+        else:
+            tokens //= 2
         yield tokens, pages
 
 

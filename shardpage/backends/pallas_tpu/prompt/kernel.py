@@ -47,21 +47,21 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """References to what a core keeps in fast memory; of two, one is on its way."""
+    """References to what a core keeps in fast memory."""
 
     pages: Any  # of each cache array [places, block_pages, *page_shape]
     ids: Any  # [id_places * 128] in scalar memory
-    arriving: Any  # [2, tile_tokens, head_rows, row_dim]
-    spans: Any  # [2, tile_tokens, 128]
+    arriving: Any  # queries, [tile_tokens, head_rows, row_dim]
+    spans: Any  # [2, tile_tokens, 128]: of two, one is on its way
     queries: Any  # [kv_heads, pack, rows, row_dim] in the caches' dtype
     sums: softmax.Sums
     stages: softmax.Stages
-    out: Any  # [2, tile_tokens, head_rows, row_dim]
-    lse: Any  # [2, head_rows, tile_tokens]
+    out: Any  # leaving, [tile_tokens, head_rows, row_dim]
+    lse: Any  # leaving, [head_rows, tile_tokens]
     page_semaphores: Any  # [places]
     id_semaphores: Any  # [id_places]
-    query_semaphores: Any  # [2]
-    out_semaphores: Any  # [2]
+    query_semaphore: Any
+    out_semaphore: Any
 
 
 class Cursor(NamedTuple):
@@ -98,10 +98,7 @@ class Kernel:
         for _ in range(self.config.places - 1):
             pages = self.fetch_pages(pages)
         lax.fori_loop(0, self.num_blocks, self.step, (start, pages, ids))
-        for behind in (2, 1):
-            pl.when(self.end_tile - behind >= self.first_tile)(
-                lambda tile=self.end_tile - behind: self.wait_results(tile)
-            )
+        pl.when(self.end_tile > self.first_tile)(lambda: self.wait_results(self.end_tile - 1))
 
     def step(self, _: jax.Array, cursors: tuple[Cursor, Cursor, Cursor]):
         """Works on a block, while later ones are on their way."""
@@ -195,23 +192,20 @@ class Kernel:
                 pl.when(there)(copy.start)
 
     def queries_of(self, number: jax.Array) -> Iterator[tuple[Any, Any]]:
-        turn, tile = number & 1, self.tile(number)
-        semaphore = self.scratch.query_semaphores.at[turn]
+        tile, semaphore = self.tile(number), self.scratch.query_semaphore
         for size, offset in _digits(tile.num_queries, self.config.tile_tokens):
             source = self.inputs.query.at[self.shard, pl.ds(tile.first_query + offset, size)]
-            target = self.scratch.arriving.at[turn, pl.ds(offset, size)]
+            target = self.scratch.arriving.at[pl.ds(offset, size)]
             copy = pltpu.make_async_copy(source, target, semaphore)
             yield tile.num_queries & size != 0, copy
-        spans = self.inputs.schedule.spans.at[number], self.scratch.spans.at[turn]
+        spans = self.inputs.schedule.spans.at[number], self.scratch.spans.at[number & 1]
         yield number >= 0, pltpu.make_async_copy(*spans, semaphore)
 
     def begin(self, number: jax.Array) -> None:
         """Takes a tile's queries, and fetches the next one's."""
-        self.start_tile(number + 1)
         for there, copy in self.queries_of(number):
             pl.when(there)(copy.wait)
-        config = self.config
-        arriving = self.scratch.arriving.at[number & 1]
+        config, arriving = self.config, self.scratch.arriving
 
         @pl.loop(0, config.head_rows // SUBLANES)
         def _(group):
@@ -225,6 +219,8 @@ class Kernel:
                     for copy in range(config.format.pack):
                         rows = softmax.query_rows(config, by_head[index], copy)
                         self.scratch.queries[kv_head, copy, own] = rows
+
+        self.start_tile(number + 1)
 
     def work(self, cursor: Cursor) -> None:
         """Works on a block that has arrived: with masks, without, or not at all."""
@@ -257,10 +253,10 @@ class Kernel:
     def finish(self, number: jax.Array) -> None:
         """Sends a tile's results on their way."""
         config = self.config
-        pl.when(number - 2 >= self.first_tile)(lambda: self.wait_results(number - 2))
+        pl.when(number > self.first_tile)(lambda: self.wait_results(number - 1))
         tile = self.tile(number)
         any_seen = tile.end > tile.begin
-        out, lse = self.scratch.out.at[number & 1], self.scratch.lse.at[number & 1]
+        out, lse = self.scratch.out, self.scratch.lse
 
         @pl.loop(0, config.head_rows // SUBLANES)
         def _(group):
@@ -280,13 +276,12 @@ class Kernel:
             pl.when(there)(copy.wait)
 
     def results_of(self, number: jax.Array) -> Iterator[tuple[Any, Any]]:
-        turn, tile = number & 1, self.tile(number)
-        semaphore = self.scratch.out_semaphores.at[turn]
+        tile, semaphore = self.tile(number), self.scratch.out_semaphore
         for size, offset in _digits(tile.num_queries, self.config.tile_tokens):
-            source = self.scratch.out.at[turn, pl.ds(offset, size)]
+            source = self.scratch.out.at[pl.ds(offset, size)]
             target = self.outputs.out.at[self.shard, pl.ds(tile.first_query + offset, size)]
             yield tile.num_queries & size != 0, pltpu.make_async_copy(source, target, semaphore)
-        lse = self.scratch.lse.at[turn], self.outputs.lse.at[self.shard, number]
+        lse = self.scratch.lse, self.outputs.lse.at[self.shard, number]
         yield number >= 0, pltpu.make_async_copy(*lse, semaphore)
 
 
@@ -312,7 +307,7 @@ def scratch_shapes(config: Config) -> Scratch:
     return Scratch(
         pages=(pages,) * page_format.num_arrays,
         ids=pltpu.SMEM((2 * config.places * LANES,), jnp.int32),
-        arriving=float32(2, tokens, config.head_rows, row_dim),
+        arriving=float32(tokens, config.head_rows, row_dim),
         spans=pltpu.VMEM((2, tokens, LANES), jnp.int32),
         queries=pltpu.VMEM((kv_heads, page_format.pack, rows, row_dim), page_format.compute_dtype),
         sums=softmax.Sums(
@@ -324,10 +319,10 @@ def scratch_shapes(config: Config) -> Scratch:
             (float32(page_format.pack, config.part_rows, config.block_rows),) * 2,
             (float32(config.part_rows, LANES),) * 2,
         ),
-        out=float32(2, tokens, config.head_rows, row_dim),
-        lse=float32(2, config.head_rows, tokens),
+        out=float32(tokens, config.head_rows, row_dim),
+        lse=float32(config.head_rows, tokens),
         page_semaphores=semaphores(config.places),
         id_semaphores=semaphores(2 * config.places),
-        query_semaphores=semaphores(2),
-        out_semaphores=semaphores(2),
+        query_semaphore=pltpu.SemaphoreType.DMA,
+        out_semaphore=pltpu.SemaphoreType.DMA,
     )
