@@ -25,7 +25,7 @@ from . import softmax
 from .config import Config
 from .walk import NUM_FIELDS, Schedule, Tile
 
-_UNROLL = 4  # page copies issued between two branches
+_UNROLL = 8  # page copies issued between two branches
 
 
 class Inputs(NamedTuple):
@@ -156,22 +156,28 @@ class Kernel:
             place = cursor.number & (self.config.places - 1)
             first_id = (cursor.number & (2 * self.config.places - 1)) * LANES + lax.rem(first, LANES)
 
-            @pl.loop(lax.div(low, _UNROLL), lax.div(high + (_UNROLL - 1), _UNROLL))
-            def _(some):
-                for index in range(_UNROLL):
-                    page = some * _UNROLL + index
+            unroll = min(_UNROLL, self.config.block_pages)
 
-                    @pl.when((page >= low) & (page < high))
-                    def _(page=page):
-                        self.copy_page(self.scratch.ids[first_id + page], page, place)
+            @pl.loop(lax.div(low, unroll), lax.div(high + (unroll - 1), unroll))
+            def _(some):
+                for index in range(unroll):
+                    page = some * unroll + index
+                    # Read whether it is needed or not: a predicate costs more.
+                    page_id = self.first_page + self.scratch.ids[first_id + page]
+                    self.copy_page(page_id, page, place, (page >= low) & (page < high))
 
         return self.after(cursor)
 
-    def copy_page(self, page_id: jax.Array, page: jax.Array, place: jax.Array) -> None:
-        source = self.config.format.page_at(self.first_page + page_id, self.heads)
+    def copy_page(
+        self, page_id: jax.Array, page: jax.Array, place: jax.Array, needed: jax.Array
+    ) -> None:
+        source = self.config.format.page_at(page_id, self.heads)
         semaphore = self.scratch.page_semaphores.at[place]
-        for cache, pages in zip(self.inputs.caches, self.scratch.pages, strict=True):
-            pltpu.make_async_copy(cache.at[source], pages.at[place, page], semaphore).start()
+
+        @pl.when(needed)
+        def _():
+            for cache, pages in zip(self.inputs.caches, self.scratch.pages, strict=True):
+                pltpu.make_async_copy(cache.at[source], pages.at[place, page], semaphore).start()
 
     def wait_pages(self, count: jax.Array, place: jax.Array) -> None:
         """One wait for each binary digit of their number."""

@@ -210,13 +210,12 @@ def _copy_lanes(config: Config, array: jax.Array, copy: int) -> jax.Array:
 def _silenced(config: Config, elements: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
     """Zeros for what is not finite; and for each token of a row, how many such elements: [1, rows]."""
     finite = jnp.abs(elements.astype(jnp.float32)) <= FLOAT32_MAX
-    ones = jnp.ones((SUBLANES, elements.shape[1]), elements.dtype)
     flawed = jnp.where(finite, 0.0, 1.0).astype(elements.dtype)
-    counts = [
-        dot(ones if config.format.pack == 1 else jnp.where(_copy_lanes(config, ones, copy), ones, 0),
-            flawed, over=1)[:1]
-        for copy in range(config.format.pack)
-    ]  # fmt: skip
+    ones = jnp.ones((SUBLANES, elements.shape[1]), jnp.float32)
+    counts = []
+    for copy in range(config.format.pack):
+        own = ones if config.format.pack == 1 else jnp.where(_copy_lanes(config, ones, copy), ones, 0.0)
+        counts.append(dot(own.astype(elements.dtype), flawed, over=1)[:1])
     return jnp.where(finite, elements, 0), counts
 
 
