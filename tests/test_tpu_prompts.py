@@ -67,17 +67,21 @@ class TestWalk:
         assert np.all(np.diff(bounds) >= 0)
         seen = []
         for core in range(cores):
-            mine = [Tile(*map(int, f)) for f in fields[bounds[core] : bounds[core + 1]]]
+            mine = [Tile(*f) for f in fields[bounds[core] : bounds[core + 1]]]
             assert sum(tile.num_blocks for tile in mine) == walk.num_blocks[core]
             for number, tile in enumerate(mine, bounds[core]):
                 queries = range(tile.first_query, tile.first_query + tile.num_queries)
                 spans = [(int(given.start[i]), int(given.stop[i])) for i in queries]
-                assert np.asarray(walk.spans)[number, : len(spans), :2].tolist() == [*map(list, spans)]
+                assert np.asarray(walk.spans)[number, : len(spans), :2].tolist() == [
+                    *map(list, spans)
+                ]
                 read = [span for span in spans if span[0] < span[1]]
                 begin, end = tile.begin * 16, tile.end * 16
                 assert all(begin <= start and stop <= end for start, stop in read)
                 all_see = range(tile.all_from, tile.all_to)
-                assert all(a <= t < b for t in (all_see[:1], all_see[-1:]) for t in t for a, b in spans)
+                assert all(
+                    a <= t < b for t in (all_see[:1], all_see[-1:]) for t in t for a, b in spans
+                )
                 blocks = max(1, -(-tile.end // 4) - tile.begin // 4)
                 assert tile.num_blocks == (blocks if read else 1)
                 seen += queries
@@ -96,10 +100,10 @@ class TestWalk:
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(64, 8), (8, 1), (32, 32), (128, 4)])
 @pytest.mark.parametrize("page_size", [8, 64, 512])
 def test_any_chunk_fits(chip, head_dim, num_heads, num_kv_heads, page_size):
-    """No number of queries is too much for fast memory, if two pages are not."""
+    """No number of queries is too much for fast memory, if a few pages are not."""
     tuning = Tuning(chip=CHIPS[chip])
     shape = page_format(num_kv_heads, page_size, head_dim)
-    if 2 * vmem_page_bytes(shape) > CHIPS[chip].vmem_bytes:
+    if 2 * vmem_page_bytes(shape) >= CHIPS[chip].cores * CHIPS[chip].vmem_bytes:
         with pytest.raises(NotImplementedError, match="a smaller page_size"):
             configure(shape, num_heads, 8192, 1 << 20, tuning)
         return
@@ -110,8 +114,8 @@ def test_any_chunk_fits(chip, head_dim, num_heads, num_kv_heads, page_size):
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
-    with pytest.raises(NotImplementedError, match=r"256 query tokens|Use fewer pages per block"):
-        tuning = Tuning(chip=CHIPS["v4"], pages_per_block=64)
+    tuning = Tuning(chip=CHIPS["v4"], pages_per_block=64)
+    with pytest.raises(NotImplementedError, match=r"16 query tokens .* Use fewer pages per block"):
         configure(page_format(page_size=512), 64, 8192, 1 << 20, tuning)
 
 
@@ -123,6 +127,7 @@ def test_packed_rows_are_those_of_other_backends(head_dim):
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
     new = draw(16, 2, head_dim), draw(16, 2, head_dim)
+    queries = random.standard_normal((16, 4, head_dim))
     results = []
     for backend in ("xla", "pallas_tpu"):
         interpret = LOOK_FOR_RACES if backend == "pallas_tpu" else None
@@ -131,14 +136,15 @@ def test_packed_rows_are_those_of_other_backends(head_dim):
         how = {"num_heads": 4, "query_lens": query_lens, "num_queries": 16, "tuning": tuning}
         plan = make_plan(cache, lens, tables, **how)
         cache = write_kv(cache, *new, plan)
-        query = jnp.asarray(np.random.default_rng(1).standard_normal((16, 4, head_dim)), jnp.float32)
+        query = jnp.asarray(queries, jnp.float32)
         results.append(attend(query, cache, plan, return_lse=True))
     for expected, actual in zip(*results, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_a_step_has_two_kernels_more_than_decoding():
-    """Tiles of few queries, of many, and rows of one; where there are few queries, no large tiles."""
+    """Tiles of few queries, and of many where there are many; and rows of one, which decode."""
+
     def kernels(num_queries):
         cache = PagedKVCache.abstract(16, 2, 16, 128, dtype=jnp.bfloat16)
         tuning = Tuning(backend="pallas_tpu", interpret=True)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardpage.tiles import tiles_of
 from shardpage.backends.xla.walk import make_walk, prepare, walk_blocks
 from shardpage.options import Tuning
 from shardpage.page_format import KVLayout, PageFormat
 from shardpage.plan import Reads
+from shardpage.tiles import tiles_of
 
 PAGE_SIZE = 16
 

@@ -1,9 +1,10 @@
 """`attend` of the TPU backend: which queries go to which kernel.
 
-Where every row has one query, all go to the decode kernel. In a step of ragged queries a row goes by
-how many it has: one, to the decode kernel; more, in tiles to the prompt kernel.
+Where every row has one query, all go to the decode kernel. In a step of ragged queries it depends
+on how many a row has: one goes to the decode kernel; more go to the prompt kernel, in tiles.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,14 +70,14 @@ def attend(
     if reads.row is None:
         return decode.attend(query, cache, reads, work, logits, tuning)
     configs = _configs(reads, query.shape[1], cache.format, tuning)
-    rows, out, lses = prompt.query_rows(query, configs[0]), None, []
+    rows = prompt.query_rows(query, configs[0])
+    out: Sequence[jax.Array] = ()
+    lses = []
     for config, tiled in zip(configs, work.tiled, strict=True):
-        out, lse = prompt.attend(config, logits, tuning, rows, cache, work.ids, tiled, out)
+        *out, lse = prompt.attend(config, logits, tuning, rows, cache, work.ids, tiled, out)
         lses.append(lse)
-    out, lse = prompt.partial_of(out, jnp.max(jnp.stack(lses), axis=0), configs[0])
+    out, lse = prompt.partial_of(out[0], jnp.max(jnp.stack(lses), axis=0), configs[0])
     alone, decoding, first = work.single
-    single = decode.attend(
-        query.at[first].get(mode="clip"), cache, alone, decoding, logits, tuning
-    )
+    single = decode.attend(query.at[first].get(mode="clip"), cache, alone, decoding, logits, tuning)
     put = lambda array, new: array.at[first].set(new, mode="drop")
     return Partial(put(out, single.out), put(lse, single.lse))

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Int
 from ...options import Tuning
 from ...page_format import PageFormat
 from ...plan import Reads, rank
-from ...varying import vary_over, varying_axes
 from ...tiles import Tiles, tiles_of
+from ...varying import vary_over, varying_axes
 
 State = TypeVar("State")
 

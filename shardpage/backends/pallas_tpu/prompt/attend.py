@@ -1,6 +1,7 @@
 """The call of the prompt kernel: what it is given, and its results by query."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ class Work(NamedTuple):
 
     schedule: Schedule
     tile: jax.Array  # [queries]: of each, or any of another's
-    index: jax.Array  # [queries]: in its tile
+    place: jax.Array  # [queries]: in its tile
     own: jax.Array  # [queries]: which are in these tiles
 
 
@@ -75,24 +76,24 @@ def attend(
     cache: PagedKVCache,
     ids: jax.Array,
     work: Work,
-    before: jax.Array | None,
+    before: Sequence[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Attends with the queries of some tiles.
 
     Args:
       query: of `query_rows`.
       ids: of `ids_in_windows`.
-      before: results of other queries, to be kept; None if these tiles hold all.
+      before: results of other queries, to be kept; or nothing.
 
     Returns:
       Results of all queries, in rows like theirs; and lse [queries, shards, heads], -inf of others.
     """
     call = as_kernel(functools.partial(_call, config, logits), tuning)
-    out, lse = call(work.schedule, ids, query, cache, () if before is None else (before,))
+    out, lse = call(work.schedule, ids, query, cache, tuple(before))
     # Of each tile and token, then of each query.
     by_token = jnp.moveaxis(lse, 3, 2)[..., : config.num_heads]
     by_token = by_token.reshape(lse.shape[0], -1, config.num_heads)
-    own = by_token[:, work.tile * config.tile_tokens + work.index]
+    own = by_token[:, work.tile * config.tile_tokens + work.place]
     return out, jnp.where(work.own[:, None, None], jnp.moveaxis(own, 0, 1), -jnp.inf)
 
 

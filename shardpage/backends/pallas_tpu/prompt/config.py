@@ -62,7 +62,10 @@ class Config:
 
     def rows_of(self, head: Any) -> tuple[Any, Any]:
         """The KV head of a query head, and the rows of its tokens."""
-        kv_head, query = lax.div(head, self.queries_per_kv_head), lax.rem(head, self.queries_per_kv_head)
+        kv_head, query = (
+            lax.div(head, self.queries_per_kv_head),
+            lax.rem(head, self.queries_per_kv_head),
+        )
         first = pl.multiple_of(query * self.tile_tokens, self.tile_tokens)
         return kv_head, pl.ds(first, self.tile_tokens)
 
@@ -76,7 +79,9 @@ class Config:
         if per_head == 1:
             return number, pl.ds(0, self.part_rows)
         first = lax.rem(number, per_head) * self.part_rows
-        return lax.div(number, per_head), pl.ds(pl.multiple_of(first, self.part_rows), self.part_rows)
+        return lax.div(number, per_head), pl.ds(
+            pl.multiple_of(first, self.part_rows), self.part_rows
+        )
 
     @property
     def block_rows(self) -> int:

@@ -4,10 +4,10 @@
     pages     |b0|b1|b2|...         a ring of blocks
     math            |b0|b1|...      of a block, one KV head after the other
 
-A *tile* is a run of query tokens of one row: it reads keys once for all its queries. The walk is flat,
-over the blocks of one tile after the other (see `walk`), so that what is fetched next never depends
-on where a tile ends. A tile's queries come while the one before it is worked on, and its results
-leave while the next is.
+A *tile* is a run of query tokens of one row: it reads keys once for all its queries. The walk is
+flat, over the blocks of one tile after the other (see `walk`), so that what is fetched next never
+depends on where a tile ends. A tile's queries come while the one before it is worked on, and its
+results leave while the next is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -139,7 +139,7 @@ class Kernel:
         return self.after(cursor)
 
     def ids_of(self, cursor: Cursor):
-        """A block's window of page ids: a block has at most 128, and begins at a multiple of that."""
+        """A block's window of page ids: a block lies in one, since both are powers of two."""
         tile, first, _, _ = self.columns(cursor)
         window = lax.div(tile.first_id + first, LANES)
         window = jnp.minimum(window, self.inputs.ids.shape[0] - 1)
@@ -152,9 +152,10 @@ class Kernel:
         @pl.when(cursor.number < self.num_blocks)
         def _():
             self.ids_of(cursor).wait()
-            _, first, low, high = self.columns(cursor)
+            first, low, high = self.columns(cursor)[1:]
             place = cursor.number & (self.config.places - 1)
-            first_id = (cursor.number & (2 * self.config.places - 1)) * LANES + lax.rem(first, LANES)
+            window = cursor.number & (2 * self.config.places - 1)
+            first_id = window * LANES + lax.rem(first, LANES)
 
             unroll = min(_UNROLL, self.config.block_pages)
 
@@ -274,6 +275,7 @@ class Kernel:
                 lse[pl.ds(group * SUBLANES + index, 1), :] = softmax.as_lanes(logs)
             heads = pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
             out[:, heads, :] = jnp.swapaxes(jnp.stack(by_head), 0, 1)
+
         for there, copy in self.results_of(number):
             pl.when(there)(copy.start)
 
@@ -309,7 +311,9 @@ def scratch_shapes(config: Config) -> Scratch:
     kv_heads, rows, row_dim = page_format.num_kv_heads, config.rows, page_format.row_dim
     float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     semaphores = lambda count: pltpu.SemaphoreType.DMA((count,))
-    pages = pltpu.VMEM((config.places, config.block_pages, *page_format.page_shape), page_format.dtype)
+    pages = pltpu.VMEM(
+        (config.places, config.block_pages, *page_format.page_shape), page_format.dtype
+    )
     return Scratch(
         pages=(pages,) * page_format.num_arrays,
         ids=pltpu.SMEM((2 * config.places * LANES,), jnp.int32),

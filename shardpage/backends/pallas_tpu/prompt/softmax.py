@@ -3,12 +3,13 @@
 A KV head at a time: its rows are all tokens of its first query head, then of its second, and so on.
 Logits, and what they are when something is not finite: see `..softmax`.
 
-A block that every query sees whole needs no masks. In any other, a token may be seen by some queries
-of the tile and not by others, and a weight of 0 does not silence a NaN: keys and values that are not
-finite become zeros there, and their logits NaN for those who see them.
+A block that every query sees whole needs no masks. In any other, a token may be seen by some
+queries of the tile and not by others, and a weight of 0 does not silence a NaN: keys and values
+that are not finite become zeros there, and their logits NaN for those who see them.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -50,14 +51,14 @@ class Block:
         """Cache rows per KV head."""
         return (self.num_pages or self.config.block_pages) * self.config.format.page_rows
 
-    def keys(self, head: jax.Array) -> jax.Array:
+    def keys(self, head: Any) -> jax.Array:
         """[block_rows, row_dim]"""
         return self._elements(0, head)
 
-    def values(self, head: jax.Array) -> jax.Array:
+    def values(self, head: Any) -> jax.Array:
         return self._elements(1, head)
 
-    def _elements(self, which: int, head: jax.Array) -> jax.Array:
+    def _elements(self, which: int, head: Any) -> jax.Array:
         page_format = self.config.format
         pages = pl.ds(self.first_page, self.num_pages or self.config.block_pages)
         if page_format.fused:
@@ -116,23 +117,26 @@ def attend(
 def _score(
     stages: Stages, turn: int, queries: Any, block: Block, number: Any, logits: Logits, spans: Any
 ) -> None:
-    """Logits of a part of the rows."""
+    """Logits of a part of the rows, and the largest of each."""
     config = block.config
     head, rows = config.part(number)
-    keys = block.keys(head)
+    keys, flaws = block.keys(head), []
     if spans is not None:
-        keys, flawed = _silenced(config, keys)
-        flawed = [a + b for a, b in zip(flawed, _silenced(config, block.values(head))[1], strict=True)]
+        keys, of_keys = _silenced(config, keys)
+        _, of_values = _silenced(config, block.values(head))
+        flaws = [a + b for a, b in zip(of_keys, of_values, strict=True)]
+    peaks = []
     for copy in range(config.format.pack):
         score = logits.of_scaled(dot(queries[head, copy, rows], keys, over=1) * logits.factor)
         if spans is not None:
-            score = _masked(config, finite_or_nan(score), spans, flawed[copy], copy)
+            score = _masked(config, finite_or_nan(score), spans, flaws[copy], copy)
         stages.scores[turn][copy, :, : block.rows] = score
         peak = jnp.max(score, axis=1, keepdims=True)
         if spans is None and logits.soft_cap is None:
             # One of -inf must not pass for one that is masked.
             peak = jnp.where(jnp.min(score, axis=1, keepdims=True) > -jnp.inf, peak, jnp.nan)
-        largest = peak if copy == 0 else jnp.maximum(largest, peak)
+        peaks.append(peak)
+    largest = functools.reduce(jnp.maximum, peaks)
     stages.largest[turn][...] = jnp.broadcast_to(largest, (config.part_rows, LANES))
 
 
@@ -156,16 +160,19 @@ def _add(
     largest = stages.largest[turn][...]
     maximum = jnp.where(largest == largest, jnp.maximum(before, largest), jnp.nan)
     fade = jnp.exp2(before - maximum)
-    total, out = jnp.where(begins, 0.0, sums.total[head, rows]) * fade, None
+    total = jnp.where(begins, 0.0, sums.total[head, rows]) * fade
+    products = []
     for copy in range(config.format.pack):
         score = stages.scores[turn][copy, :, : block.rows]
         weights = jnp.exp2(score - across(maximum, score.shape[1]))
         total += _lane_sums(weights)
-        product = dot(weights.astype(config.format.compute_dtype), values, over=0)
-        out = product if out is None else jnp.where(_copy_lanes(config, product, copy), product, out)
+        products.append(dot(weights.astype(config.format.compute_dtype), values, over=0))
+    out = products[0]
+    for copy, product in enumerate(products[1:], 1):
+        out = jnp.where(_copy_lanes(config, product, copy), product, out)
+    before_out = jnp.where(begins, 0.0, sums.out[head, rows])
     sums.maximum[head, rows], sums.total[head, rows] = maximum, total
-    faded = jnp.where(begins, 0.0, sums.out[head, rows]) * across(fade, out.shape[1])
-    sums.out[head, rows] = faded + out
+    sums.out[head, rows] = before_out * across(fade, out.shape[1]) + out
 
 
 def finish(sums: Sums, kv_head: Any, rows: Any, any_seen: Any) -> tuple[jax.Array, jax.Array]:
@@ -192,7 +199,7 @@ def as_lanes(column: jax.Array) -> jax.Array:
 
 def _lane_sums(weights: jax.Array) -> jax.Array:
     """Sums per lane, [rows, 128]: lanes are added once a tile, at its end."""
-    rows, width = weights.shape
+    width = weights.shape[1]
     if width < LANES:
         return jnp.pad(weights, ((0, 0), (0, LANES - width)))
     parts = [weights[:, lane : lane + LANES] for lane in range(0, width, LANES)]
@@ -208,13 +215,15 @@ def _copy_lanes(config: Config, array: jax.Array, copy: int) -> jax.Array:
 
 
 def _silenced(config: Config, elements: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-    """Zeros for what is not finite; and for each token of a row, how many such elements: [1, rows]."""
+    """Zeros for what is not finite; and how many of those each token of a row has: [1, rows]."""
     finite = jnp.abs(elements.astype(jnp.float32)) <= FLOAT32_MAX
     flawed = jnp.where(finite, 0.0, 1.0).astype(elements.dtype)
     ones = jnp.ones((SUBLANES, elements.shape[1]), jnp.float32)
     counts = []
     for copy in range(config.format.pack):
-        own = ones if config.format.pack == 1 else jnp.where(_copy_lanes(config, ones, copy), ones, 0.0)
+        own = ones
+        if config.format.pack > 1:
+            own = jnp.where(_copy_lanes(config, ones, copy), ones, 0.0)
         counts.append(dot(own.astype(elements.dtype), flawed, over=1)[:1])
     return jnp.where(finite, elements, 0), counts
 

@@ -1,7 +1,7 @@
 """The order of work of a prompt kernel: tiles, and for each the blocks of pages that it reads.
 
-Laid out in XLA once per step. A tile is a run of query tokens of one row. It has at least one block,
-so that every tile is visited, and every query's output written.
+Laid out in XLA once per step. A tile is a run of query tokens of one row. It has at least one
+block, so that every tile is visited, and every query's output written.
 """
 
 from typing import NamedTuple
