@@ -106,6 +106,7 @@ class TestProgram:
             ("smov (%p9_p9), 8", 3),
             ("smov (!%p9_p9), 8", 8),
             ("smov (%p9_p9, %s0_s0), 8", 3),
+            ("scalar_select %p9_p9, nan, -1.5", -0x40400000),
             ("sclz.u32 %s0_s0", 30),
         ],
     )
