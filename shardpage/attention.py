@@ -128,9 +128,7 @@ def _attend_once_here(
     made_for = MadeFor(cache.format, cache.num_pages, query.shape[1], tuning, split)
     lens = (context_lens, None, len(query))
     reads, work, _ = reads_here(made_for, mask, lens, block_tables)
-    return _attend_and_merge(
-        cache, query, sinks, (reads, work), (tuning, attention, None), split
-    )
+    return _attend_and_merge(cache, query, sinks, (reads, work), (tuning, attention, None), split)
 
 
 def _attend_here(

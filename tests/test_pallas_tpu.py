@@ -182,7 +182,8 @@ def test_many_blocks_of_a_sequence(pages):
 
 
 @pytest.mark.parametrize(
-    ("where", "what"), [(np.s_[:, :, 2], np.nan), (np.s_[1, 0, 2, 5], np.nan), (np.s_[1, 0, 2, 5], -np.inf)]
+    ("where", "what"),
+    [(np.s_[:, :, 2], np.nan), (np.s_[1, 0, 2, 5], np.nan), (np.s_[1, 0, 2, 5], -np.inf)],
 )
 def test_sequences_that_share_a_step_share_no_nan(where, what):
     """Eight blocks at once, of sequences of which one has read a NaN; be it in one value alone."""

@@ -96,6 +96,7 @@ class TestProgram:
             ("sadd.s32 2147483647, %s0_s0", -(2**31) + 2),
             ("ssub.s32 0, %s0_s0", -3),
             ("sshll.u32 %s0_s0, 31", -(2**31)),
+            ("sshllo.u32 %s0_s0, 4", 63),
             ("sshrl.u32 4294967295, 28", 15),
             ("sshra.s32 4294967288, 1", -4),
             ("smul.u32 65536, 65537", 65536),
@@ -453,7 +454,9 @@ class TestCompiled:
         work = Workload(Model("one", 8, 1, 128, Model.preset("llama-3-8b").layers), 8, 512, 16)
         found = worker.call(step.analyze, "v6e:2x2", None, work)
         assert {name for name, _, _ in found.kernels} == {"shardpage_decode", "shardpage_write"}
-        assert any(op.maker.startswith("write") and op.in_layers for op in found.ops)
+        ours = [op for op in found.ops if op.in_layers and op.maker.startswith(("write", "attend"))]
+        assert [op.maker for op in ours] == ["write: write"]  # the new tokens, laid out as words
+        assert ours[0].cycles < 300
         assert not found.collectives
         assert "attention's, in a layer" in step.table(found)
 

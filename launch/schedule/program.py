@@ -37,6 +37,7 @@ _BINARY = {
     "ssub": "wrap({0} - {1})",
     "smul": "wrap({0} * {1})",
     "sshll": "wrap({0} << {1})",
+    "sshllo": "wrap({0} << {1} | (1 << {1}) - 1)",  # ones come in, as masks of rows need them
     "sshrl": "wrap(unsigned({0}) >> {1})",
     "sshra": "({0} >> {1})",
     "sand": "wrap({0} & {1})",
