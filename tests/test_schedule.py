@@ -455,8 +455,10 @@ class TestCompiled:
         found = worker.call(step.analyze, "v6e:2x2", None, work)
         assert {name for name, _, _ in found.kernels} == {"shardpage_decode", "shardpage_write"}
         ours = [op for op in found.ops if op.in_layers and op.maker.startswith(("write", "attend"))]
-        assert [op.maker for op in ours] == ["write: write"]  # the new tokens, laid out as words
-        assert ours[0].cycles < 300
+        # New tokens are laid out as words, and queries as rows.
+        assert {op.maker for op in ours} <= {"write: write", "attend: attend"}
+        assert len(ours) <= 2
+        assert sum(op.cycles for op in ours) < 100
         assert not found.collectives
         assert "attention's, in a layer" in step.table(found)
 
