@@ -11,7 +11,7 @@ from . import array_checks, backends, sharded
 from .arguments import instance
 from .cache import PagedKVCache
 from .options import Attention, Mask, Tuning
-from .partial import add_sinks, merge_over_axis, merge_scattered, spread_nan
+from .partial import add_sinks, finish, mark, merge_over_axis, merge_scattered
 from .plan import MadeFor, Plan, Reads
 from .shard_layout import Split, axis_names
 from .step import reads_here
@@ -20,7 +20,7 @@ from .step import reads_here
 _GATHER_UP_TO_BYTES = {"gpu": 1 << 20}
 
 _QUERY = ("seqs", "heads", None)
-_PLANNED_DIMS = (None, _QUERY, ("heads",), ("pages",), ("seqs",), ())
+_PLANNED_DIMS = (None, _QUERY, ("heads",), ("pages",), ())
 _INPUT_DIMS = (None, _QUERY, ("heads",), ("seqs",), ("seqs", None))
 _OUTPUT_DIMS = (_QUERY, ("seqs", "heads"))
 _SPLIT_OUTPUT_DIMS = (("seqs", "all_heads", None), ("seqs", "all_heads"))
@@ -82,7 +82,7 @@ def attend(
             raise ValueError("out_split='heads' splits over a mesh's context axis; plan with mesh=")
         split.check_out_split(plan.made_for.num_heads)
         output_dims = _SPLIT_OUTPUT_DIMS
-    inputs = (cache, query, sinks, plan.reads, plan.invalid, as_layer(layer))
+    inputs = (cache, query, sinks, plan.reads, as_layer(layer))
     options = (plan.made_for.tuning, attention, out_split)
     out, lse = sharded.run(_attend_here, options, split, inputs, _PLANNED_DIMS, output_dims)
     return (out, lse) if return_lse else out
@@ -126,11 +126,9 @@ def _attend_once_here(
 ) -> tuple[jax.Array, jax.Array]:
     mask, attention, tuning = options
     made_for = MadeFor(cache.format, cache.num_pages, query.shape[1], tuning, split)
-    reads, work, queries = reads_here(
-        made_for, mask, (context_lens, None, len(query)), block_tables
-    )
-    where, how = (reads, work, queries.invalid), (tuning, attention, None)
-    return _attend_and_merge(cache, query, sinks, where, how, split)
+    lens = (context_lens, None, len(query))
+    reads, work, _ = reads_here(made_for, mask, lens, block_tables)
+    return _attend_and_merge(cache, query, sinks, (reads, work), (tuning, attention, None), split)
 
 
 def _attend_here(
@@ -139,33 +137,35 @@ def _attend_here(
     cache: PagedKVCache,
     query: jax.Array,
     sinks: jax.Array | None,
-    reads: tuple[Reads, Any],
-    invalid: jax.Array,
+    planned: tuple[Reads, Any],
     layer: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """One device's part of a planned call."""
-    if split is not None:
-        reads = jax.tree.map(lambda array: array[0], reads)
     if layer is not None:
         cache = cache.of_layer(layer)
-        invalid |= cache.first_page < 0
-    return _attend_and_merge(cache, query, sinks, (*reads, invalid), options, split)
+    return _attend_and_merge(cache, query, sinks, planned, options, split)
 
 
 def _attend_and_merge(
     cache: PagedKVCache,
     query: jax.Array,
     sinks: jax.Array | None,
-    where: tuple[Reads, Any, jax.Array],
+    planned: tuple[Reads, Any],
     how: tuple[Tuning, Attention, str | None],
     split: Split | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends over this device's pages; merges with the others' of the same sequences."""
-    (reads, work, invalid), (tuning, attention, out_split) = where, how
+    (reads, work), (tuning, attention, out_split) = planned, how
+    context = axis_names(split.layout.context) if split is not None else ()
+    final = not context and sinks is None
     with jax.named_scope("attend"):
-        partial = backends.load(tuning).attend(query, cache, reads, work, attention, tuning)
+        partial = backends.load(tuning).attend(
+            query, cache, reads, work, attention, tuning, final=final
+        )
+    if final:
+        return tuple(partial)
     with jax.named_scope("merge"):
-        context = axis_names(split.layout.context) if split is not None else ()
+        partial = mark(partial, reads.invalid_in(cache))
         if context and out_split:
             partial, sinks = merge_scattered(partial, context), _own_heads(sinks, context)
         elif context:
@@ -173,10 +173,7 @@ def _attend_and_merge(
             partial = merge_over_axis(partial, context, gather_up_to_bytes=limit)
         if sinks is not None:
             partial = add_sinks(partial, sinks)
-        partial = spread_nan(partial)
-    out = jnp.where(invalid[:, None, None], jnp.nan, partial.out)
-    lse = jnp.where(invalid[:, None], jnp.nan, partial.lse)
-    return out.astype(query.dtype), lse
+        return tuple(finish(partial, query.dtype))
 
 
 def _own_heads(sinks: jax.Array | None, axes: tuple[str, ...]) -> jax.Array | None:

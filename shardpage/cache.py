@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -37,8 +36,7 @@ class PagedKVCache:
       layout: order of the arrays' axes; static.
       head_dim: elements per token and head; static. Rows of a packed cache hold several tokens.
       num_layers: layers that it holds; None of a cache of one layer, without such an axis; static.
-      first_page: what a backend adds to page ids, where `of_layer` made one range of all layers'
-        pages; else None.
+      layer: whose pages are meant, where `of_layer` made one range of all layers'; else None.
     """
 
     arrays: tuple[Any, ...]
@@ -46,7 +44,7 @@ class PagedKVCache:
     layout: KVLayout = dataclasses.field(metadata={"static": True})
     head_dim: int = dataclasses.field(metadata={"static": True})
     num_layers: int | None = dataclasses.field(default=None, metadata={"static": True})
-    first_page: Any = None
+    layer: Any = None
 
     @classmethod
     def of(
@@ -171,7 +169,7 @@ class PagedKVCache:
         shape, axis = self.key.shape, self.layout.value.pages
         if self.num_layers is None:
             return shape
-        if self.first_page is None:
+        if self.layer is None:
             return (*shape[:axis], *shape[axis + 1 :])
         return (*shape[:axis], shape[axis] // self.num_layers, *shape[axis + 1 :])
 
@@ -191,18 +189,21 @@ class PagedKVCache:
         return _spec(self.layout, self.num_layers, layout)
 
     def of_layer(self, layer: Any) -> "PagedKVCache":
-        """All layers' pages as one range, with `first_page` where those of `layer` begin.
+        """All layers' pages as one range, of which those of `layer` are meant.
 
-        Moves nothing: backends add `first_page` to page ids, and see one long cache. A traced
-        `layer` that there is not has a `first_page` of -1.
+        Moves nothing: backends add `first_page` to page ids, and see one long cache.
         """
-        assert self.num_layers is not None
         axis = self.layout.value.pages
         merge = lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
         arrays = tuple(map(merge, self.arrays))
-        there = lax.convert_element_type(layer, jnp.uint32) < self.num_layers  # nor below 0
-        first_page = jnp.where(there, layer * self.num_pages, -1)
-        return dataclasses.replace(self, arrays=arrays, first_page=first_page)
+        return dataclasses.replace(self, arrays=arrays, layer=layer)
+
+    @property
+    def first_page(self) -> Any:
+        """What a backend adds to page ids; None where `of_layer` was not called."""
+        if self.layer is None:
+            return None
+        return first_page(self.layer, self.num_layers, self.num_pages)
 
     @property
     def num_array_pages(self) -> int:
@@ -245,6 +246,14 @@ class PagedKVCache:
         """Bytes of keys and values on each device."""
         size = lambda x: x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
         return sum(map(size, jax.tree.leaves(self)))
+
+
+def first_page(layer: Any, num_layers: int, num_pages: int) -> jax.Array:
+    """Where a layer's pages begin among those of all; -1 if there is no such layer.
+
+    Scalar arithmetic alone, so that a kernel can do it.
+    """
+    return jnp.where((layer >= 0) & (layer < num_layers), layer * num_pages, -1)
 
 
 def check_dtype(name: str, dtype: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .arguments import array, shown
 
@@ -145,14 +145,27 @@ def add_sinks(partial: Partial, sinks: Float[Array, " heads"]) -> Partial:
     return merge(partial, Partial(jnp.zeros_like(partial.out), lse))
 
 
+def mark(partial: Partial, invalid: Bool[Array, " batch"] | None) -> Partial:
+    """Gives invalid queries an lse of NaN, which makes all NaN that is merged with it."""
+    if invalid is None:
+        return partial
+    return partial._replace(lse=jnp.where(invalid[:, None], jnp.nan, partial.lse))
+
+
 def spread_nan(partial: Partial) -> Partial:
-    """Makes a head NaN as a whole, lse included, where any of its output is not finite.
+    """Makes a head NaN as a whole where its lse is NaN or any of its output is not finite.
 
     A weighted mean of finite values is finite: what is not has read a NaN or an infinity.
     """
-    broken = ~jnp.all(jnp.isfinite(partial.out), axis=-1)
+    broken = jnp.isnan(partial.lse) | ~jnp.all(jnp.isfinite(partial.out), axis=-1)
     nan = lambda where, x: jnp.where(where, jnp.nan, x)
     return Partial(nan(broken[..., None], partial.out), nan(broken, partial.lse))
+
+
+def finish(partial: Partial, dtype: Any) -> Partial:
+    """What a caller gets where nothing is merged any more."""
+    out, lse = spread_nan(partial)
+    return Partial(out.astype(dtype), lse)
 
 
 def merge_partials(

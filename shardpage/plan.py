@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from .cache import PagedKVCache
 from .options import Mask, Tuning
 from .page_format import PageFormat
 from .shard_layout import Split
@@ -33,10 +34,18 @@ class Reads(NamedTuple):
     row: Int[Array, " queries"] | None  # None where query `i` reads row `i`, as in decoding
     start: Int[Array, " queries"]
     stop: Int[Array, " queries"]
+    invalid: Bool[Array, " queries"] | None = None  # they read nothing, and NaN comes out of them
 
     def ids_by_query(self) -> Int[Array, "queries pages"]:
         """The page ids of each query."""
         return self.ids if self.row is None else self.ids.at[self.row].get(mode="clip")
+
+    def invalid_in(self, cache: PagedKVCache) -> Bool[Array, " queries"] | None:
+        """The invalid queries; all, where the cache's layer is none that there is."""
+        if cache.layer is None:
+            return self.invalid
+        missing = jnp.broadcast_to(cache.first_page < 0, self.start.shape)
+        return missing if self.invalid is None else self.invalid | missing
 
 
 class Writes(NamedTuple):
@@ -84,8 +93,8 @@ class MadeFor:
 class Plan:
     """What follows from a step's lengths and tables alone, once for all layers. A pytree.
 
-    Made by `make_plan`. On a mesh, what only one device knows has a leading axis over the devices
-    that split pages, so a plan never moves.
+    Made by `make_plan`. On a mesh, what only one device knows stands one device's after the other's
+    along first axes, split as pages are, so a plan never moves.
 
     Attributes:
       positions: `[num_queries]` int32, each query token's position in its sequence, from 0; -1 of
@@ -161,7 +170,7 @@ def plan_reads(
     invalid = bad if row is None else of_query(bad) & (row < len(bad))
     start, stop = (jnp.where(invalid, 0, x) for x in found.tokens)
     position = jnp.where(invalid, -1, position)
-    return Reads(found.ids, row, start, stop), Queries(row, position, invalid)
+    return Reads(found.ids, row, start, stop, invalid), Queries(row, position, invalid)
 
 
 def _locate(

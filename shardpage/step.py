@@ -131,8 +131,6 @@ def _plan_here(
             writes, made_for.num_pages, page_format, tuning
         )
     per_shard = ((reads, work), (writes, write_work))
-    if split is not None:
-        per_shard = jax.tree.map(lambda array: array[None], per_shard)
     return queries.position, queries.invalid, *per_shard
 
 

@@ -126,25 +126,12 @@ def _write_here(
     pages = PageRange.here(num_pages, split)
     writes = plan_writes(row, positions, tables, page_format.page_size, pages)
     work = backends.load(tuning).prepare_writes(writes, num_pages, page_format, tuning)
-    return _write(tuning, cache, key, value, (writes, work), layer)
+    return _write_planned_here(tuning, split, cache, key, value, (writes, work), layer)
 
 
 def _write_planned_here(
     tuning: Tuning,
     split: Split | None,
-    cache: PagedKVCache,
-    key: jax.Array,
-    value: jax.Array,
-    planned: tuple[Writes, Any],
-    layer: jax.Array | None,
-) -> PagedKVCache:
-    if split is not None:
-        planned = jax.tree.map(lambda array: array[0], planned)
-    return _write(tuning, cache, key, value, planned, layer)
-
-
-def _write(
-    tuning: Tuning,
     cache: PagedKVCache,
     key: jax.Array,
     value: jax.Array,

@@ -181,8 +181,12 @@ def test_many_blocks_of_a_sequence(pages):
     check(case)
 
 
-def test_sequences_that_share_a_step_share_no_nan():
-    """Eight blocks at once, of sequences of which one has read a NaN."""
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [(np.s_[:, :, 2], np.nan), (np.s_[1, 0, 2, 5], np.nan), (np.s_[1, 0, 2, 5], -np.inf)],
+)
+def test_sequences_that_share_a_step_share_no_nan(where, what):
+    """Eight blocks at once, of sequences of which one has read a NaN; be it in one value alone."""
     lens = (40, 0, 16, 33, 7, 64, 1, 20)
     inputs = make(Case("shared_step", num_seqs=8, lens=lens, num_heads=2, num_kv_heads=1), "fused")
     chip = dataclasses.replace(UNKNOWN_CHIP, step_blocks=8)
@@ -190,7 +194,7 @@ def test_sequences_that_share_a_step_share_no_nan():
     clean = attend_as(inputs, tuning)
     tolerance.assert_within_rounding(inputs, *clean)
     cache = inputs.key_cache.copy()
-    cache[inputs.block_tables[3, 0], :, :, 2] = np.nan
+    cache[inputs.block_tables[3, 0]][where] = what
     broken = attend_as(dataclasses.replace(inputs, key_cache=cache), tuning)
     for one, other in zip(clean, broken, strict=True):
         assert np.isnan(other[3]).all()
@@ -275,11 +279,13 @@ class TestWalk:
     SIZES = Sizes(block_pages=4, step_blocks=2, ring_places=2)  # of pages of 8 tokens
 
     @classmethod
-    def follow(cls, start, stop, num_splits=1, num_cores=1):
-        """[(core, block)] in order, of blocks with pages; the schedule, and what is held."""
+    def follow(cls, start, stop, num_splits=1, num_cores=1, invalid=()):
+        """[(core, block)] in order, of blocks with pages; and for each core and segment -1 if it is
+        vacant, -2 if it is and its query is invalid, else 0."""
         lengths = walk.Lengths(8, 32, num_splits, num_cores, cls.SIZES)
         spans = (jnp.asarray(x, jnp.int32) for x in (range(len(start)), start, stop))
-        schedule, held = walk.schedule(*spans, lengths)
+        is_invalid = np.isin(range(len(start)), invalid)
+        schedule = walk.schedule(*spans, jnp.asarray(is_invalid), lengths)
         fields = np.asarray(schedule.blocks).reshape(num_cores, -1, len(walk.Block._fields))
         steps = []
         for core, blocks in enumerate(map(lambda x: [walk.Block(*y) for y in x], fields.tolist())):
@@ -294,7 +300,13 @@ class TestWalk:
                 pages = {block.step_pages for block in blocks[first : first + 2]}
                 assert pages == {sum(block.num_pages for block in blocks[first : first + 2])}
             steps += [(core, block) for block in blocks[:count]]
-        return steps, np.asarray(held)
+        vacant = np.zeros((num_cores, len(start) * num_splits), int)
+        for core, entries in enumerate(schedule.vacant):
+            entries = entries[: schedule.num_vacant[core]]
+            for segment, wrong in zip(*walk.vacancy(entries), strict=True):
+                assert vacant[core, int(segment)] == 0
+                vacant[core, int(segment)] = -1 - int(wrong)
+        return steps, vacant
 
     @pytest.mark.parametrize("num_cores", [1, 2])
     @pytest.mark.parametrize("num_splits", [1, 3])
@@ -303,18 +315,18 @@ class TestWalk:
         for _ in range(10):
             stop = rng.integers(0, 200, size=7) * rng.integers(0, 2, size=7)
             start = np.minimum(rng.integers(0, 60, size=7), stop)
-            steps, held = self.follow(start, stop, num_splits, num_cores)
-            tokens, begun = [[] for _ in stop], np.zeros(held.shape, int)
+            steps, vacant = self.follow(start, stop, num_splits, num_cores)
+            tokens, begun = [[] for _ in stop], np.zeros(vacant.shape, int)
             for core, block in steps:
                 query = block.row
                 assert block.segment // num_splits == query
-                begun[core].reshape(-1)[block.segment] += block.begins
+                begun[core, block.segment] += block.begins
                 first = block.first_page * 8
                 assert block.start < 8
                 assert block.num_pages == min(4, -(-block.stop // 8))
                 tokens[query] += range(first + block.start, first + min(block.stop, 32))
             assert tokens == [list(range(*span)) for span in zip(start, stop, strict=True)]
-            np.testing.assert_array_equal(begun, held)
+            np.testing.assert_array_equal(begun, 1 + vacant)
             shares = np.bincount([core for core, _ in steps], minlength=num_cores)
             assert shares.max() - shares.min() <= num_cores - 1
 
@@ -330,9 +342,13 @@ class TestWalk:
         assert {block.segment for core, block in steps if core == 1} == {0, 1, 2}
 
     def test_no_work_at_all(self):
-        steps, held = self.follow([0, 0], [0, 0], 2, 2)
+        steps, vacant = self.follow([0, 0], [0, 0], 2, 2)
         assert steps == []
-        assert not held.any()
+        assert (vacant == -1).all()
+
+    def test_invalid_queries_are_known(self):
+        _, vacant = self.follow([0, 0, 0], [0, 60, 0], 2, invalid=(2,))
+        assert vacant.tolist() == [[-1, -1, 0, 0, -2, -2]]
 
 
 WRITES = [

@@ -96,6 +96,7 @@ class TestProgram:
             ("sadd.s32 2147483647, %s0_s0", -(2**31) + 2),
             ("ssub.s32 0, %s0_s0", -3),
             ("sshll.u32 %s0_s0, 31", -(2**31)),
+            ("sshllo.u32 %s0_s0, 4", 63),
             ("sshrl.u32 4294967295, 28", 15),
             ("sshra.s32 4294967288, 1", -4),
             ("smul.u32 65536, 65537", 65536),
@@ -106,6 +107,7 @@ class TestProgram:
             ("smov (%p9_p9), 8", 3),
             ("smov (!%p9_p9), 8", 8),
             ("smov (%p9_p9, %s0_s0), 8", 3),
+            ("scalar_select %p9_p9, nan, -1.5", -0x40400000),
             ("sclz.u32 %s0_s0", 30),
         ],
     )
@@ -452,7 +454,11 @@ class TestCompiled:
         work = Workload(Model("one", 8, 1, 128, Model.preset("llama-3-8b").layers), 8, 512, 16)
         found = worker.call(step.analyze, "v6e:2x2", None, work)
         assert {name for name, _, _ in found.kernels} == {"shardpage_decode", "shardpage_write"}
-        assert any(op.maker.startswith("write") and op.in_layers for op in found.ops)
+        ours = [op for op in found.ops if op.in_layers and op.maker.startswith(("write", "attend"))]
+        # New tokens are laid out as words, and queries as rows.
+        assert {op.maker for op in ours} <= {"write: write", "attend: attend"}
+        assert len(ours) <= 2
+        assert sum(op.cycles for op in ours) < 100
         assert not found.collectives
         assert "attention's, in a layer" in step.table(found)
 

@@ -42,6 +42,10 @@ class Instruction:
         return int(match[1]) if match else None
 
     @property
+    def is_kernel(self) -> bool:
+        return "tpu_custom_call" in self.text
+
+    @property
     def takes_time(self) -> bool:
         return self.opcode not in _FREE
 

@@ -12,6 +12,7 @@ A branch takes effect some bundles after it was issued. Vector instructions only
 import collections
 import dataclasses
 import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ _BINARY = {
     "ssub": "wrap({0} - {1})",
     "smul": "wrap({0} * {1})",
     "sshll": "wrap({0} << {1})",
+    "sshllo": "wrap({0} << {1} | (1 << {1}) - 1)",  # ones come in, as masks of rows need them
     "sshrl": "wrap(unsigned({0}) >> {1})",
     "sshra": "({0} >> {1})",
     "sand": "wrap({0} & {1})",
@@ -263,7 +265,10 @@ class Program:
             return f"({self.base(match[1])}{offset})"
         if text.startswith("$0x"):
             return str(int(text[1:], 16))
-        number = int(text)  # unsigned in the text
+        try:
+            number = int(text)  # unsigned in the text
+        except ValueError:
+            (number,) = struct.unpack("I", struct.pack("f", float(text)))  # its bits
         return str((number + 2**31) % 2**32 - 2**31)
 
     def loops(self) -> list[tuple[int, int]]:

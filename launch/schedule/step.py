@@ -101,7 +101,9 @@ def analyze(topology: str, spec: str | None, work: Workload) -> Step:
     found = hlo.computations(text)
     programs = bundles.dumps(dump)
     once = [_op(i, programs, core) for i in found["ENTRY"] if _counts(i)]
-    layers = [loop[0] for i in found["ENTRY"] if (loop := hlo.loop(i))]
+    loops = [loop[0] for i in found["ENTRY"] if (loop := hlo.loop(i))]
+    # The plan has loops too, of which none has a kernel.
+    layers = [body for body in loops if any(i.is_kernel for i in found[body])]
     ops = once + [op for body in layers for op in _in_layers(found, body, programs, core)]
     lines = (
         f"  %{i.name} = {i.result} {i.opcode}({i.text}" for body in layers for i in found[body]
@@ -139,7 +141,7 @@ def _in_layers(
 
 
 def _counts(instruction: hlo.Instruction) -> bool:
-    return instruction.takes_time and "tpu_custom_call" not in instruction.text
+    return instruction.takes_time and not instruction.is_kernel
 
 
 def _op(instruction: hlo.Instruction, programs: dict[str, pathlib.Path], core: Core) -> Op:

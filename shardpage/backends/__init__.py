@@ -41,8 +41,14 @@ class Backend(Protocol):
         work: Any,
         attention: Attention,
         tuning: Tuning,
+        *,
+        final: bool = False,
     ) -> Partial:
-        """Attends with each query `[queries, num_heads, key_dim]` over what it reads."""
+        """Attends with each query `[queries, num_heads, key_dim]` over what it reads.
+
+        In float32, to be merged; or, where `final` says that nothing is, as `partial.finish` makes
+        it, invalid queries marked.
+        """
         ...
 
     def prepare_writes(

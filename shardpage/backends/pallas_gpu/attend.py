@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from ...cache import PagedKVCache
 from ...options import Attention, Tuning
 from ...page_format import PageFormat
-from ...partial import Partial
+from ...partial import Partial, finish, mark
 from ...plan import Reads
 from ...varying import vary_together
 from . import attend_kernel, merge_kernel
@@ -33,15 +33,18 @@ def attend(
     work: Work | None,
     attention: Attention,
     tuning: Tuning,
+    *,
+    final: bool = False,
 ) -> Partial:
     """Attends over local pages with Pallas Mosaic GPU kernels; see `shardpage.backends`."""
     config = configure(cache.format, query.shape[1], reads, tuning)
     logits = Logits.of(attention, cache.format.key_dim)
     tiles = Tiles(reads.start, reads.stop) if work is None else work.tiles
-    query = _tiled(config, query.astype(cache.format.compute_dtype), work)
+    rows = _tiled(config, query.astype(cache.format.compute_dtype), work)
     call = as_kernel(functools.partial(_call, config, logits), tuning)
-    out, lse = call(query, cache.unpacked().arrays, cache.in_layer(reads.ids), tiles)
-    return _partial(config, out, lse, reads, work)
+    out, lse = call(rows, cache.unpacked().arrays, cache.in_layer(reads.ids), tiles)
+    partial = _partial(config, out, lse, reads, work)
+    return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial
 
 
 def _tiled(config: Config, query: jax.Array, work: Work | None) -> jax.Array:

@@ -4,7 +4,6 @@ Where every row has one query, all go to the decode kernel. In a step of ragged 
 on how many a row has: one goes to the decode kernel; more go to the prompt kernel, in tiles.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from ...cache import PagedKVCache
 from ...options import Attention, Tuning
 from ...page_format import PageFormat
-from ...partial import Partial
+from ...partial import Partial, finish, mark
 from ...plan import Reads
 from ...tiles import Tiles, tiles_of
 from . import decode
@@ -64,15 +63,16 @@ def attend(
     work: Any,
     attention: Attention,
     tuning: Tuning,
+    *,
+    final: bool = False,
 ) -> Partial:
     """Attends over local pages with Pallas TPU kernels; see `shardpage.backends`."""
     logits = Logits(attention.scale_of(cache.format.key_dim), attention.soft_cap)
     if reads.row is None:
-        return decode.attend(query, cache, reads, work, logits, tuning)
+        return decode.attend(query, cache, reads, work, logits, tuning, final=final)
     configs = _configs(reads, query.shape[1], cache.format, tuning)
-    rows = prompt.query_rows(query, configs[0])
-    out: Sequence[jax.Array] = ()
-    lses = []
+    rows, lses = prompt.query_rows(query, configs[0]), []
+    out: list[jax.Array] = []
     for config, tiled in zip(configs, work.tiled, strict=True):
         *out, lse = prompt.attend(config, logits, tuning, rows, cache, work.ids, tiled, out)
         lses.append(lse)
@@ -80,4 +80,5 @@ def attend(
     alone, decoding, first = work.single
     single = decode.attend(query.at[first].get(mode="clip"), cache, alone, decoding, logits, tuning)
     put = lambda array, new: array.at[first].set(new, mode="drop")
-    return Partial(put(out, single.out), put(lse, single.lse))
+    partial = Partial(put(out, single.out), put(lse, single.lse))
+    return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial

@@ -40,6 +40,11 @@ class Config:
         return Lengths(page_size, self.max_pages, self.num_splits, cores, self.sizes)
 
     @property
+    def num_parts(self) -> int:
+        """Results of the kernel that are merged for each query and head."""
+        return self.lengths.num_cores * self.num_splits * self.geometry.format.pack
+
+    @property
     def num_segments(self) -> int:
         return self.num_queries * self.num_splits
 

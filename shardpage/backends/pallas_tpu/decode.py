@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...cache import PagedKVCache
+from ...cache import PagedKVCache, first_page
 from ...options import Tuning
 from ...page_format import PageFormat
-from ...partial import Partial
+from ...partial import Partial, finish, mark
 from ...plan import Reads
 from ...varying import vary_together
 from . import decode_kernel, rows, walk
@@ -21,13 +21,15 @@ from .geometry import LANES, round_up
 from .softmax import Logits
 from .transforms import as_kernel
 
+# What the kernel may leave a final result in.
+_OUTPUTS = (jnp.float32, jnp.bfloat16)
+
 
 class Work(NamedTuple):
     """What `prepare` makes of the reads of some queries."""
 
     walk: walk.Schedule
     ids: jax.Array  # of the table, as the kernel has them
-    held: jax.Array  # [cores, queries, splits]: which segments have blocks on which core
 
 
 def prepare(
@@ -35,11 +37,12 @@ def prepare(
 ) -> tuple[Work, ...]:
     """Lays out the walk of each call of the kernel."""
     row, work = _rows_of(reads), []
+    invalid = jnp.zeros(row.shape, bool) if reads.invalid is None else reads.invalid
     for part in _parts(len(row), num_heads, page_format, tuning):
-        spans = (row[part], reads.start[part], reads.stop[part])
+        spans = (row[part], reads.start[part], reads.stop[part], invalid[part])
         config = _configure(page_format, num_heads, len(spans[0]), reads, tuning)
-        schedule, held = walk.schedule(*spans, config.lengths)
-        work.append(_as_in_memory(config, schedule, reads.ids, held))
+        schedule = walk.schedule(*spans, config.lengths)
+        work.append(_as_in_memory(config, schedule, reads.ids))
     return tuple(work)
 
 
@@ -65,7 +68,7 @@ def _configure(
     return configure(page_format, num_heads, num_queries, max_pages, tuning, num_rows)
 
 
-def _as_in_memory(config: Config, schedule: walk.Schedule, ids: jax.Array, held: jax.Array) -> Work:
+def _as_in_memory(config: Config, schedule: walk.Schedule, ids: jax.Array) -> Work:
     """Flat for scalar memory; or in rows of whole lanes, to be read in windows."""
     if config.sizes.paged:
         ids = _padded(ids, round_up(ids.shape[1], LANES)).reshape(-1, 1, LANES)
@@ -75,7 +78,7 @@ def _as_in_memory(config: Config, schedule: walk.Schedule, ids: jax.Array, held:
     else:
         ids, blocks = ids.reshape(-1), schedule.blocks.reshape(-1)
         ids = _padded(ids, len(ids) + config.sizes.block_pages)  # read, not used
-    return Work(schedule._replace(blocks=blocks), ids, held)
+    return Work(schedule._replace(blocks=blocks, vacant=schedule.vacant.reshape(-1)), ids)
 
 
 def _padded(array: jax.Array, width: int) -> jax.Array:
@@ -91,24 +94,32 @@ def attend(
     work: tuple[Work, ...],
     logits: Logits,
     tuning: Tuning,
+    *,
+    final: bool = False,
 ) -> Partial:
-    """Attends with each query by itself."""
+    """Attends with each query by itself; `final` as `shardpage.backends` has it."""
     num_queries, num_heads, _ = query.shape
     parts, partials = _parts(num_queries, num_heads, cache.format, tuning), []
+    by_kernel = False
     for part, some in zip(parts, work, strict=True):
         here = query[part]
         config = _configure(cache.format, num_heads, len(here), reads, tuning)
-        call = as_kernel(functools.partial(_call, config, logits), tuning)
+        by_kernel = final and config.num_parts == 1
+        dtype = query.dtype if by_kernel and query.dtype in _OUTPUTS else jnp.float32
+        call = as_kernel(functools.partial(_call, config, logits, by_kernel, dtype), tuning)
         out, lse = call(some.walk, some.ids, rows.query_rows(config, here), cache)
-        partials.append(rows.merged_partial(config, out, lse, some.held))
-    if len(partials) == 1:
-        return partials[0]
-    return Partial(*map(jnp.concatenate, zip(*partials, strict=True)))
+        partials.append(rows.merged_partial(config, out, lse))
+    partial = Partial(*map(jnp.concatenate, zip(*partials, strict=True)))
+    if by_kernel:
+        return partial._replace(out=partial.out.astype(query.dtype))
+    return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial
 
 
 def _call(
     config: Config,
     logits: Logits,
+    final: bool,
+    dtype: Any,
     tuning: Tuning,
     schedule: walk.Schedule,
     ids: jax.Array,
@@ -119,8 +130,8 @@ def _call(
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     agenda = hbm if config.sizes.paged else scalar
-    first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
-    inputs = vary_together(schedule, ids, first_page.reshape(1), query_rows, cache.arrays)
+    layer = jnp.zeros(1, jnp.int32) if cache.layer is None else cache.layer.reshape(1)
+    inputs = vary_together(schedule, ids, layer, query_rows, cache.arrays)
     varying = jax.typeof(inputs[1]).manual_axis_type
     whole = lambda shape, by_core=True: pl.BlockSpec(
         (1, *shape),
@@ -131,23 +142,25 @@ def _call(
         (config.num_segments, geometry.rows, geometry.format.row_dim),
         (config.num_segments, geometry.lse_tiles, LANES),
     ]
-    output = lambda shape: jax.ShapeDtypeStruct(
-        (cores.count, *shape), jnp.float32, manual_axis_type=varying
+    output = lambda shape, dtype: jax.ShapeDtypeStruct(
+        (cores.count, *shape), dtype, manual_axis_type=varying
     )
+    layers = {"num_layers": cache.num_layers or 1, "num_pages": cache.num_pages}
+    how = decode_kernel.How(logits, functools.partial(first_page, **layers), final)
     specs = decode_kernel.Inputs(
-        schedule=walk.Schedule(agenda, scalar),
+        schedule=walk.Schedule(agenda, scalar, scalar, scalar),
         ids=agenda,
-        first_page=scalar,
+        layer=scalar,
         query=whole(query_rows.shape[1:], cores.by_heads),
         caches=(hbm,) * len(cache.arrays),
     )
     return pl.pallas_call(
-        functools.partial(decode_kernel.kernel, config=config, logits=logits),
+        functools.partial(decode_kernel.kernel, config=config, how=how),
         grid=(cores.count,),
         in_specs=tuple(specs),
         out_specs=tuple(map(whole, shapes)),
         scratch_shapes=decode_kernel.scratch_shapes(config),
-        out_shape=tuple(map(output, shapes)),
+        out_shape=tuple(map(output, shapes, (dtype, jnp.float32))),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel" if cores.count > 1 else "arbitrary",),
             disable_bounds_checks=True,

@@ -11,7 +11,7 @@ copies predicated: a step is one straight piece of code, whose copies go to anot
 loads come from, so that the compiler is free to issue them whenever the arithmetic waits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,22 +21,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ...page_format import PageFormat
-from . import softmax
+from . import softmax, walk
 from .agenda import Paged, Resident
 from .config import Config
 from .fetch import Ring
-from .geometry import LANES
+from .geometry import LANES, SUBLANES
 from .walk import Block
 
 _RINGS = 2
 
 
+class How(NamedTuple):
+    """What is computed, besides shapes."""
+
+    logits: softmax.Logits
+    first_page: Callable[[jax.Array], jax.Array]  # of a layer's number; -1 of one that there is not
+    final: bool  # whether nothing is merged with the results any more
+
+
 class Inputs(NamedTuple):
     """References to what the kernel is given."""
 
-    schedule: Any  # see `walk`; in scalar memory, or in HBM if the agenda is paged
+    schedule: Any  # see `walk`; in scalar memory, or its blocks in HBM if the agenda is paged
     ids: Any  # page ids, likewise
-    first_page: Any  # [1] in scalar memory: added to all ids; -1 of no layer, read as any
+    layer: Any  # [1] in scalar memory: whose pages are meant
     query: Any  # [1, queries, rows, row_dim]
     caches: Sequence[Any]  # in HBM
 
@@ -46,6 +54,7 @@ class Scratch(NamedTuple):
 
     pages: Any  # for each ring and cache array [places, step_pages, *page_shape]
     sums: softmax.Sums  # of the segment at work
+    suspect: Any  # [8, row_dim]: NaN if any result has been
     steps: Any  # [agenda_steps * step_lanes] in scalar memory, if it is paged
     ids: Any  # [agenda_steps * step_blocks * 256], likewise
     page_semaphores: Any  # for each ring [places]
@@ -56,12 +65,15 @@ class Scratch(NamedTuple):
 class Kernel:
     """One core's run. Its methods are the phases of the pipeline."""
 
-    def __init__(self, config: Config, logits, inputs: Inputs, outputs, scratch: Scratch):
-        schedule, ids, first_page, query, caches = inputs
+    def __init__(
+        self, config: Config, how: How, inputs: Inputs, outputs: Sequence[Any], scratch: Scratch
+    ):
+        schedule, ids, layer, query, caches = inputs
         core = pl.program_id(0)
         by_heads = config.cores.by_heads
-        self.config, self.sizes, self.logits = config, config.sizes, logits
-        self.query, (self.out, self.lse), self.sums = query, outputs, scratch.sums
+        self.config, self.sizes, self.how = config, config.sizes, how
+        self.query, (self.out, self.lse) = query, outputs
+        self.sums, self.suspect = scratch.sums, scratch.suspect
         walk_core = 0 if by_heads else core
         num_steps = config.lengths.num_steps(config.num_queries)
         whose = {"first_step": walk_core * num_steps, "sizes": config.sizes}
@@ -72,11 +84,15 @@ class Kernel:
             self.agenda = Paged(*buffers, windows, num_steps=num_steps, **whose)
         else:
             self.agenda = Resident(schedule.blocks, ids, config.max_pages, **whose)
-        self.num_steps = _cdiv(schedule.num_blocks[walk_core], self.sizes.step_blocks)
         page_format = config.geometry.format
         # Where ids count from: said once here, it costs nothing in each copy.
-        begin = jnp.maximum(first_page[0], 0)
-        caches = [_pages_from(page_format, cache, begin) for cache in caches]
+        begin = how.first_page(layer[0])
+        caches = [_pages_from(page_format, cache, jnp.maximum(begin, 0)) for cache in caches]
+        self.is_missing = begin < 0  # there is no such layer
+        num_blocks = jnp.where(self.is_missing, 0, schedule.num_blocks[walk_core])
+        self.num_steps = _cdiv(num_blocks, self.sizes.step_blocks)
+        self.vacant, self.first_vacant = schedule.vacant, walk_core * config.num_segments
+        self.num_vacant = schedule.num_vacant[walk_core]
         first_head = core * page_format.num_kv_heads if by_heads else 0
         self.rings = [
             Ring(page_format, self.sizes, caches, pages, semaphores, first_head)
@@ -85,13 +101,17 @@ class Kernel:
 
     def run(self) -> None:
         softmax.store(self.sums, softmax.nothing(*self.sums.out.shape))
+        self.suspect[...] = jnp.zeros(self.suspect.shape, jnp.float32)
         self.fill()
+        self.vacate()
         self.wait(jnp.int32(0), 0, jnp.int32(0))
         places = (jnp.int32(0), jnp.int32(self.sizes.ring_places - 1))
         place, _ = lax.fori_loop(0, self.num_steps >> 1, self.two_steps, places)
         pl.when(self.num_steps & 1 == 1)(lambda: self.work(self.num_steps - 1, 0, place))
         # What nobody needed.
         self.agenda.end((self.num_steps & ~1) + (2 * self.sizes.ring_places - 1))
+        if self.how.final:
+            pl.when(jnp.sum(self.suspect[...]) != 0)(self.spread_nan)
 
     def fill(self) -> None:
         """Starts the first copies: for every place of both rings but the last."""
@@ -104,6 +124,31 @@ class Kernel:
                 self.fetch(2 * place + ring, ring, place, in_loops=True)
 
         self.fetch(jnp.int32(2 * last), 0, jnp.int32(last), in_loops=True)
+
+    def vacate(self) -> None:
+        """Says of segments without blocks that they see nothing; NaN of what must not be used."""
+
+        @pl.loop(0, jnp.where(self.is_missing, self.config.num_segments, self.num_vacant))
+        def _(index):
+            entry = jnp.where(self.is_missing, ~index, self.vacant[self.first_vacant + index])
+            segment, is_invalid = walk.vacancy(entry)
+            for ref, nothing in ((self.out, 0.0), (self.lse, -jnp.inf)):
+                value = jnp.where(is_invalid, jnp.nan, nothing)
+                ref[0, segment] = jnp.full(ref.shape[2:], value, jnp.float32).astype(ref.dtype)
+
+    def spread_nan(self) -> None:
+        """Makes heads of which an element is NaN so as a whole, lse included.
+
+        Hardly ever called: only if there is a NaN, which each block adds to `suspect`.
+        """
+
+        @pl.loop(0, self.config.num_segments)
+        def _(segment):
+            out = self.out[0, segment].astype(jnp.float32)
+            nan = jnp.sum(jnp.where(out == out, 0.0, jnp.nan), axis=1, keepdims=True)
+            self.out[0, segment] = (out + nan).astype(self.out.dtype)
+            by_row = jnp.broadcast_to(nan, (out.shape[0], LANES))
+            self.lse[0, segment] += softmax.as_lanes(by_row, self.config.geometry.lse_tiles)
 
     def two_steps(self, number: jax.Array, places: tuple) -> tuple[jax.Array, jax.Array]:
         """Works on a step of each ring, and refills the place that the other was worked on before.
@@ -147,13 +192,17 @@ class Kernel:
         """Works on the blocks of a step, of which each begins, goes on with or ends a segment."""
         blocks = [self.agenda.block(step, index) for index in range(self.sizes.step_blocks)]
         views = [self.view(block, index, ring, place) for index, block in enumerate(blocks)]
-        found = softmax.attend(views, self.logits)
+        found = softmax.attend(views, self.how.logits)
         sums = softmax.load(self.sums)
         for block, new in zip(blocks, found, strict=True):
             sums = softmax.add(softmax.forget(sums, block.begins == 1), new)
             # Each block of a segment overwrites what the one before it left.
             out, lse = softmax.finish(sums)
-            self.out[0, block.segment] = out
+            if self.how.final:
+                broken = softmax.broken(out)
+                out += broken
+                self.suspect[...] += broken.reshape(-1, *self.suspect.shape).sum(axis=0)
+            self.out[0, block.segment] = out.astype(self.out.dtype)
             self.lse[0, block.segment] = softmax.as_lanes(lse, self.config.geometry.lse_tiles)
         softmax.store(self.sums, sums)
 
@@ -184,11 +233,11 @@ def _cdiv(value: jax.Array, divisor: int) -> jax.Array:
     return lax.div(value + (divisor - 1), divisor)
 
 
-def kernel(*refs, config: Config, logits) -> None:
+def kernel(*refs, config: Config, how: How) -> None:
     """The body of the `pallas_call`."""
     num_inputs = len(Inputs._fields)
     inputs, outputs, scratch = refs[:num_inputs], refs[num_inputs:][:2], refs[num_inputs + 2 :]
-    Kernel(config, logits, Inputs(*inputs), outputs, Scratch(*scratch)).run()
+    Kernel(config, how, Inputs(*inputs), outputs, Scratch(*scratch)).run()
 
 
 def scratch_shapes(config: Config) -> Scratch:
@@ -204,6 +253,7 @@ def scratch_shapes(config: Config) -> Scratch:
     return Scratch(
         pages=twice((pages,) * page_format.num_arrays),
         sums=softmax.Sums(float32(rows, LANES), float32(rows, LANES), float32(rows, row_dim)),
+        suspect=float32(SUBLANES, row_dim),
         steps=scalars(sizes.agenda_steps * sizes.step_lanes),
         ids=scalars(sizes.agenda_steps * sizes.step_blocks * 2 * LANES),
         page_semaphores=twice(semaphores(sizes.ring_places)),

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ...partial import Partial, merge_stacked
 from .config import Config
@@ -40,23 +40,15 @@ def merged_partial(
     config: Config,
     out: Float[Array, "num_cores num_segments rows row_dim"],
     lse: Float[Array, "num_cores num_segments lse_tiles lanes"],
-    held: Bool[Array, "num_plans queries num_splits"],
 ) -> Partial:
-    """Takes the kernel's output apart, and merges what splits, packing and cores kept apart.
-
-    Args:
-      out: values; garbage where nothing was written.
-      lse: likewise, one for each row and lane.
-      held: which segments were written, by each core that had a walk of its own.
-    """
+    """Takes the kernel's output apart, and merges what splits, packing and cores kept apart."""
     geometry, by_query = config.geometry, (config.num_queries, config.num_splits)
     lse = lse.reshape(*lse.shape[:2], -1)[..., : geometry.rows, None]
     by_segment = lambda rows: rows.reshape(config.cores.count, *by_query, *rows.shape[2:])
     out, lse = (_by_head(geometry, by_segment(x)) for x in (out, lse))
     if config.cores.by_heads:  # the cores' heads side by side
         out, lse = (jnp.concatenate(list(x), axis=2)[None] for x in (out, lse))
-    written = held[..., None, None, None, None]
-    out, lse = jnp.where(written, out, 0.0), jnp.where(written, lse, -jnp.inf)[..., 0]
+    lse = lse[..., 0]
     dim = geometry.format.value_dim
     parts = [
         Partial(out[core, :, split, :, j, :, j * dim : (j + 1) * dim], lse[core, :, split, :, j])

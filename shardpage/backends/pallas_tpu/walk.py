@@ -60,24 +60,25 @@ class Schedule(NamedTuple):
 
     blocks: Int[Array, "num_cores steps fields"]  # the `Block`s of a step, one after the other
     num_blocks: Int[Array, " num_cores"]
+    vacant: Int[Array, "num_cores segments"]  # first those without blocks; see `vacancy`
+    num_vacant: Int[Array, " num_cores"]
 
 
 def schedule(
     row: Int[Array, " queries"],
     start: Int[Array, " queries"],
     stop: Int[Array, " queries"],
+    invalid: Bool[Array, " queries"],
     lengths: Lengths,
-) -> tuple[Schedule, Bool[Array, "num_cores queries num_splits"]]:
+) -> Schedule:
     """Lays out the walk.
 
     Args:
       row: of the table, of each query.
       start: first token of each query.
       stop: one past its last token; `start >= stop` reads nothing.
+      invalid: queries that read nothing, and of which NaN comes out.
       lengths: sizes. A query's segments get equally many blocks, but for the last.
-
-    Returns:
-      The schedule, and which segments have blocks on which core: the others' output is not written.
     """
     num_queries, num_splits, num_cores = start.shape[0], lengths.num_splits, lengths.num_cores
     # Blocks are counted from the page of the first token.
@@ -115,7 +116,23 @@ def schedule(
     )
     fields = [x.reshape(shape) for x in fields]
     blocks = jnp.stack(fields, axis=-1).reshape(*shape[:2], -1)
-    return Schedule(blocks, (high - low)[:, 0]), held.reshape(num_cores, num_queries, num_splits)
+    return Schedule(blocks, (high - low)[:, 0], *_vacant(held, jnp.repeat(invalid, num_splits)))
+
+
+def _vacant(
+    held: Bool[Array, "num_cores segments"], invalid: Bool[Array, " segments"]
+) -> tuple[jax.Array, jax.Array]:
+    """The segments that a core has no blocks of, moved to the left, and how many they are."""
+    segment = jnp.arange(held.shape[1], dtype=jnp.int32)
+    one = (~held).astype(jnp.int32)[:, None]
+    after = jnp.cumsum(one, axis=-1, dtype=jnp.int32)
+    pick = _picker(segment[None], after - one, after)
+    return pick(jnp.where(invalid, ~segment, segment)), after[:, 0, -1]
+
+
+def vacancy(entry: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The segment that an entry of `vacant` is, and whether its query is invalid."""
+    return jnp.where(entry < 0, ~entry, entry), entry < 0
 
 
 def _segments(num_blocks: jax.Array, num_splits: int) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from ...cache import PagedKVCache
+from ...cache import PagedKVCache, first_page
 from ...options import Tuning
 from ...page_format import PageFormat
 from ...plan import Writes
@@ -73,8 +73,10 @@ def _write(
     tuning: Tuning, cache: PagedKVCache, words: jax.Array, schedule: write_kernel.Schedule
 ) -> tuple[jax.Array, ...]:
     tiles = write_kernel.Tiles(cache.format, together=chip_of(tuning).step_blocks)
-    first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
-    *before, arrays = vary_together(schedule, first_page.reshape(1), words, cache.arrays)
+    layer = jnp.zeros(1, jnp.int32) if cache.layer is None else cache.layer.reshape(1)
+    *before, arrays = vary_together(schedule, layer, words, cache.arrays)
+    layers = {"num_layers": cache.num_layers or 1, "num_pages": cache.num_pages}
+    begin = functools.partial(first_page, **layers)
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     hbm_arrays, num_before = (hbm,) * len(arrays), len(schedule) + 2
@@ -82,7 +84,7 @@ def _write(
         array.shape, array.dtype, manual_axis_type=jax.typeof(array).manual_axis_type
     )
     return pl.pallas_call(
-        functools.partial(write_kernel.kernel, tiles=tiles),
+        functools.partial(write_kernel.kernel, tiles=tiles, first_page=begin),
         in_specs=[
             jax.tree.map(lambda _: scalar, schedule),
             scalar,

@@ -116,10 +116,12 @@ def scratch_shapes(tiles: Tiles) -> Scratch:
     return Scratch((buffer,) * tiles.format.num_arrays, semaphores, semaphores)
 
 
-def kernel(schedule, first_page, tokens, caches_in, *caches_and_scratch, tiles: Tiles) -> None:
+def kernel(
+    schedule, layer, tokens, caches_in, *caches_and_scratch, tiles: Tiles, first_page: Any
+) -> None:
     """The body of the `pallas_call`; the caches after `caches_in` are the same, aliased."""
     caches, scratch = caches_and_scratch[: len(caches_in)], caches_and_scratch[len(caches_in) :]
-    Kernel(tiles, schedule, first_page[0], tokens, caches, Scratch(*scratch)).run()
+    Kernel(tiles, schedule, first_page(layer[0]), tokens, caches, Scratch(*scratch)).run()
 
 
 class Tile(NamedTuple):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
 from ...options import Attention, Tuning
-from ...partial import Partial, merge, merge_segments
+from ...partial import Partial, finish, mark, merge, merge_segments
 from ...plan import Reads
 from ...varying import vary_over, vary_together, varying_axes
 from .backward import gradients
@@ -37,15 +37,18 @@ def attend(
     work: tuple[Walk, ...],
     attention: Attention,
     tuning: Tuning,
+    *,
+    final: bool = False,
 ) -> Partial:
     """Attends over local pages; see `shardpage.backends` for the contract.
 
     Differentiable in reverse mode with respect to query and cache.
     """
     refuse_kernel_options(tuning)
-    query = query.astype(cache.format.compute_dtype)
-    arrays = vary_together(query, cache.unpacked(), reads, work)
-    return _attend(attention, tuning.platform, *arrays)
+    rows = query.astype(cache.format.compute_dtype)
+    arrays = vary_together(rows, cache.unpacked(), reads, work)
+    partial = _attend(attention, tuning.platform, *arrays)
+    return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial
 
 
 def refuse_kernel_options(tuning: Tuning) -> None:
