@@ -15,7 +15,7 @@ import shardpage
 from shardpage import ShardLayout
 
 from . import steps
-from .cases import KV_LAYOUTS, PLACEMENTS, TOKEN_LAYOUTS, build_mesh
+from .cases import KV_LAYOUTS, PLACEMENTS, build_mesh
 from .steps import STEPS, assert_exact
 
 SPECS = ("data=2,context=2,kv=2", "context=8", "data=8", "kv=4,data=2", "data=2,context=4")
@@ -55,9 +55,15 @@ def test_written_and_attended_to(step):
     assert_exact(inputs, *run(inputs, written=True))
 
 
-@pytest.mark.parametrize("head_dim", [64, 80])
-@pytest.mark.parametrize("kv_layout", TOKEN_LAYOUTS)
-@pytest.mark.parametrize("spec", [None, "data=2,context=2,kv=2"])
+@pytest.mark.parametrize(
+    ("spec", "kv_layout", "head_dim"),
+    [
+        (None, "tokens_first", 64),
+        (None, "interleaved_words", 80),
+        ("data=2,context=2,kv=2", "interleaved", 80),
+        ("data=2,context=2,kv=2", "interleaved_words", 64),
+    ],
+)
 def test_pages_as_other_libraries_keep_them(spec, kv_layout, head_dim):
     """Heads, pages and sequences split; NaN in what pads a row of words."""
     step = steps.named("capped_with_sinks").replace(head_dim=head_dim, window=21)

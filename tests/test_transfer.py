@@ -90,8 +90,8 @@ MOVES = {
         ("kv=2,context=4", {"kv_layout": "interleaved"}),
     ),
     "words": (
-        ("kv=2,context=4", {"kv_layout": "interleaved_words", "num_layers": 2}),
         (None, {"kv_layout": "interleaved_words", "num_layers": 2, "packed": False}),
+        ("kv=2,context=4", {"kv_layout": "interleaved_words", "num_layers": 2}),
     ),
     "float16": ((None, {"dtype": jnp.float16}), ("kv=4,data=2", {"dtype": jnp.float16})),
 }

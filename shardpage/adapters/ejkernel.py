@@ -15,6 +15,9 @@ from ..options import Attention, BackendName, CoresMode, Mask, Tuning
 from ..page_format import KVLayout, KVLayoutName
 from ..shard_layout import ShardLayout, Split
 from . import errors_named
+from .ejkernel_ragged import ragged_page_attention_v2 as ragged_page_attention_v2
+from .ejkernel_ragged import ragged_page_attention_v3 as ragged_page_attention_v3
+from .ejkernel_ragged import unified_attention as unified_attention
 
 DEFAULT_MASK_VALUE = -2.381976426469702e38
 # What stands in for -inf must not be a logit that could be real.
