@@ -44,7 +44,9 @@ class Batch:
         pages = (kept.key_cache, kept.value_cache)
         if not written:
             pages = (kept.key_cache_before, kept.value_cache_before)
-        arrays = laid_out(*pages, shared) if shared is not None else cases.lay_out(*pages, kv_layout)
+        arrays = (
+            laid_out(*pages, shared) if shared is not None else cases.lay_out(*pages, kv_layout)
+        )
         return tuple(jnp.asarray(x) for x in arrays if x is not None)
 
 

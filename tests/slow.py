@@ -65,6 +65,16 @@ test_step.py::test_gradients_are_those_of_finite_differences[*]
 !test_step.py::test_gradients_are_those_of_finite_differences[None-mixed]
 test_step.py::test_interpreted_kernels[*]
 test_step.py::test_heads_of_the_output_may_stay_split_over_context[context=4]
+test_step.py::test_pages_as_other_libraries_keep_them[*]
+!test_step.py::test_pages_as_other_libraries_keep_them[data=2,context=2,kv=2-interleaved_words-64]
+test_adapters.py::TestJax::test_ragged[*]
+!test_adapters.py::TestJax::test_ragged[{decoding,window}]
+test_adapters.py::TestTpuInference::{test_v3,test_hd64}[*]
+!test_adapters.py::TestTpuInference::{test_v3[one_head],test_v3[window],test_hd64[sinks]}
+test_adapters.py::TestSglangJax::test_matches_the_oracle[*]
+!test_adapters.py::TestSglangJax::test_matches_the_oracle[pages_of_one_token]
+test_adapters.py::TestEjkernel::{test_v2[window],test_v3[sinks],test_v3[padded_rows]}
+test_adapters.py::TestEjkernel::{test_v2[decoding],test_v3[window],test_unified[window]}
 test_layers.py::test_layers_of_a_scan_are_caches_of_their_own[*]
 !test_layers.py::test_layers_of_a_scan_are_caches_of_their_own[None-blocks_first]
 test_layers.py::test_a_scan_copies_no_cache_and_plans_nothing[*-mixed-*]

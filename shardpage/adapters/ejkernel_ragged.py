@@ -143,7 +143,7 @@ def unified_attention(
     out_specs: Any = None,
     cfg: Any = None,
 ) -> Float[Array, "total_tokens num_heads head_dim"]:
-    """ejkernel's `unified_attention`, over `[blocks, block_size, kv_heads, dim]` that are only read.
+    """ejkernel's `unified_attention`, whose caches (blocks, then slots, then heads) are only read.
 
     `causal=False`, which theirs refuses, shows each token its whole sequence. A window or cap of 0
     is none, as theirs. `seq_threshold_3d` and `cfg` tune their kernels, and have no effect.

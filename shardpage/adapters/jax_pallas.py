@@ -1,4 +1,4 @@
-"""JAX's own `paged_attention` and `ragged_paged_attention`, of `jax.experimental.pallas.ops.tpu`."""
+"""JAX's own TPU calls, `paged_attention` and `ragged_paged_attention` of its Pallas ops."""
 
 import functools
 from typing import Any, Literal
@@ -7,8 +7,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from ..array_checks import rank
-from ..options import Tuning
 from ..cache import PagedKVCache
+from ..options import Tuning
 from . import errors_named, ragged
 from .ejkernel import page_attention
 

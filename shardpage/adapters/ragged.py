@@ -1,8 +1,7 @@
 """What the ragged calls of other libraries share: their batches, scales and caches, as ours.
 
-A batch is `kv_lens` (new tokens included), tables and `cu_q_lens`, the running sum of the new tokens
-of each sequence, of which the first `num_seqs` are real; what is behind them is padding, and holds
-anything.
+A batch is `kv_lens` (new tokens included), tables and `cu_q_lens`, the running sum of each
+sequence's new tokens. The first `num_seqs` are real; what is behind them may be anything.
 """
 
 import math
@@ -130,7 +129,7 @@ def step(
 def _temperature(positions: Any, length: float) -> Any:
     """By how much logits of a token behind position `length` grow: log(position) / log(length)."""
     behind = jnp.log2(jnp.maximum(positions, 1).astype(jnp.float32)) / math.log2(length)
-    return jnp.where(positions > length, behind, 1.0)
+    return jnp.where(positions > math.floor(length), behind, 1.0)
 
 
 def filled_step(

@@ -34,7 +34,8 @@ def write(
         # of all layers around it. Written twice, it stays a scatter.
         twice = functools.partial(jnp.repeat, repeats=2, axis=0)
         key, value, writes = jax.tree.map(twice, (key, value, writes))
-    rows = cache.unpacked()
+    # A write through a view of words would, before an `attend` in one program, copy the cache.
+    rows = cache if cache.layout.token_major else cache.unpacked()
     if rows.layout.token_major:
         tokens = rows.format.join_tokens(key, value)
     else:
