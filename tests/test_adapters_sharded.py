@@ -110,8 +110,8 @@ def test_meshes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"axes \{'tensor': 2\} that split neither tokens"):
         call("data=2,tensor=2")
     layout = ShardLayout("data", "tensor", None)
-    with pytest.raises(ValueError, match="3 KV heads of head_dim=128, over 2 shards, take"):
-        call("data=2,tensor=2", 3, layout=layout)
+    with pytest.raises(ValueError, match="2 KV heads of head_dim=128, over 2 shards, take"):
+        call("data=2,tensor=2", 2, layout=layout)
     with pytest.raises(ValueError, match="3 KV heads over 4 head shards; these must be a multiple"):
         call("data=2,tensor=4", 3, layout=layout)
 

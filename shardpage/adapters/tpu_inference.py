@@ -295,13 +295,13 @@ def _first_heads(count: int, split: Split, out: jax.Array) -> tuple[jax.Array]:
 
 def _repeated(x: jax.Array, shards: int) -> jax.Array:
     """Keys or values, of fewer heads than shards repeated."""
-    repeats, rest = divmod(shards, x.shape[1])
-    if repeats > 1 and rest:
+    heads = x.shape[1]
+    if heads % shards and shards % heads:
         raise ValueError(
-            f"{x.shape[1]} KV heads over {shards} head shards; these must be a multiple of the "
-            "heads, or divide them"
+            f"{heads} KV heads over {shards} head shards; these must be a multiple of the heads, "
+            "or divide them"
         )
-    return jnp.repeat(x, repeats, axis=1) if repeats > 1 else x
+    return jnp.repeat(x, shards // heads, axis=1) if heads < shards else x
 
 
 def _layout_of(mesh: Mesh | AbstractMesh) -> ShardLayout:
