@@ -120,6 +120,7 @@ class TestJax:
             shape = lambda call: [
                 (p.name, p.kind, p.default if p.name != "mask_value" else 0)
                 for p in inspect.signature(call).parameters.values()
+                if p.name != "backend"  # ours
             ]
             assert shape(our) == shape(their)
 
@@ -226,6 +227,8 @@ class TestTpuInference:
             call(debug_mode=True)
         with pytest.raises(ValueError, match="skip_kv_mask=True is for use_causal_mask=False"):
             call(skip_kv_mask=True)
+        with pytest.raises(NotImplementedError, match="'interleaved_words' keeps tokens before"):
+            call(backend="pallas_tpu")
         with pytest.raises(ValueError, match="sm_scale=inf must be a finite number"):
             call(sm_scale=float("inf"))
         with pytest.raises(ValueError, match="m_block_sizes=0 must be a positive"):

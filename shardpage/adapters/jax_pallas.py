@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from ..array_checks import rank
 from ..cache import PagedKVCache
-from ..options import Tuning
+from ..options import BackendName, Tuning
 from . import errors_named, ragged
 from .ejkernel import page_attention
 
@@ -54,7 +54,7 @@ def paged_attention(
     words = {"key_cache": "k_pages", "value_cache": "v_pages", "context_lens": "lengths"}
     words |= {"query": "q", "block_tables": "page_indices"}
     with errors_named(**words):
-        return page_attention(
+        out: Any = page_attention(
             q,
             k_pages,
             v_pages,
@@ -68,6 +68,7 @@ def paged_attention(
             inline_seq_dim=inline_seq_dim,
             kv_layout="heads_first",
         )
+    return out
 
 
 @functools.partial(
@@ -82,6 +83,7 @@ def paged_attention(
         "num_kv_pages_per_block",
         "num_queries_per_block",
         "vmem_limit_bytes",
+        "backend",
     ),
 )
 def ragged_paged_attention(
@@ -101,12 +103,13 @@ def ragged_paged_attention(
     num_kv_pages_per_block: int | None = None,
     num_queries_per_block: int | None = None,
     vmem_limit_bytes: int | None = None,
+    backend: BackendName | None = None,
 ) -> Float[Array, "max_num_tokens num_heads head_dim"]:
     """`jax.experimental.pallas.ops.tpu.ragged_paged_attention.ragged_paged_attention`.
 
     Reads `kv_pages` (k0 v0 k1 v1 ...) where they lie; they hold the new tokens already. Rows behind
     the last token are zeros. `mask_value`, `num_queries_per_block` and `vmem_limit_bytes` change no
-    result and have no effect.
+    result and have no effect. `backend` is ours: where `pallas_tpu` refuses such pages, "xla".
 
     Raises:
       ValueError: if arguments contradict each other.
@@ -124,6 +127,6 @@ def ragged_paged_attention(
             soft_cap,
             sliding_window,
             v_scale=v_scale,
-            tuning=Tuning(pages_per_block=num_kv_pages_per_block),
+            tuning=Tuning(backend=backend, pages_per_block=num_kv_pages_per_block),
         )
         return ragged.step(ragged.Tokens(q, None, None, None), cache, batch, options)[0]

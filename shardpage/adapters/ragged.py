@@ -45,9 +45,9 @@ class Tokens(NamedTuple):
     """Queries, new keys and values, and a sink logit for each head."""
 
     query: Float[Array, "max_num_tokens num_heads head_dim"]
-    key: Float[Array, "max_num_tokens num_kv_heads head_dim"] | None
-    value: Float[Array, "max_num_tokens num_kv_heads head_dim"] | None
-    sinks: Float[Array, " num_heads"] | None
+    key: Any  # [max_num_tokens, num_kv_heads, head_dim], or None
+    value: Any  # as key
+    sinks: Any  # [num_heads], or None
 
     def filled(self, spare: int) -> "Tokens":
         """With `spare` KV heads of zeros more, and the query heads that use them."""
@@ -122,7 +122,7 @@ def step(
         warm = _temperature(plan.positions, options.temperature_len)
         query = query.astype(jnp.float32) * warm[:, None, None]
     how = {"scale": options.scale, "soft_cap": options.soft_cap, "sinks": tokens.sinks}
-    out = attend(query, cache, plan, **how)
+    out: Any = attend(query, cache, plan, **how)
     return (out if factor == 1 else out * factor).astype(out_dtype), cache
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..arguments import array, number
+from ..options import BackendName, Tuning
 from . import errors_named, ragged
 
 _FLOAT32_MIN = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -36,6 +37,7 @@ _FLOAT32_MIN = -0.7 * float(jnp.finfo(jnp.float32).max)
         "disable_semaphore_checks",
         "debug_mode",
         "mask_aligned_to_cu_kv",
+        "backend",
     ),
     donate_argnames=("kv_cache_fused",),
 )
@@ -72,6 +74,7 @@ def ragged_paged_attention(
     disable_semaphore_checks: bool = True,
     debug_mode: bool = False,
     mask_aligned_to_cu_kv: bool = False,
+    backend: BackendName | None = None,
 ) -> tuple[
     Float[Array, "max_num_tokens num_heads head_dim"],
     Float[Array, "num_pages page_size words n row"],
@@ -82,7 +85,8 @@ def ragged_paged_attention(
     keys and values, which theirs donates too, stay valid). A sequence's entries of `page_indices`
     begin at `cu_kv_lens / page_size`. The softmax is in float32, whatever `softmax_dtype` is. What
     tunes or guards their kernel (block sizes, limits, checks, `mask_value`, `skip_kv_mask`) has no
-    effect, nor has `q_scale` on caches of 16 bits and more.
+    effect, nor has `q_scale` on caches of 16 bits and more. `backend` is ours: where `pallas_tpu`
+    refuses such pages, "xla".
 
     Raises:
       ValueError: if arguments contradict each other.
@@ -120,6 +124,7 @@ def ragged_paged_attention(
         v_scale,
         ragged.out_dtype_of(queries, out_dtype),
         xai_temperature_len,
+        Tuning(backend=backend),
     )
     if attention_sink is not None:
         sinks = jnp.asarray(attention_sink, jnp.float32)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from .. import sharded
 from ..arguments import instance
+from ..options import BackendName, Tuning
 from ..shard_layout import ShardLayout, Split
 from ..tables import linear_index
 from . import errors_named, ragged
@@ -48,6 +49,7 @@ _WORDS = {"scale": "sm_scale", "window": "sliding_window", "causal": "use_causal
         "debug_mode",
         "disable_bounds_checks",
         "disable_semaphore_checks",
+        "backend",
     ),
     donate_argnames=("kv_cache",),
 )
@@ -80,6 +82,7 @@ def ragged_paged_attention(
     debug_mode: bool = False,
     disable_bounds_checks: bool = True,
     disable_semaphore_checks: bool = True,
+    backend: BackendName | None = None,
 ) -> tuple[
     Float[Array, "max_num_tokens num_heads head_dim"],
     Float[Array, "num_pages page_size words n row"],
@@ -89,7 +92,7 @@ def ragged_paged_attention(
     Accumulates in float32 whatever `out_dtype` is. Of `distribution` the last entry, the number of
     sequences, decides. A `q_scale` quantises queries to the cache's dtype: of 16 bits and more that
     changes nothing. What tunes or guards their kernel (block sizes, limits, checks, `mask_value`,
-    `skip_kv_mask`) has no effect.
+    `skip_kv_mask`) has no effect. `backend` is ours: where `pallas_tpu` refuses such pages, "xla".
 
     Raises:
       ValueError: if arguments contradict each other.
@@ -115,6 +118,7 @@ def ragged_paged_attention(
         use_causal_mask,
         v_scale,
         ragged.out_dtype_of(queries, out_dtype),
+        tuning=Tuning(backend=backend),
     )
     tokens = ragged.Tokens(queries, keys, values, None)
     with errors_named(**_WORDS):
@@ -137,6 +141,7 @@ def ragged_paged_attention(
         "num_queries_per_block",
         "vmem_limit_bytes",
         "debug_mode",
+        "backend",
     ),
     donate_argnames=("kv_cache",),
 )
@@ -163,6 +168,7 @@ def ragged_paged_attention_hd64(
     num_queries_per_block: int | None = None,
     vmem_limit_bytes: int | None = None,
     debug_mode: bool = False,
+    backend: BackendName | None = None,
 ) -> tuple[
     Float[Array, "max_num_tokens num_heads 64"], Float[Array, "num_pages page_size words n 128"]
 ]:
@@ -182,7 +188,11 @@ def ragged_paged_attention_hd64(
     batch = ragged.rows(kv_lens, page_indices, cu_q_lens, ragged.last_of(distribution))
     cache = ragged.words(kv_cache, keys.shape[1], queries.shape[2], shared=True)
     options = ragged.Options(
-        ragged.scaled(sm_scale, k_scale), soft_cap, sliding_window, v_scale=v_scale
+        ragged.scaled(sm_scale, k_scale),
+        soft_cap,
+        sliding_window,
+        v_scale=v_scale,
+        tuning=Tuning(backend=backend),
     )
     tokens = ragged.Tokens(queries, keys, values, attention_sink)
     with errors_named(**_WORDS):
@@ -211,6 +221,7 @@ def sharded_ragged_paged_attention(
     attn_logits_soft_cap: float | None = None,
     *,
     layout: ShardLayout | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[
     Float[Array, "num_tokens num_heads head_dim"], Float[Array, "num_pages page_size words n row"]
 ]:
@@ -223,6 +234,7 @@ def sharded_ragged_paged_attention(
     repeated, as theirs are.
 
     Args:
+      backend: as `ragged_paged_attention` has it.
       layout: which mesh axes split what; None for the axes that tpu-inference names: sequences over
         data, attn_dp and attn_dp_expert, heads over model and expert. With `context=` a sequence's
         pages are split as well, in any placement; page ids count over these shards.
@@ -254,6 +266,7 @@ def sharded_ragged_paged_attention(
         use_causal_mask,
         v_scale,
         None if shared else ragged.out_dtype_of(q, None),
+        tuning=Tuning(backend=backend),
     )
     names = {"scale": "sm_scale", "window": "attention_chunk_size", "causal": "use_causal_mask"}
     with errors_named(**names, soft_cap="attn_logits_soft_cap"):

@@ -115,7 +115,7 @@ class Hooks:
         test_util = importlib.import_module("jax._src.test_util")
         case = test_util.JaxTestCase
         for name in ("is_device_tpu_at_least", "is_device_tpu"):
-            mock.patch.object(test_util, name, lambda *_, **__: True).start()
+            mock.patch.object(test_util, name, return_value=True).start()
         mock.patch.object(case, "assertAllClose", _assert_close).start()
 
     def _counted(self, name: str, call):
@@ -141,6 +141,6 @@ def _assert_close(self, actual, desired, **_theirs) -> None:
     """As `assertAllClose`, whose own tolerances (0.05 to 0.2) would hide a wrong number."""
     bits = min(8 * np.asarray(x).dtype.itemsize for x in (actual, desired))
     actual, desired = (np.asarray(x).astype(np.float64) for x in (actual, desired))
-    self.assertEqual(actual.shape, desired.shape)
+    assert actual.shape == desired.shape
     error = np.abs(actual - desired) / np.maximum(1.0, np.abs(desired))
-    self.assertLessEqual(float(error.max(initial=0.0)), TOLERANCES[bits])
+    assert error.max(initial=0.0) <= TOLERANCES[bits]
