@@ -69,22 +69,6 @@ PEERS = {
             ),
         },
     ),
-    "ejkernel": Peer(
-        tests=(
-            "test/kernels/_xla/test_ragged_page_attention_v2.py",
-            "test/kernels/_xla/test_ragged_page_attention_v3.py",
-            "test/kernels/_xla/test_unified_attention.py",
-        ),
-        replaced={
-            "ejkernel.modules.operations:ragged_page_attention_v2": (
-                "ejkernel:ragged_page_attention_v2"
-            ),
-            "ejkernel.modules.operations:ragged_page_attention_v3": (
-                "ejkernel:ragged_page_attention_v3"
-            ),
-            "ejkernel.modules.operations:unified_attention": "ejkernel:unified_attention",
-        },
-    ),
 }
 
 
