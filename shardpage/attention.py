@@ -163,7 +163,7 @@ def _attend_and_merge(
             query, cache, reads, work, attention, tuning, final=final
         )
     if final:
-        return tuple(partial)
+        return partial.out, partial.lse
     with jax.named_scope("merge"):
         partial = mark(partial, reads.invalid_in(cache))
         if context and out_split:
@@ -173,7 +173,8 @@ def _attend_and_merge(
             partial = merge_over_axis(partial, context, gather_up_to_bytes=limit)
         if sinks is not None:
             partial = add_sinks(partial, sinks)
-        return tuple(finish(partial, query.dtype))
+        partial = finish(partial, query.dtype)
+        return partial.out, partial.lse
 
 
 def _own_heads(sinks: jax.Array | None, axes: tuple[str, ...]) -> jax.Array | None:

@@ -37,6 +37,7 @@ class PagedKVCache:
       head_dim: elements per token and head; static. Rows of a packed cache hold several tokens.
       num_layers: layers that it holds; None of a cache of one layer, without such an axis; static.
       layer: whose pages are meant, where `of_layer` made one range of all layers'; else None.
+      padding: elements behind each key and value of a token-major cache; static.
     """
 
     arrays: tuple[Any, ...]
@@ -45,21 +46,34 @@ class PagedKVCache:
     head_dim: int = dataclasses.field(metadata={"static": True})
     num_layers: int | None = dataclasses.field(default=None, metadata={"static": True})
     layer: Any = None
+    padding: int = dataclasses.field(default=0, metadata={"static": True})
 
     @classmethod
     def of(
-        cls, key: Any, value: Any = None, *, kv_layout: KVLayoutName, head_dim: int
+        cls,
+        key: Any,
+        value: Any = None,
+        *,
+        kv_layout: KVLayoutName,
+        head_dim: int,
+        padding: int = 0,
     ) -> "PagedKVCache":
         """A cache of one's own arrays; `value` is None where `key` holds both.
 
         Arrays of one axis more than the layout has are of several layers: an axis of layers stands
-        before that of pages.
+        before that of pages. In a token-major one each key and each value may have `padding`
+        elements behind its `head_dim` that hold nothing (and may be NaN).
 
         Raises:
           ValueError: if a row of theirs neither is one token's head nor packed with several.
         """
         array("key", key)
         integer("head_dim", head_dim)
+        kv = KVLayout.named(kv_layout)
+        if kv.token_major:
+            return _token_major(key, value, kv, head_dim, padding)
+        if padding:
+            raise ValueError(f"{padding=} is for token-major caches; {kv.label} ones have none")
         row = key.shape[-1]
         if row != head_dim and (row != PACKED_ROW or PACKED_ROW % head_dim):
             raise ValueError(
@@ -69,9 +83,7 @@ class PagedKVCache:
         if value is not None:
             array("value", value)
         arrays = (key,) if value is None else (key, value)
-        kv = KVLayout.named(kv_layout)
-        num_layers = key.shape[kv.value.pages] if key.ndim == kv.value.ndim + 1 else None
-        return cls(arrays, (), kv, head_dim, num_layers)
+        return cls(arrays, (), kv, head_dim, _num_layers(kv, key))
 
     @classmethod
     def zeros(
@@ -108,10 +120,13 @@ class PagedKVCache:
           head_dim: elements per token and head.
           dtype: float32, bfloat16 or float16.
           kv_layout: "blocks_first", "heads_first" or "fused"; None for what suits the mesh's
-            devices: "fused" on TPU (half as many DMAs), "blocks_first" elsewhere.
+            devices: "fused" on TPU (half as many DMAs), "blocks_first" elsewhere. "tokens_first",
+            "interleaved" or "interleaved_words" for pages as other libraries keep them.
           packed: keep tokens of a narrow head together in rows of 128 elements, `[..., page_size *
             head_dim / 128, 128]`, which a TPU does not pad to twice their size and more. None
             does so on TPU where head_dim divides 128 and a page fills whole tiles of 8 rows.
+            Of "interleaved_words", whose rows are padded to a multiple of 128: let key and value
+            share one; None does so where head_dim is 64.
           num_layers: layers to hold, each of `num_pages` pages; None for a cache of one layer,
             without an axis of layers.
           mesh: devices to split it over; None for one device.
@@ -146,16 +161,17 @@ class PagedKVCache:
         # call would begin with a copy of the cache into row-major order.
         order = Layout(tuple(range(len(shape)))) if on_tpu else None
         pages = jax.ShapeDtypeStruct(shape, page_format.dtype, sharding=Format(order, sharding))
-        return cls((pages,) * page_format.num_arrays, (), kv, head_dim, num_layers)
+        arrays = (pages,) * page_format.num_arrays
+        return cls(arrays, (), kv, head_dim, num_layers, padding=page_format.padding)
 
     @property
     def key(self) -> Any:
-        """Pages of keys; of a fused cache, keys and values."""
+        """Pages of keys; of a fused or interleaved cache, keys and values."""
         return self.arrays[0]
 
     @property
     def value(self) -> Any:
-        """Pages of values; None if fused."""
+        """Pages of values; None if fused or interleaved."""
         return None if len(self.arrays) == 1 else self.arrays[1]
 
     @property
@@ -177,7 +193,7 @@ class PagedKVCache:
     def format(self) -> PageFormat:
         """What a page is; of this device's part of the KV heads, inside a `shard_map`."""
         array = jax.ShapeDtypeStruct(self._layer_shape, self.key.dtype)
-        return PageFormat.of(self.layout, array, self.head_dim)
+        return PageFormat.of(self.layout, array, self.head_dim, self.padding)
 
     @property
     def num_pages(self) -> int:
@@ -203,6 +219,7 @@ class PagedKVCache:
         """What a backend adds to page ids; None where `of_layer` was not called."""
         if self.layer is None:
             return None
+        assert self.num_layers is not None
         return first_page(self.layer, self.num_layers, self.num_pages)
 
     @property
@@ -229,8 +246,11 @@ class PagedKVCache:
         return jax.tree.map(lambda array: array.format, self)
 
     def unpacked(self) -> "PagedKVCache":
-        """The same with one token per row; outside of TPUs this moves nothing."""
-        if self.key.shape[-1] == self.head_dim:
+        """The same with one token, or one key, per row; outside of TPUs this moves nothing."""
+        if self.layout is KVLayout.INTERLEAVED_WORDS:
+            rows = self.key.reshape(*self.key.shape[:-3], -1, self.head_dim + self.padding)
+            return dataclasses.replace(self, arrays=(rows,), layout=KVLayout.INTERLEAVED)
+        if self.layout.token_major or self.key.shape[-1] == self.head_dim:
             return self
         return jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1, self.head_dim), self)
 
@@ -264,6 +284,30 @@ def check_dtype(name: str, dtype: Any) -> None:
         named = shown(dtype)
     if named not in DTYPES:
         raise ValueError(f"{name}={named} is no cache's; choose one of {DTYPES}")
+
+
+def _num_layers(kv: KVLayout, key: Any) -> int | None:
+    return key.shape[kv.value.pages] if key.ndim == kv.value.ndim + 1 else None
+
+
+def _token_major(key: Any, value: Any, kv: KVLayout, head_dim: int, padding: int) -> PagedKVCache:
+    integer("padding", padding, "elements, or 0", least=0)
+    if (value is None) != kv.interleaved:
+        has = "one array of both, and value=None" if kv.interleaved else "an array of each"
+        raise ValueError(f"a cache of keys and values in kv_layout={kv.label!r} is {has}")
+    if key.ndim not in (kv.value.ndim, kv.value.ndim + 1):
+        raise ValueError(f"key has shape {key.shape}; {kv.label} is {kv.value.dims}")
+    width, row = head_dim + padding, key.shape[-1]
+    shared = kv is KVLayout.INTERLEAVED_WORDS and row == 2 * width
+    rows = math.prod(key.shape[kv.value.heads - kv.value.ndim : -1])
+    if (row != width and not shared) or (kv.interleaved and rows * (1 + shared) % 2):
+        raise ValueError(
+            f"key has shape {key.shape} for {head_dim=}, {padding=}; {kv.label} is "
+            f"{kv.value.dims} with dim = head_dim + padding"
+            + (", or twice that where key and value share a row" * (kv.value.ndim == 5))
+        )
+    arrays = (key,) if value is None else (key, value)
+    return PagedKVCache(arrays, (), kv, head_dim, _num_layers(kv, key), padding=padding)
 
 
 def _spec(kv: KVLayout, num_layers: int | None, layout: ShardLayout) -> PartitionSpec:

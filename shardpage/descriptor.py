@@ -3,6 +3,7 @@
 `describe` knows caches; `page_ranges` knows the description alone, and shows how to read it.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -26,7 +27,7 @@ def describe(cache: Any) -> dict[str, Any]:
       ValueError: if the arrays are on no devices, as NumPy's and those traced are.
     """
     page_format = cache.format
-    names = (("key", "value"),) if page_format.fused else (("key",), ("value",))
+    names = (("key", "value"),) if page_format.num_arrays == 1 else (("key",), ("value",))
     shards = []
     for number, (array, holds) in enumerate(zip(cache.arrays, names, strict=True)):
         shards += _shards(cache, number, array, holds)
@@ -66,7 +67,7 @@ def page_ranges(description: dict[str, Any], page: int, layer: int = 0) -> list[
     ):
         if not 0 <= value < count:
             raise ValueError(f"{name}={value} is none of the cache's, 0 to {count - 1}")
-    length = description["page_size"] * description["head_dim"] * description["itemsize"]
+    page_size, token = description["page_size"], description["head_dim"] * description["itemsize"]
     found: dict[int, dict[str, Any]] = {}
     for shard in description["shards"]:
         first, stop = shard["pages"]
@@ -76,10 +77,12 @@ def page_ranges(description: dict[str, Any], page: int, layer: int = 0) -> list[
         ranges = found.setdefault(shard["device"]["id"], device | {"ranges": []})["ranges"]
         strides = shard["strides"]
         at = layer * strides["layer"] + (page - first) * strides["page"]
-        for kv in range(len(shard["holds"])):
-            for head in range(shard["kv_heads"][1] - shard["kv_heads"][0]):
-                offset = at + kv * strides["kv"] + head * strides["kv_head"]
-                _append(ranges, shard["array"], offset, length)
+        heads = range(shard["kv_heads"][1] - shard["kv_heads"][0])
+        for kv, head, slot in itertools.product(
+            range(len(shard["holds"])), heads, range(page_size)
+        ):
+            of_head = kv * strides["kv"] + head * strides["kv_head"]
+            _append(ranges, shard["array"], at + of_head + slot * strides["token"], token)
     return list(found.values())
 
 
@@ -104,14 +107,16 @@ def _shards(cache: Any, number: int, array: Any, holds: tuple[str, ...]) -> list
         ) from error
     itemsize, axes = array.dtype.itemsize, _axes(cache)
     local_shape = sharding.shard_shape(array.shape)
-    after = {name: math.prod(local_shape[axis + 1 :]) for axis, name in enumerate(axes)}
-    strides = {name: itemsize * after.get(name, 0) for name in ("layer", "page", "kv", "kv_head")}
-    strides["token"] = itemsize * cache.head_dim  # also where a row holds several
+    strides = _strides(cache, local_shape, itemsize)
+    # In words a place of the axis of heads may hold half a head, or several.
+    of_heads = axes.index("kv_head")
+    heads, places = cache.format.num_kv_heads, array.shape[of_heads]
     replicas: dict[Any, int] = {}
     shards = []
     for device, index in indices.items():
         ranges = [list(slice_.indices(n)[:2]) for slice_, n in zip(index, array.shape, strict=True)]
-        pages, kv_heads = (ranges[axes.index(name)] for name in ("page", "kv_head"))
+        pages = ranges[axes.index("page")]
+        kv_heads = [place * heads // places for place in ranges[of_heads]]
         replica = replicas[*pages, *kv_heads] = replicas.get((*pages, *kv_heads), -1) + 1
         shard = {"array": number, "holds": list(holds), "device": _named(device)}
         shard |= {"replica": replica, "pages": pages, "kv_heads": kv_heads}
@@ -124,10 +129,27 @@ def _named(device: Any) -> dict[str, Any]:
     return {"id": device.id, "process": device.process_index, "platform": device.platform}
 
 
+def _strides(cache: Any, local_shape: tuple[int, ...], itemsize: int) -> dict[str, int]:
+    """In bytes, of a shard's row-major buffer."""
+    axes = _axes(cache)
+    after = {name: math.prod(local_shape[axis + 1 :]) for axis, name in enumerate(axes)}
+    names = ("layer", "page", "kv", "kv_head")
+    strides = {name: itemsize * after.get(name, 0) for name in names}
+    strides["token"] = itemsize * cache.head_dim  # also where a row holds several
+    if cache.layout.token_major:
+        row = itemsize * (cache.head_dim + cache.padding)
+        interleaved = cache.layout.interleaved
+        strides["token"] = itemsize * after["token"]
+        strides["kv"], strides["kv_head"] = (row, 2 * row) if interleaved else (0, row)
+    return strides
+
+
 def _axes(cache: Any) -> list[str]:
     """What the axes of the cache's arrays are."""
     layout = cache.layout.value
     axes = ["kv"] * (layout.ndim - 2) + ["row", "element"]
+    if cache.layout.token_major:
+        axes = ["page", "token"] + ["row"] * (layout.ndim - 3) + ["element"]
     axes[layout.pages], axes[layout.heads] = "page", "kv_head"
     if cache.num_layers is not None:
         axes.insert(layout.pages, "layer")

@@ -165,6 +165,13 @@ class Split:
                 f"{factorings}. Moving the surplus to context={layout.context or 'context'!r} "
                 "costs no KV copies: each device keeps other pages of the same heads"
             )
+        if page_format.layout.token_major and page_format.token_shape[0] % shards.heads:
+            raise ValueError(
+                f"the {num_kv_heads} KV heads of a token lie in {page_format.token_shape[0]} words "
+                f"{page_format.word}, which the {shards.heads} shards of mesh axis "
+                f"{layout.heads!r} do not divide; give the surplus to "
+                f"context={layout.context or 'context'!r}"
+            )
 
 
 def _check_mesh(mesh: object) -> None:

@@ -167,6 +167,8 @@ def _to_canonical(cache: PagedKVCache, arrays: Sequence[jax.Array]) -> jax.Array
     page_format = cache.format
     if cache.num_layers is None:
         arrays = [jnp.expand_dims(x, cache.layout.value.pages) for x in arrays]
+    if cache.layout.token_major:
+        return jnp.stack(page_format.split_tokens(arrays), axis=2).swapaxes(-2, -3)
     arrays = [jnp.moveaxis(x, _heads_axis(cache), -3) for x in arrays]
     pages = arrays[0] if page_format.fused else jnp.stack(arrays, axis=2)
     return pages.reshape(*pages.shape[:-2], page_format.page_size, page_format.key_dim)
@@ -175,9 +177,13 @@ def _to_canonical(cache: PagedKVCache, arrays: Sequence[jax.Array]) -> jax.Array
 def _from_canonical(cache: PagedKVCache, pages: jax.Array) -> list[jax.Array]:
     """The reverse."""
     page_format = cache.format
-    pages = pages.reshape(*pages.shape[:-2], page_format.page_rows, page_format.row_dim)
-    arrays = [pages] if page_format.fused else [pages[:, :, 0], pages[:, :, 1]]
-    arrays = [jnp.moveaxis(x, -3, _heads_axis(cache)) for x in arrays]
+    if cache.layout.token_major:
+        pages = pages.swapaxes(-2, -3)
+        arrays = list(page_format.join_tokens(pages[:, :, 0], pages[:, :, 1]))
+    else:
+        pages = pages.reshape(*pages.shape[:-2], page_format.page_rows, page_format.row_dim)
+        arrays = [pages] if page_format.fused else [pages[:, :, 0], pages[:, :, 1]]
+        arrays = [jnp.moveaxis(x, -3, _heads_axis(cache)) for x in arrays]
     if cache.num_layers is None:
         arrays = [jnp.squeeze(x, cache.layout.value.pages) for x in arrays]
     return arrays

@@ -12,7 +12,7 @@ from shardpage.attention import attend_once
 from shardpage.options import Attention, Mask, Tuning
 from shardpage.shard_layout import Split
 
-from .cases import KV_LAYOUTS, Case, Inputs
+from .cases import KV_LAYOUTS, TOKEN_LAYOUTS, Case, Inputs
 
 # Every suite runs on each of these. What runs in an interpreter is slow: see `slow.py`.
 BACKENDS = ("xla", "pallas_tpu")
@@ -28,12 +28,17 @@ LOOK_FOR_RACES = pltpu.InterpretParams(
 # Cases that run in every layout, not in one only.
 IN_ALL_LAYOUTS = ("plain", "bf16", "page1", "window", "one_long_sequence", "everything")
 
+# What is shown of token-major pages, by case.
+_TOKEN_MAJOR = {"bf16": "tokens_first", "everything": "interleaved", "page1": "interleaved_words"}
+
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def refusal(backend: str, inputs: Inputs) -> str | None:
     """Why a backend does not have what is asked for; None if it must have it."""
     if backend == "pallas_tpu":
+        if inputs.kv_layout in TOKEN_LAYOUTS:
+            return "pages are token-major"
         if inputs.case.dtype == "float16":
             return "float16 has no TPU matmul"
         if inputs.key_cache.shape[-2] % 8:
@@ -43,14 +48,19 @@ def refusal(backend: str, inputs: Inputs) -> str | None:
 
 def oracle_matrix(cases: tuple[Case, ...]) -> list:
     """(backend, case, kv_layout). Compiling takes the time, so each case has one layout, in turn;
-    those of `IN_ALL_LAYOUTS` have all, where nothing is interpreted."""
+    those of `IN_ALL_LAYOUTS` have all, where nothing is interpreted. Token-major ones, which only
+    differ in how pages are fetched, have a few."""
+    turns = [
+        (case, kv_layout, number % len(KV_LAYOUTS) == turn)
+        for number, case in enumerate(cases)
+        for turn, kv_layout in enumerate(KV_LAYOUTS)
+    ]
+    turns += [(case, _TOKEN_MAJOR[case.name], True) for case in cases if case.name in _TOKEN_MAJOR]
     return [
         pytest.param(backend, case, kv_layout, id=f"{backend}-{case.name}-{kv_layout}")
         for backend in BACKENDS
-        for number, case in enumerate(cases)
-        for turn, kv_layout in enumerate(KV_LAYOUTS)
-        if number % len(KV_LAYOUTS) == turn
-        or (backend not in INTERPRETED and case.name in IN_ALL_LAYOUTS)
+        for case, kv_layout, its_turn in turns
+        if its_turn or (backend not in INTERPRETED and case.name in IN_ALL_LAYOUTS)
     ]
 
 

@@ -19,6 +19,7 @@ import pytest
 from launch.bench.shapes import SHAPES
 
 KV_LAYOUTS = ("blocks_first", "heads_first", "fused")
+TOKEN_LAYOUTS = ("tokens_first", "interleaved", "interleaved_words")
 PLACEMENTS = ("contiguous", "round_robin", "random", "lopsided")
 
 Placement = Literal["contiguous", "round_robin", "random", "lopsided"]
@@ -274,18 +275,58 @@ def make(
 
 def lay_out(keys: np.ndarray, values: np.ndarray, kv_layout: str):
     """Caches in a layout, from [num_pages, page_size, num_kv_heads, head_dim] keys and values."""
+    if kv_layout in TOKEN_LAYOUTS:
+        return _lay_out_tokens(keys, values, kv_layout)
     order = {"blocks_first": (0, 2, 1, 3), "heads_first": (2, 0, 1, 3), "fused": (0, 2, 1, 3)}
     keys, values = (np.ascontiguousarray(a.transpose(order[kv_layout])) for a in (keys, values))
     return (np.stack([keys, values], axis=1), None) if kv_layout == "fused" else (keys, values)
 
 
+def _lay_out_tokens(keys: np.ndarray, values: np.ndarray, kv_layout: str):
+    """Token-major caches; of words, padded to rows of 128 with NaN, or shared by key and value."""
+    if kv_layout == "tokens_first":
+        return keys, values
+    num_pages, page_size, num_kv_heads, head_dim = keys.shape
+    if kv_layout == "interleaved":
+        pairs = [x[:, :, head] for head in range(num_kv_heads) for x in (keys, values)]
+        return np.stack(pairs, axis=2), None
+    if head_dim == 64:
+        rows = np.concatenate([keys, values], axis=-1)
+    else:
+        pad = [(0, 0)] * 3 + [(0, padding_of(head_dim))]
+        padded = [np.pad(x, pad, constant_values=np.array(np.nan, x.dtype)) for x in (keys, values)]
+        rows, _ = _lay_out_tokens(*padded, "interleaved")
+    per_word = 4 // keys.dtype.itemsize
+    return rows.reshape(num_pages, page_size, -1, per_word, rows.shape[-1]), None
+
+
+def padding_of(head_dim: int) -> int:
+    """Of keys and values in words."""
+    return 0 if head_dim == 64 else -head_dim % 128
+
+
+def cache_options(kv_layout: str, head_dim: int) -> dict:
+    """The keyword arguments of `PagedKVCache.of` for arrays of `lay_out`."""
+    padding = padding_of(head_dim) if kv_layout == "interleaved_words" else 0
+    return {"kv_layout": kv_layout, "head_dim": head_dim, "padding": padding}
+
+
 def cache_shape(case: Case, num_pages: int, kv_layout: str) -> tuple[int, ...]:
     """The shape of (each of) the cache array(s)."""
-    token = (case.page_size, case.head_dim)
+    token, per_word = (case.page_size, case.head_dim), 4 // _DTYPES[case.dtype].itemsize
     return {
         "blocks_first": (num_pages, case.num_kv_heads, *token),
         "heads_first": (case.num_kv_heads, num_pages, *token),
         "fused": (num_pages, 2, case.num_kv_heads, *token),
+        "tokens_first": (num_pages, case.page_size, case.num_kv_heads, case.head_dim),
+        "interleaved": (num_pages, case.page_size, 2 * case.num_kv_heads, case.head_dim),
+        "interleaved_words": (
+            num_pages,
+            case.page_size,
+            2 * case.num_kv_heads // per_word,
+            per_word,
+            case.head_dim + padding_of(case.head_dim),
+        ),
     }[kv_layout]
 
 

@@ -30,7 +30,8 @@ def page_attention(
         A row of it may hold several tokens.
       context_lens: [num_seqs], tokens.
       block_tables: [num_seqs, max_blocks], global page ids.
-      kv_layout: "blocks_first", "heads_first" or "fused".
+      kv_layout: "blocks_first", "heads_first" or "fused"; "tokens_first", "interleaved" or
+        "interleaved_words".
       scale: of the logits; None is 1/sqrt(head_dim).
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
       sliding_window: only this many tokens, the last ones, are attended.
@@ -172,6 +173,16 @@ def _attend_token(query, keys, values, scale, soft_cap, sinks):
 
 def _pages_of_tokens(key_cache, value_cache, kv_layout, head_dim):
     """Both caches as float64 [num_pages, page_size, num_kv_heads, head_dim]."""
+    if kv_layout == "tokens_first":
+        return tuple(np.asarray(cache).astype(np.float64) for cache in (key_cache, value_cache))
+    if kv_layout in ("interleaved", "interleaved_words"):
+        assert value_cache is None
+        cache = np.asarray(key_cache).astype(np.float64)
+        num_pages, page_size, *_, width = cache.shape
+        # A row of 128 is a key and a value of 64, or one of them, padded.
+        width = 64 if (head_dim, width) == (64, 128) else width
+        rows = cache.reshape(num_pages, page_size, -1, width)[..., :head_dim]
+        return rows[:, :, 0::2], rows[:, :, 1::2]
     if kv_layout == "fused":
         assert value_cache is None
         key_cache, value_cache = np.asarray(key_cache)[:, 0], np.asarray(key_cache)[:, 1]

@@ -6,6 +6,7 @@ looked up, NaN in every slot that no query reads, and in new tokens' own slots u
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,7 +14,7 @@ from shardpage import PagedKVCache, Plan, Tuning, make_plan
 
 from . import cases, reference
 from .backends import interpret
-from .cases import Case, Placement
+from .cases import Case, Placement, cache_options
 from .tolerance import assert_close
 
 
@@ -100,6 +101,14 @@ class StepInputs:
         """Over all shards."""
         return len(self.query)
 
+    def cache(self, *, written: bool = True) -> PagedKVCache:
+        """With the new tokens, or without them."""
+        arrays = (self.key_cache, self.value_cache)
+        if not written:
+            arrays = (self.key_cache_before, self.value_cache_before)
+        arrays = [None if x is None else jnp.asarray(x) for x in arrays]
+        return PagedKVCache.of(*arrays, **cache_options(self.kv_layout, self.step.head_dim))
+
 
 def make(
     step: Step,
@@ -126,7 +135,7 @@ def make(
     )
     inputs = cases.make(
         case,
-        kv_layout,
+        "tokens_first",
         seed,
         num_seq_shards=num_seq_shards,
         num_context_shards=num_context_shards,
@@ -140,7 +149,7 @@ def make(
     shape = (num_queries, step.num_kv_heads, step.head_dim)
     key, value = rng.standard_normal((2, *shape), np.float32).astype(inputs.query.dtype)
     # [num_pages, page_size, num_kv_heads, head_dim], of which only what is read is no NaN.
-    pages = [*_pages(inputs)]
+    pages = [inputs.key_cache, inputs.value_cache]
     read = np.zeros(pages[0].shape[:2], bool)
     before = np.zeros_like(read)
     at = _query_rows(step, num_seq_shards)
@@ -175,14 +184,6 @@ def make(
         kv_layout,
         num_seq_shards,
     )
-
-
-def _pages(inputs: cases.Inputs) -> tuple[np.ndarray, np.ndarray]:
-    keys, values = inputs.key_cache, inputs.value_cache
-    if inputs.kv_layout == "fused":
-        keys, values = keys[:, 0], keys[:, 1]
-    order = (1, 2, 0, 3) if inputs.kv_layout == "heads_first" else (0, 2, 1, 3)
-    return tuple(np.ascontiguousarray(x.transpose(order)) for x in (keys, values))
 
 
 def _query_rows(step: Step, num_seq_shards: int) -> list[int]:

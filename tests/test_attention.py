@@ -13,8 +13,9 @@ from shardpage.options import Tuning
 
 from . import reference, tolerance
 from .backends import attend, attend_as, backends, oracle_matrix, refusal
-from .cases import CASES, KV_LAYOUTS, Case, build_mesh, cache_shape, make, named
+from .cases import CASES, KV_LAYOUTS, TOKEN_LAYOUTS, Case, build_mesh, cache_shape, make, named
 
+SEPARATE = ("blocks_first", "heads_first", "tokens_first")  # keys and values
 kv_layouts = pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
 
 
@@ -389,7 +390,7 @@ class TestMemory:
             .lower(
                 jax.ShapeDtypeStruct(query, case.dtype),
                 cache,
-                None if kv_layout == "fused" else cache,
+                cache if kv_layout in SEPARATE else None,
                 jax.ShapeDtypeStruct((case.num_seqs,), jnp.int32),
                 jax.ShapeDtypeStruct((case.num_seqs, case.max_blocks), jnp.int32),
             )
@@ -419,7 +420,7 @@ class TestMemory:
             megabytes += 256
         assert temp_bytes < megabytes * 1e6
 
-    @kv_layouts
+    @pytest.mark.parametrize("kv_layout", KV_LAYOUTS + TOKEN_LAYOUTS)
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
     def test_of_a_serving_batch_fits_96_mb(self, kv_layout, dtype):
         """64 x 8192 tokens, 2 GB of KV in bfloat16: no copy, transpose or cast of it is hidden."""

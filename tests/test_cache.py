@@ -22,7 +22,7 @@ from shardpage import (
 )
 
 from . import reference
-from .cases import KV_LAYOUTS, build_mesh
+from .cases import KV_LAYOUTS, TOKEN_LAYOUTS, build_mesh
 
 SIZES = {"num_pages": 16, "num_kv_heads": 4, "page_size": 8, "head_dim": 64}
 
@@ -64,8 +64,13 @@ def arrays(*values):
     return tuple(map(jnp.asarray, values))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
+PACKINGS = [
+    *((kv_layout, packed) for kv_layout in KV_LAYOUTS for packed in (False, True)),
+    *((kv_layout, None) for kv_layout in TOKEN_LAYOUTS),
+]
+
+
+@pytest.mark.parametrize(("kv_layout", "packed"), PACKINGS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_prefill_and_append_land_where_the_table_says(kv_layout, dtype, packed):
     cache = PagedKVCache.zeros(**SIZES, dtype=dtype, kv_layout=kv_layout, packed=packed)
@@ -165,7 +170,7 @@ def written(kv_layout, dtype, num_tokens=8, **sizes):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
+@pytest.mark.parametrize("kv_layout", KV_LAYOUTS + TOKEN_LAYOUTS)
 def test_a_write_aliases_the_donated_cache_and_copies_nothing(kv_layout, dtype):
     memory, cache_bytes = written(kv_layout, dtype)
     assert memory.alias_size_in_bytes == cache_bytes
@@ -213,6 +218,46 @@ def test_a_packed_cache_is_the_same_bytes_in_wider_rows():
     cache = PagedKVCache.zeros(16, 4, 8, 32, packed=True, kv_layout="fused")
     chex.assert_tree_shape_prefix(cache, (16, 2, 4, 2, 128))
     assert (cache.num_pages, cache.format.page_size, cache.format.pack) == (16, 8, 4)
+
+
+def test_words_have_the_shape_that_a_tpu_keeps():
+    """Rows of 128, as many of them in a 32-bit word as fit; key and value of 64 share a row."""
+    shape = functools.partial(PagedKVCache.abstract, 16, 4, 8, kv_layout="interleaved_words")
+    assert shape(128).key.shape == (16, 8, 4, 2, 128)
+    assert shape(80, dtype=jnp.float32).key.shape == (16, 8, 8, 1, 128)
+    assert shape(80).padding == 48
+    assert shape(192).key.shape == (16, 8, 4, 2, 256)
+    assert shape(64).key.shape == (16, 8, 2, 2, 128)
+    assert shape(64, packed=False).key.shape == (16, 8, 4, 2, 128)
+    assert shape(64, packed=False).padding == 64
+    for cache in map(shape, (64, 80, 128, 192)):
+        given = PagedKVCache.of(
+            cache.key, kv_layout=cache.kv_layout, head_dim=cache.head_dim, padding=cache.padding
+        )
+        assert given.format == cache.format
+        assert given.format.array_shape(16) == cache.key.shape
+        assert given.format.num_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "message"),
+    [
+        ((4, 8, 5, 64), {}, r"interleaved is \[pages, page, 2 \* kv_heads, dim\]"),
+        ((4, 8, 4, 80), {}, "for head_dim=64, padding=0; .* dim = head_dim . padding"),
+        ((4, 8, 2, 2, 64), {"num_values": 1}, "'interleaved' is one array of both"),
+        ((4, 8, 4), {}, r"key has shape \(4, 8, 4\); interleaved is \[pages"),
+        ((4, 8, 2, 2, 80), {"kv_layout": "interleaved_words"}, "twice that where key and value"),
+        ((4, 8, 4, 64), {"kv_layout": "tokens_first"}, "'tokens_first' is an array of each"),
+        ((4, 8, 4, 64), {"kv_layout": "fused", "padding": 3}, "padding=3 is for token-major"),
+        ((4, 8, 4, 64), {"padding": -1}, "padding=-1 must be"),
+    ],
+)
+def test_arrays_that_are_no_such_cache_are_refused(shape, changes, message):
+    options = {"kv_layout": "interleaved", "head_dim": 64} | changes
+    key = np.zeros(shape, np.float32)
+    arrays = [key] * (1 + options.pop("num_values", 0))
+    with pytest.raises(ValueError, match=message):
+        PagedKVCache.of(*arrays, **options)
 
 
 def test_a_cache_goes_through_jit_and_tree_maps():
@@ -272,6 +317,10 @@ def test_bad_writes_are_refused(changes, message):
         ({"kv_layout": "pages"}, "kv_layout='pages' is unknown; choose one of"),
         ({"packed": True, "head_dim": 80}, "packed=True needs a head_dim below 128 that divides"),
         ({"packed": True, "page_size": 1}, "a page_size that is a multiple of 128 // head_dim"),
+        ({"packed": True, "kv_layout": "interleaved"}, "the heads of a token lie between"),
+        ({"packed": True, "kv_layout": "interleaved_words", "head_dim": 80}, "head_dim=80 is not"),
+        ({"kv_layout": "interleaved_words", "num_kv_heads": 3}, "3 of bfloat16 do not fill words"),
+        ({"kv_layout": "interleaved_words", "mesh": "kv=4"}, "in 2 words .* 4 shards .* 'kv' do"),
         ({"mesh": "kv=8"}, "num_kv_heads=4 must be divisible by the 8 shards"),
         ({"mesh": "context=8", "num_pages": 12}, "num_pages=12 must be divisible .* of 16 pages"),
     ],

@@ -29,20 +29,19 @@ def layered(model, cache, query, key, value):
     return jax.lax.scan(layer, cache, (numbers, query, key, value))
 
 
-def on(spec, kv_layout, num_layers, backend="xla", step="mixed"):
+def on(spec, kv_layout, num_layers, backend="xla", step="mixed", dtype="float32"):
     """A model's plan, its empty cache, and tokens for each layer."""
     mesh = None if spec is None else build_mesh(spec)
     counts = ShardLayout.of(mesh).shards(mesh) if mesh else None
     split = {"num_seq_shards": counts.seqs, "num_context_shards": counts.context} if counts else {}
     inputs = steps.make(steps.named(step), kv_layout, **split)
     case = inputs.step
-    num_pages = np.prod([inputs.key_cache.shape[1 if kv_layout == "heads_first" else 0]])
     cache = PagedKVCache.zeros(
-        int(num_pages),
+        inputs.key_cache.shape[1 if kv_layout == "heads_first" else 0],
         case.num_kv_heads,
         case.page_size,
         case.head_dim,
-        dtype=jnp.float32,
+        dtype=dtype,
         kv_layout=kv_layout,
         num_layers=num_layers,
         mesh=mesh,
@@ -56,7 +55,11 @@ def on(spec, kv_layout, num_layers, backend="xla", step="mixed"):
 
 @pytest.mark.parametrize(
     ("spec", "kv_layout"),
-    [*((None, kv_layout) for kv_layout in KV_LAYOUTS), ("data=2,context=2,kv=2", "heads_first")],
+    [
+        *((None, kv_layout) for kv_layout in KV_LAYOUTS),
+        ("data=2,context=2,kv=2", "heads_first"),
+        ("data=2,context=2,kv=2", "interleaved_words"),
+    ],
 )
 def test_layers_of_a_scan_are_caches_of_their_own(spec, kv_layout):
     model, cache, tokens = on(spec, kv_layout, 3)
@@ -72,13 +75,19 @@ def test_layers_of_a_scan_are_caches_of_their_own(spec, kv_layout):
 
 
 @pytest.mark.parametrize(
-    ("spec", "step"),
-    [(None, "mixed"), (None, "one_token"), ("data=2,context=2,kv=2", "mixed")],
+    ("spec", "step", "kv_layout", "dtype"),
+    [
+        (None, "mixed", "blocks_first", "float32"),
+        (None, "one_token", "blocks_first", "float32"),
+        ("data=2,context=2,kv=2", "mixed", "blocks_first", "float32"),
+        (None, "one_token", "interleaved", "float32"),
+        (None, "one_token", "interleaved_words", "float16"),
+    ],
 )
-def test_a_scan_copies_no_cache_and_plans_nothing(spec, step):
+def test_a_scan_copies_no_cache_and_plans_nothing(spec, step, kv_layout, dtype):
     temps = []
     for num_layers in (2, 12):
-        model, cache, tokens = on(spec, "blocks_first", num_layers, step=step)
+        model, cache, tokens = on(spec, kv_layout, num_layers, step=step, dtype=dtype)
         compiled = layered.lower(model, cache, *tokens).compile()
         memory, size = compiled.memory_analysis(), sum(x.nbytes for x in cache.arrays)
         assert memory.alias_size_in_bytes == size // (8 if spec else 1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardpage
-from shardpage import PagedKVCache, ShardLayout
+from shardpage import ShardLayout
 
 from . import steps
 from .cases import KV_LAYOUTS, PLACEMENTS, build_mesh
@@ -23,11 +23,7 @@ SPECS = ("data=2,context=2,kv=2", "context=8", "data=8", "kv=4,data=2", "data=2,
 
 def planned(inputs, backend="xla", mesh=None, written=False):
     """The inputs' cache, without the new tokens if they are to be `written`, and its plan."""
-    arrays = (inputs.key_cache, inputs.value_cache)
-    if written:
-        arrays = (inputs.key_cache_before, inputs.value_cache_before)
-    arrays = [None if x is None else jnp.asarray(x) for x in arrays]
-    cache = PagedKVCache.of(*arrays, kv_layout=inputs.kv_layout, head_dim=inputs.step.head_dim)
+    cache = inputs.cache(written=not written)
     return cache, steps.planned(inputs, backend, mesh, cache)
 
 
@@ -57,6 +53,24 @@ def on(mesh, step, kv_layout="blocks_first", placement="random"):
 def test_written_and_attended_to(step):
     inputs = steps.make(step, KV_LAYOUTS[len(step.name) % 3])
     assert_exact(inputs, *run(inputs, written=True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "kv_layout", "head_dim"),
+    [
+        (None, "tokens_first", 64),
+        (None, "interleaved_words", 80),
+        ("data=2,context=2,kv=2", "interleaved", 80),
+        ("data=2,context=2,kv=2", "interleaved_words", 64),
+    ],
+)
+def test_pages_as_other_libraries_keep_them(spec, kv_layout, head_dim):
+    """Heads, pages and sequences split; NaN in what pads a row of words."""
+    step = steps.named("capped_with_sinks").replace(head_dim=head_dim, window=21)
+    step = step.replace(dtype="bfloat16" if head_dim == 64 else "float32")
+    mesh = None if spec is None else build_mesh(spec)
+    inputs = on(mesh, step, kv_layout) if mesh else steps.make(step, kv_layout)
+    assert_exact(inputs, *run(inputs, mesh=mesh, written=True))
 
 
 @pytest.mark.parametrize(

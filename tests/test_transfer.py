@@ -20,7 +20,7 @@ from shardpage import (
 )
 
 from . import steps
-from .cases import build_mesh
+from .cases import TOKEN_LAYOUTS, build_mesh
 
 BITS = {2: np.uint16, 4: np.uint32}
 
@@ -48,6 +48,11 @@ def content(cache):
         arrays = [np.expand_dims(x, cache.layout.value.pages) for x in arrays]
     if cache.kv_layout == "heads_first":  # [heads, layers, pages, rows, row]
         arrays = [x.transpose(1, 2, 0, 3, 4) for x in arrays]
+    if cache.kv_layout in TOKEN_LAYOUTS:
+        if len(arrays) == 1:  # k0 v0 k1 v1 ...
+            rows = arrays[0].reshape(*arrays[0].shape[:3], -1, cache.head_dim + cache.padding)
+            arrays = [rows[..., 0::2, :], rows[..., 1::2, :]]
+        return np.stack(arrays, axis=2)[..., : cache.head_dim].swapaxes(-2, -3)
     both = arrays[0] if cache.kv_layout == "fused" else np.stack(arrays, axis=2)
     return both.reshape(*both.shape[:4], -1, cache.head_dim)
 
@@ -79,6 +84,14 @@ MOVES = {
     "bfloat16": (
         ("kv=2,context=4", {"dtype": jnp.bfloat16, "num_layers": 2}),
         ("data=8", {"dtype": jnp.bfloat16, "num_layers": 2, "kv_layout": "heads_first"}),
+    ),
+    "token_major": (
+        (None, {"kv_layout": "tokens_first"}),
+        ("kv=2,context=4", {"kv_layout": "interleaved"}),
+    ),
+    "words": (
+        (None, {"kv_layout": "interleaved_words", "num_layers": 2, "packed": False}),
+        ("kv=2,context=4", {"kv_layout": "interleaved_words", "num_layers": 2}),
     ),
     "float16": ((None, {"dtype": jnp.float16}), ("kv=4,data=2", {"dtype": jnp.float16})),
 }
@@ -234,6 +247,10 @@ DESCRIBED = {
     "heads_first_of_layers": ("kv=2,context=4", {"kv_layout": "heads_first", "num_layers": 2}),
     "bfloat16": ("data=8", {"dtype": jnp.bfloat16, "kv_layout": "fused", "packed": True}),
     "heads_first": ("data=2,kv=4", {"kv_layout": "heads_first", "dtype": jnp.float16}),
+    "tokens_first": ("data=2,kv=4", {"kv_layout": "tokens_first", "dtype": jnp.float16}),
+    "interleaved": ("kv=2,context=4", {"kv_layout": "interleaved", "num_layers": 2}),
+    "words": ("context=4,kv=2", {"kv_layout": "interleaved_words", "dtype": jnp.bfloat16}),
+    "padded": (None, {"kv_layout": "interleaved_words", "packed": False}),
 }
 
 

@@ -15,6 +15,9 @@ from ..options import Attention, BackendName, CoresMode, Mask, Tuning
 from ..page_format import KVLayout, KVLayoutName
 from ..shard_layout import ShardLayout, Split
 from . import errors_named
+from .ejkernel_ragged import ragged_page_attention_v2 as ragged_page_attention_v2
+from .ejkernel_ragged import ragged_page_attention_v3 as ragged_page_attention_v3
+from .ejkernel_ragged import unified_attention as unified_attention
 
 DEFAULT_MASK_VALUE = -2.381976426469702e38
 # What stands in for -inf must not be a logit that could be real.
@@ -79,8 +82,10 @@ def page_attention(
         that are not fetched and may have been freed.
       kv_layout: "blocks_first" `[pages, kv_heads, page, dim]`, "heads_first"
         `[kv_heads, pages, page, dim]`, or "fused" `[pages, 2, kv_heads, page, dim]` (keys, then
-        values). None takes the only one that these shapes allow. The last two axes of each may
-        be packed, `page * dim / 128, 128`, where head_dim divides 128.
+        values). None takes the only one of these that the shapes allow. The last two axes of each
+        may be packed, `page * dim / 128, 128`, where head_dim divides 128. Token-major caches of
+        other libraries are named: "tokens_first", "interleaved", "interleaved_words"; the last two
+        with value_cache=None.
       mesh: splits the call over the devices of this mesh. None attends on one device, without
         collectives, also inside a `shard_map` of your own.
       layout: which mesh axis splits what; None for `ShardLayout.of(mesh)`.
@@ -152,6 +157,8 @@ def _layout(name: str | None, num_heads: int, key_cache: Any, value_cache: Any) 
 
     A layout is legal if the axis that it takes for KV heads divides the query heads.
     """
+    if name is not None and KVLayout.named(name).token_major:
+        return KVLayout.named(name)
     if value_cache is None or name == "fused":
         return _fused_layout(name, key_cache, value_cache)
     if key_cache.ndim != 4:

@@ -74,7 +74,8 @@ def attend(
     rows, lses = prompt.query_rows(query, configs[0]), []
     out: list[jax.Array] = []
     for config, tiled in zip(configs, work.tiled, strict=True):
-        *out, lse = prompt.attend(config, logits, tuning, rows, cache, work.ids, tiled, out)
+        new, lse = prompt.attend(config, logits, tuning, rows, cache, work.ids, tiled, out)
+        out = [new]
         lses.append(lse)
     out, lse = prompt.partial_of(out[0], jnp.max(jnp.stack(lses), axis=0), configs[0])
     alone, decoding, first = work.single

@@ -93,6 +93,11 @@ def _share(page_format: PageFormat, num_heads: int, tuning: Tuning) -> tuple[Geo
 def check_format(page_format: PageFormat) -> None:
     """Refuses caches that the kernels cannot work on."""
     pack, head_dim = page_format.pack, page_format.key_dim
+    if page_format.layout.token_major:
+        raise NotImplementedError(
+            f"kv_layout={page_format.layout.label!r} keeps tokens before heads; the kernels fetch "
+            "pages of whole heads: use kv_layout='fused' or 'blocks_first', or backend='xla'"
+        )
     if page_format.dtype.name not in _DTYPES:
         raise NotImplementedError(
             f"a TPU has no matmul for caches of {page_format.dtype.name}; use bfloat16 or float32, "

@@ -47,7 +47,7 @@ def attend(
     refuse_kernel_options(tuning)
     rows = query.astype(cache.format.compute_dtype)
     arrays = vary_together(rows, cache.unpacked(), reads, work)
-    partial = _attend(attention, tuning.platform, *arrays)
+    partial = Partial(*_attend(attention, tuning.platform, *arrays))
     return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial
 
 

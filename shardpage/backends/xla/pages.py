@@ -14,9 +14,13 @@ def gather(
     """Fetches pages as contiguous tokens, heads outermost, whatever the layout.
 
     One XLA gather per array that writes its result in the order the matmuls want: no transpose of
-    what was fetched, and none of a cache.
+    what was fetched, and none of a cache. Of token-major pages what was fetched is transposed.
     """
     page_ids = cache.in_layer(page_ids)
+    if cache.layout.token_major:
+        tokens = [array.at[page_ids].get(mode="clip") for array in cache.arrays]
+        key, value = map(_by_head, cache.format.split_tokens(tokens))
+        return key, value
     fetched = [_gather(array, page_ids, cache.layout.value.pages) for array in cache.arrays]
     key, value = fetched[0] if cache.format.fused else fetched
     return key, value
@@ -30,10 +34,26 @@ def scatter_add(
 ) -> PagedKVCache:
     """Adds tokens to their pages: the transpose of `gather`."""
     page_ids = cache.in_layer(page_ids)
+    if cache.layout.token_major:
+        tokens = cache.format.join_tokens(*(_by_page(x, page_ids.shape[1]) for x in (key, value)))
+        pairs = zip(cache.arrays, tokens, strict=True)
+        return cache.replace(array.at[page_ids].add(new, mode="clip") for array, new in pairs)
     tokens = cache.format.to_arrays(key, value, jnp.stack)
     pairs = zip(cache.arrays, tokens, strict=True)
     pages_axis = cache.layout.value.pages
     return cache.replace(_scatter_add(array, page_ids, new, pages_axis) for array, new in pairs)
+
+
+def _by_head(tokens: jax.Array) -> jax.Array:
+    """`[items, kv_heads, pages * page_size, dim]` of `[items, pages, page_size, kv_heads, dim]`."""
+    num_items, _, _, num_kv_heads, dim = tokens.shape
+    return tokens.reshape(num_items, -1, num_kv_heads, dim).swapaxes(1, 2)
+
+
+def _by_page(tokens: jax.Array, num_pages: int) -> jax.Array:
+    """The reverse."""
+    num_items, num_kv_heads, _, dim = tokens.shape
+    return tokens.swapaxes(1, 2).reshape(num_items, num_pages, -1, num_kv_heads, dim)
 
 
 def _token_dims(array: jax.Array) -> tuple[int, ...]:

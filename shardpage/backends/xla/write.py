@@ -34,11 +34,15 @@ def write(
         # of all layers around it. Written twice, it stays a scatter.
         twice = functools.partial(jnp.repeat, repeats=2, axis=0)
         key, value, writes = jax.tree.map(twice, (key, value, writes))
-    unpacked = cache.unpacked().arrays
-    tokens = cache.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
-    arrays = zip(cache.arrays, unpacked, tokens, strict=True)
+    # A write through a view of words would, before an `attend` in one program, copy the cache.
+    rows = cache if cache.layout.token_major else cache.unpacked()
+    if rows.layout.token_major:
+        tokens = rows.format.join_tokens(key, value)
+    else:
+        tokens = rows.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
+    arrays = zip(cache.arrays, rows.arrays, tokens, strict=True)
     return cache.replace(
-        _put(cache.layout, rows, new, writes).reshape(array.shape) for array, rows, new in arrays
+        _put(rows.layout, before, new, writes).reshape(array.shape) for array, before, new in arrays
     )
 
 
@@ -52,7 +56,7 @@ def _put(layout: KVLayout, array: jax.Array, tokens: jax.Array, writes: Writes) 
 def _scatter(layout: KVLayout, array: jax.Array, tokens: jax.Array, writes: Writes) -> jax.Array:
     if layout is KVLayout.HEADS_FIRST:
         return array.at[:, writes.page, writes.slot].set(tokens.swapaxes(0, 1), mode="drop")
-    before_slot = (slice(None),) * (array.ndim - 3)
+    before_slot = (slice(None),) * (0 if layout.token_major else array.ndim - 3)
     return array.at[(writes.page, *before_slot, writes.slot)].set(tokens, mode="drop")
 
 
@@ -64,14 +68,15 @@ def _select(layout: KVLayout, array: jax.Array, tokens: jax.Array, writes: Write
     temporaries, where the scatter takes 100 ms and 67 MB.
     """
     pages_axis = layout.value.pages
-    slot_token = jnp.full((array.shape[pages_axis], array.shape[-2]), -1, jnp.int32)
+    slots_axis = 1 if layout.token_major else array.ndim - 2
+    slot_token = jnp.full((array.shape[pages_axis], array.shape[slots_axis]), -1, jnp.int32)
     indices = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     slot_token = slot_token.at[writes.page, writes.slot].set(indices, mode="drop")
 
     shape = [1] * (array.ndim - 1)
-    shape[pages_axis], shape[-1] = slot_token.shape
+    shape[pages_axis], shape[slots_axis] = slot_token.shape
     slot_token = slot_token.reshape(shape)
-    others = [axis for axis in range(array.ndim - 2) if axis != pages_axis]
+    others = [axis for axis in range(array.ndim - 1) if axis not in (pages_axis, slots_axis)]
     index = [lax.broadcasted_iota(jnp.int32, array.shape[:-1], axis) for axis in others]
     arriving = tokens.at[(slot_token, *index)].get(mode="clip")
     return jnp.where(slot_token[..., None] >= 0, arriving, array)
