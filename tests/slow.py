@@ -94,7 +94,7 @@ test_bench.py::TestCommand::*
 test_generate.py::test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation[*]
 test_generate.py::test_any_mesh_gives_the_answers_of_a_dense_model[*]
 test_generate.py::test_page_and_chunk_sizes_do_not_change_answers[*]
-test_generate.py::{test_prompts_wait_for_pages*,test_samples_depend_on_the_seed*}
+test_generate.py::{test_prompts_wait_for_pages*,test_samples_depend_on_the_seed*,test_running_answers_move*}
 test_cli.py::{test_a_prompt_too_long*,test_a_signal_ends_the_run*,test_verify_is_exact*}
 test_launch_generate.py::*
 test_launch_cluster.py::test_mpirun[fail-1]
