@@ -101,12 +101,13 @@ test_plan_command.py::TestPod::*
 test_bench.py::TestDecode::test_calls_of_one_program_have_tables_of_their_own
 test_bench.py::TestSharded::test_a_split_is_as_exact_as_one_device[*]
 test_bench.py::TestCommand::*
+test_bench.py::TestSteps::test_right_answers*
 
 # A model that answers prompts, in one process or several; processes that wait for each other.
 test_generate.py::test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation[*]
 test_generate.py::test_any_mesh_gives_the_answers_of_a_dense_model[*]
 test_generate.py::test_page_and_chunk_sizes_do_not_change_answers[*]
-test_generate.py::{test_prompts_wait_for_pages*,test_samples_depend_on_the_seed*}
+test_generate.py::{test_prompts_wait_for_pages*,test_samples_depend_on_the_seed*,test_running_answers_move*}
 test_cli.py::{test_a_prompt_too_long*,test_a_signal_ends_the_run*,test_verify_is_exact*}
 test_launch_generate.py::*
 test_launch_cluster.py::test_mpirun[fail-1]

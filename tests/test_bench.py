@@ -10,12 +10,25 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.__main__ import app
-from launch.bench import compare, decode, draw, inputs, peers, shapes, sharded, timing, write
+from launch.bench import (
+    compare,
+    decode,
+    draw,
+    inputs,
+    peers,
+    shapes,
+    sharded,
+    step_peers,
+    steps,
+    timing,
+    write,
+)
 from launch.bench.report import Row, table
-from launch.bench.shapes import Shape, Tokens
+from launch.bench.shapes import Shape, Step, Tokens
 from launch.bench.timing import Timing
 
 SMALL = Shape("small", 8, 64, (1, 64), num_heads=8, num_kv_heads=8, head_dim=32, dtype="float32")
+STEP = Step("mixed", ((40, 1), (7, 0), (33, 33), (50, 5)), 8, 4, 128, 8, dtype="float32")
 TOKENS = Tokens("few", 3, 2, num_kv_heads=2, head_dim=32, context=64, dtype="float32")
 
 
@@ -24,6 +37,7 @@ def hasty(monkeypatch):
     """Two rounds, both of which count."""
     monkeypatch.setattr(timing, "WARM_UP", 0)
     monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(steps, "ROUNDS", 2)
 
 
 @pytest.fixture
@@ -31,6 +45,7 @@ def small(monkeypatch):
     """Lets the command measure small shapes only."""
     monkeypatch.setattr(timing, "copy_roof", lambda platform: (10.0, "made up"))
     monkeypatch.setattr(shapes, "decode_shapes", lambda platform, suite: (SMALL,))
+    monkeypatch.setattr(shapes, "step_shapes", lambda platform, suite: (STEP,))
     monkeypatch.setattr(shapes, "write_shapes", lambda suite: (TOKENS,))
     long = dataclasses.replace(SMALL, name="long", num_seqs=1)
     work = {"many": (SMALL,), "long": (long,)}
@@ -190,15 +205,42 @@ def test_rows_survive_json():
 
 
 @pytest.mark.usefixtures("small")
+class TestSteps:
+    def test_what_is_seen_is_counted(self):
+        seen = [context - queries + i + 1 for context, queries in STEP.seqs for i in range(queries)]
+        assert STEP.num_reads == sum(seen)
+        assert STEP.flops == 4 * 8 * 128 * sum(seen)
+        assert STEP.kv_bytes == 130 * 2 * 4 * 128 * 4
+        names = [step.name for step in (*shapes.CPU_STEPS_FULL, *shapes.STEPS_FULL)]
+        assert len(names) == len(set(names))
+
+    def test_right_answers_are_timed_and_wrong_ones_reported(self, monkeypatch):
+        def off_in_one(given, platform):
+            call, arrays = step_peers.gather(given, platform)
+            return (lambda *arrays: call(*arrays).at[-1, -1, -1].add(1e-3)), arrays
+
+        built = {name: step_peers.IMPLEMENTATIONS[name] for name in (peers.OURS, "matmuls")}
+        others = {"gather": step_peers.gather, "shardpage xla": step_peers.portable}
+        built |= others | {"off": off_in_one}
+        monkeypatch.setattr(step_peers, "IMPLEMENTATIONS", built)
+        rows = {row.name: row for row in steps.measure(STEP, "cpu", 10.0)}
+        assert list(rows) == list(built)
+        assert [n for n, row in rows.items() if row.timing] == [peers.OURS, "matmuls", "gather"]
+        assert rows["off"].why.startswith("wrong: error 1.0e-03")
+        assert rows[peers.OURS].gflops > 0
+        assert rows[peers.OURS].timing.processor_us > 0
+        assert Row.from_json(rows[peers.OURS].to_json()) == rows[peers.OURS]
+
+
 class TestCommand:
     def test_all_of_it(self, tmp_path):
         kept, picture = tmp_path / "new.json", tmp_path / "new.png"
         result = run("all", "--simulate", "8", "--json", str(kept), "--plot", str(picture))
         assert result.exit_code == 0, result.output
         report = json.loads(kept.read_text())
-        assert {row["bench"] for row in report["rows"]} == {"decode", "write", "sharded"}
+        assert {row["bench"] for row in report["rows"]} == {"decode", "write", "steps", "sharded"}
         assert report["command"] == "shardpage bench all --suite quick --simulate 8"
-        for bench in ("decode", "write", "sharded"):
+        for bench in ("decode", "write", "steps", "sharded"):
             drawn = tmp_path / f"new_{bench}.png"
             assert drawn.read_bytes().startswith(b"\x89PNG")
         again = run("decode", "--simulate", "8", "--compare", str(kept))

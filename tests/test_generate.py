@@ -238,8 +238,8 @@ def test_page_and_chunk_sizes_do_not_change_answers(tiny_file, alone, options):
 def test_prompts_wait_for_pages_and_use_them_again(tiny_file, alone):
     ids, engine = tiny_serve(tiny_file, **SMALL_POOL)
     assert ids == alone
-    assert engine.peak_pages.max() == 4
-    assert engine.allocator.num_free() == 8
+    assert engine.rows.peak_pages.max() == 4
+    assert engine.rows.allocator.num_free() == 8
     assert sum(-(-num_cached_tokens(n, 12) // 16) for n in PROMPT_LENS) > 8
 
 
@@ -301,7 +301,35 @@ def test_stopping_early_keeps_what_there_is_and_frees_the_pages(tiny_file, alone
     assert requests[-1].ids == []
     for request, expected in zip(requests, alone, strict=True):
         assert request.ids == expected[: len(request.ids)]
-    assert engine.allocator.num_free() == engine.pool.num_pages
+    assert engine.rows.allocator.num_free() == engine.pool.num_pages
+
+
+def test_running_answers_move_to_another_mesh(tiny_file, alone):
+    requests = tiny_requests(tiny_file)
+    requests[0].max_new_tokens = 6
+    there, here = (Model(tiny_file.config(), build_mesh(m)) for m in ("data=2,context=4", "kv=3"))
+    there_weights, weights = (
+        put_weights(tiny_file.weights(), model.split, jnp.float32) for model in (there, here)
+    )
+    options = {"num_pages": 16, "rows": 2, "step_tokens": 16}
+    engine = make_engine(there, there_weights, requests, tiny_model.STOP_ID, **options)
+    half_read, has_moved = requests[4], False
+    for event in engine.run([*requests[:2], half_read, *requests[2:4]]):
+        if has_moved or (event.kind, event.request) != ("read", half_read):
+            continue
+        assert half_read.num_prefilled == 16
+        assert [len(request.ids) for request in requests] == [6, 7, 0, 0, 0]
+        with pytest.raises(ValueError, match=r"has no room for prompt 1 beside those that joined"):
+            engine.move_to(here, weights, Pool(1, 16, 16, 4))
+        with pytest.raises(ValueError, match=r"page_size=8 must be 16, that of the cache"):
+            engine.move_to(here, weights, Pool(3, 16, 8, 8))
+        assert engine.model is there
+        engine.move_to(here, weights, Pool(3, 16, 16, 5))
+        assert engine.cache.key.sharding.mesh == here.mesh
+        assert engine.rows.allocator.num_free() == 16 - 7
+        has_moved = True
+    assert has_moved
+    assert [request.ids for request in requests] == [alone[0][:6], *alone[1:]]
 
 
 def test_samples_depend_on_the_seed_but_not_on_the_batch(tiny_file, alone):

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 
 from . import inputs, peers, timing
-from .report import Row
+from .report import Row, first_line
 from .shapes import Shape
 
 # Calls per program on an accelerator, so that the device is timed and not Python.
@@ -38,7 +38,7 @@ def measure(shape: Shape, platform: str, roof_gbps: float) -> Iterator[Row]:
         except Exception as failure:  # a peer's failure does not end the run
             if name == peers.OURS:
                 raise
-            missing[name] = f"failed: {_first_line(failure)}"
+            missing[name] = f"failed: {first_line(failure)}"
             continue
         if error > limit:
             missing[name] = f"wrong: error {error:.1e}, rounding allows {limit:.1e}"
@@ -65,7 +65,3 @@ def in_one_program(attend: peers.Attend) -> Any:
         return lax.scan(step, None, (queries, tables))[1]
 
     return program
-
-
-def _first_line(failure: Exception) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:120]

@@ -11,7 +11,11 @@ _COLORS = {
     "shardpage xla": "#7fb2d9",
     "gather": "#c9a227",
     "jax paged_attention": "#c44536",
+    "jax reference": "#c44536",
     "ejkernel": "#8d5a97",
+    "ejkernel v2": "#8d5a97",
+    "ejkernel v3": "#5c3a63",
+    "matmuls": "#555555",
     "scatter": "#c9a227",
 }
 _SAME, _GROWN = "#1b6ca8", "#7fb3d5"
@@ -53,7 +57,8 @@ def _timed(rows: Sequence[Row], bench: str) -> list[Row]:
 
 
 def _draw_speed(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
-    """Bars of GB/s; for decode also the copy roof (writes are far below it)."""
+    """Bars of GB/s, for steps of GFLOP/s; for decode also the copy roof (writes are far below)."""
+    rate = lambda row: (row.gflops if row.bench == "steps" else row.gbps) or 0
     names = [name for name in _COLORS if any(row.name == name for row in rows)]
     height = 0.8 / len(names)
     for number, name in enumerate(names):
@@ -62,12 +67,14 @@ def _draw_speed(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
             shapes.index(row.shape) + height * (number - (len(names) - 1) / 2) for row in here
         ]
         bars = panel.barh(
-            places, [row.gbps for row in here], height, color=_COLORS[name], label=name
+            places, [rate(row) for row in here], height, color=_COLORS[name], label=name
         )
-        panel.bar_label(bars, [speed(row.gbps or 0) for row in here], padding=2, fontsize=7)
+        panel.bar_label(bars, [speed(rate(row)) for row in here], padding=2, fontsize=7)
     if rows[0].bench == "decode":
         panel.axvline(rows[0].roof_gbps, color="black", linewidth=1, label="copy, read + written")
         panel.set_xlabel("GB/s of keys and values")
+    elif rows[0].bench == "steps":
+        panel.set_xlabel("GFLOP/s of what the queries see")
     else:
         panel.set_xlabel("GB/s of new keys and values")
 

@@ -51,6 +51,23 @@ def _decode(report: dict[str, Any]) -> str:
     return _table(cells)
 
 
+def _steps(report: dict[str, Any]) -> str:
+    """Clock and processor time of each implementation, and its work over this library's."""
+    rows = list(map(Row.from_json, report["rows"]))
+    work = {(row.shape, row.name): row.timing.processor_us for row in rows if row.timing}
+    cells = [["step", "by", "ms", "spread", "processor ms", "over ours", "GFLOP/s", "temp MB"]]
+    for row in rows:
+        timing, ours = row.timing, work[row.shape, OURS]
+        if timing is None or timing.processor_us is None or ours is None or row.flops is None:
+            cells.append([row.shape, row.name, row.why, *[""] * 5])
+            continue
+        times = f"{timing.median_us / 1e3:.0f}", f"{timing.spread:.0%}"
+        processor = f"{timing.processor_us / 1e3:.0f}", f"{timing.processor_us / ours:.2f}"
+        rate = speed(row.flops / timing.processor_us / 1e3)
+        cells.append([row.shape, row.name, *times, *processor, rate, f"{row.temp_bytes / 1e6:.0f}"])
+    return _table(cells)
+
+
 def _versus(ours: Row, peer: Row | None) -> str:
     ratio = speed_up(ours, peer)
     if ratio is None:
@@ -157,6 +174,7 @@ def _with_source(table: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, 
 # The report and the table that it becomes, by the name in a document.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_decode": ("cpu_decode", _with_source(_decode)),
+    "cpu_steps": ("cpu_steps", _with_source(_steps)),
     "gpu_decode": ("gpu_decode", _with_source(_decode)),
     "gpu_sharded": ("gpu_sharded", _with_source(_sharded)),
     "tpu_ratios": ("tpu_schedule", _ratios),

@@ -20,7 +20,7 @@ class Row:
     """One measurement, or the reason why there is none.
 
     Attributes:
-      bench: "decode", "write" or "sharded".
+      bench: "decode", "write", "steps" or "sharded".
       shape: the name of the work.
       name: the name of the implementation or of the split.
       timing: the time of one call.
@@ -29,6 +29,7 @@ class Row:
       roof_gbps: GB/s that a copy reads and writes on the same device.
       efficiency: only of splits: time on one device over (number of devices) x (time on all); for
         work that grew with the devices, time on one device over time on all.
+      flops: only of steps: of both products, of what the queries see.
       why: why there is no timing.
     """
 
@@ -40,6 +41,7 @@ class Row:
     temp_bytes: int = 0
     roof_gbps: float = 0.0
     efficiency: float | None = None
+    flops: int | None = None
     why: str = ""
 
     @property
@@ -52,12 +54,21 @@ class Row:
         """Useful bytes per nanosecond."""
         return None if self.timing is None else self.useful_bytes / self.timing.median_us / 1e3
 
+    @property
+    def gflops(self) -> float | None:
+        """Useful FLOPs per nanosecond."""
+        if self.timing is None or self.flops is None:
+            return None
+        return self.flops / self.timing.median_us / 1e3
+
     def to_json(self) -> dict[str, Any]:
         """The fields, and what other programs would compute from them."""
         row = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, "")}
         if self.gbps is not None:
             row |= {"gbps": round(self.gbps, 2)}
             row |= {"share_of_roof": round(self.gbps / self.roof_gbps, 4)} if self.roof_gbps else {}
+        if self.gflops is not None:
+            row |= {"gflops": round(self.gflops, 2)}
         return row
 
     @classmethod
@@ -98,6 +109,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         timing, reference = row.timing, ours.get((row.bench, row.shape))
         ratio = "" if reference is None else f"{timing.median_us / reference.median_us:.2f} x"
         note = "" if row.efficiency is None else f"efficiency {row.efficiency:.2f}"
+        note = note if row.gflops is None else f"{speed(row.gflops)} GFLOP/s"
         cells.append(
             [
                 shown,
@@ -112,6 +124,11 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             ]
         )
     return cells
+
+
+def first_line(failure: Exception) -> str:
+    """What went wrong, briefly."""
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:120]
 
 
 def speed(gbps: float) -> str:

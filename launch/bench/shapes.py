@@ -4,6 +4,7 @@ import dataclasses
 import zlib
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 Suite = Literal["quick", "full"]
@@ -113,6 +114,90 @@ def decode_shapes(platform: str, suite: Suite) -> tuple[Shape, ...]:
     if platform == "cpu":
         return CPU_QUICK if suite == "quick" else CPU_FULL
     return QUICK if suite == "quick" else FULL
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A whole step: several query tokens per sequence, the last of its context.
+
+    Attributes:
+      name: unique; reports use it.
+      seqs: (context length, query length) of each sequence; those of one query come first.
+      dtype: dtype of queries and caches.
+    """
+
+    name: str
+    seqs: tuple[tuple[int, int], ...]
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    dtype: str = "bfloat16"
+
+    @property
+    def context_lens(self) -> np.ndarray:
+        """[num_seqs] int32."""
+        return np.array([context for context, _ in self.seqs], np.int32)
+
+    @property
+    def query_lens(self) -> np.ndarray:
+        """[num_seqs] int32."""
+        return np.array([queries for _, queries in self.seqs], np.int32)
+
+    @property
+    def num_queries(self) -> int:
+        """Query tokens of the step, all sequences together."""
+        return int(self.query_lens.sum())
+
+    @property
+    def num_reads(self) -> int:
+        """Pairs of a query token and a token that it sees."""
+        return sum(queries * (2 * context - queries + 1) // 2 for context, queries in self.seqs)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of both products, of what is seen alone."""
+        return 4 * self.num_heads * self.head_dim * self.num_reads
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values that one call must read, once."""
+        itemsize = jnp.dtype(self.dtype).itemsize
+        token_bytes = 2 * self.num_kv_heads * self.head_dim * itemsize
+        return int(self.context_lens.sum(dtype=np.int64)) * token_bytes
+
+
+def _prompts_and_rows(num_prompts: int, num_rows: int, longest: int) -> tuple[tuple[int, int], ...]:
+    """Rows that decode, and prompts; lengths drawn from 10 to the longest."""
+    lens = np.random.default_rng(0).integers(10, longest + 1, num_prompts + num_rows).tolist()
+    return (*((n, 1) for n in lens[num_prompts:]), *((n, n) for n in lens[:num_prompts]))
+
+
+CPU_STEPS = (
+    Step("chunk of 1024 on 4096, f32", ((5120, 1024),), dtype="float32"),
+    Step("16 prompts and 48 rows of 10..700, f32", _prompts_and_rows(16, 48, 700), dtype="float32"),
+    Step("8 x 5 guesses on 2048, f32", ((2053, 5),) * 8, dtype="float32"),
+)
+CPU_STEPS_FULL = (
+    *CPU_STEPS,
+    *(dataclasses.replace(s, name=s.name[:-3] + "bf16", dtype="bfloat16") for s in CPU_STEPS),
+)
+STEPS = (
+    Step("chunk of 2048 on 16384", ((18432, 2048),)),
+    Step("16 prompts and 240 rows of 10..4000", _prompts_and_rows(16, 240, 4000)),
+    Step("64 x 5 guesses on 4096", ((4101, 5),) * 64),
+)
+STEPS_FULL = (
+    *STEPS,
+    *(dataclasses.replace(s, name=f"{s.name}, f32", dtype="float32") for s in STEPS[1:]),
+)
+
+
+def step_shapes(platform: str, suite: Suite) -> tuple[Step, ...]:
+    """The shapes of a bench of steps on a platform ("cpu", "gpu", "tpu")."""
+    if platform == "cpu":
+        return CPU_STEPS if suite == "quick" else CPU_STEPS_FULL
+    return STEPS if suite == "quick" else STEPS_FULL
 
 
 @dataclasses.dataclass(frozen=True)

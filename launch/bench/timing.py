@@ -16,12 +16,17 @@ _PAUSE_SECONDS = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Microseconds per call: median and quartiles of the rounds."""
+    """Microseconds per call: median and quartiles of the rounds.
+
+    `processor_us` is the median time that this process's threads ran: on a CPU with other work to
+    do it says more than the clock. None in older reports.
+    """
 
     median_us: float
     low_us: float
     high_us: float
     rounds: int
+    processor_us: float | None = None
 
     @property
     def spread(self) -> float:
@@ -29,7 +34,9 @@ class Timing:
         return (self.high_us - self.low_us) / self.median_us
 
 
-def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int = 1) -> dict[str, Timing]:
+def in_turn(
+    calls: Mapping[str, Callable[[], Any]], repeats: int = 1, rounds: int | None = None
+) -> dict[str, Timing]:
     """Times each call once per round, after a few rounds that do not count.
 
     In turn, so that a noisy machine disturbs all of them alike, and with a pause before each.
@@ -37,15 +44,19 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int = 1) -> dict[st
     Args:
       calls: the calls by name; a call ends when its result is ready.
       repeats: how often each call does its work; times are divided by it.
+      rounds: how many count, of calls so long that they need none before; None for `ROUNDS`, after
+        `WARM_UP`.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(WARM_UP + ROUNDS):
+    warm_up, rounds = (WARM_UP, ROUNDS) if rounds is None else (0, rounds)
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
+    for round_number in range(warm_up + rounds):
         for name, call in calls.items():
             time.sleep(_PAUSE_SECONDS)
-            start = time.perf_counter()
+            start, ran = time.perf_counter(), time.process_time()
             jax.block_until_ready(call())
-            if round_number >= WARM_UP:
-                times[name].append(1e6 * (time.perf_counter() - start) / repeats)
+            seconds = time.perf_counter() - start, time.process_time() - ran
+            if round_number >= warm_up:
+                times[name].append(tuple(1e6 * each / repeats for each in seconds))
     return {name: _timing(samples) for name, samples in times.items()}
 
 
@@ -54,9 +65,10 @@ def temp_bytes(compiled: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def _timing(samples: list[float]) -> Timing:
-    low, median, high = (round(float(x), 2) for x in np.percentile(samples, [25, 50, 75]))
-    return Timing(median, low, high, len(samples))
+def _timing(samples: list[tuple[float, ...]]) -> Timing:
+    clock, processor = zip(*samples, strict=True)
+    low, median, high = (round(float(x), 2) for x in np.percentile(clock, [25, 50, 75]))
+    return Timing(median, low, high, len(samples), round(float(np.median(processor)), 2))
 
 
 def copy_roof(platform: str) -> tuple[float, str]:

@@ -9,7 +9,6 @@ The loop is host code without randomness: in a run of several processes each tak
 decisions, and nothing about the schedule needs to be exchanged.
 """
 
-import dataclasses
 import math
 import time
 from collections import deque
@@ -19,9 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardpage import PageAllocator
+from shardpage import PagedKVCache, read_pages, write_pages
 
 from .requests import Ending, Event, Pool, Request, Stats, num_cached_tokens
+from .rows import Row, Rows
 from .smollm2 import Model, Weights
 from .smollm2.model import Batch, StepResult
 
@@ -30,34 +30,14 @@ from .smollm2.model import Batch, StepResult
 PROMPT_TOKENS = (64, 128)
 
 
-@dataclasses.dataclass
-class _Row:
-    """A running sequence."""
-
-    request: Request
-    table: np.ndarray
-
-    @property
-    def num_unread(self) -> int:
-        return len(self.request.prompt_ids) - self.request.num_prefilled
-
-    @property
-    def num_cached(self) -> int:
-        """Tokens in the cache: of an answer, all but the newest."""
-        return self.request.num_prefilled + max(len(self.request.ids) - 1, 0)
-
-    def next_tokens(self, count: int) -> Sequence[int]:
-        """The next tokens that go into the cache."""
-        prompt, start = self.request.prompt_ids, self.request.num_prefilled
-        return prompt[start : start + count] if self.num_unread else self.request.ids[-1:]
-
-
 class Engine:
     """Serves requests with one model on one mesh.
 
     Attributes:
+      model: the model's steps.
+      rows: who runs, on which pages.
+      cache: the pages of all layers.
       stats: work done so far.
-      peak_pages: [data shards, context shards], the most pages that were in use on each.
     """
 
     def __init__(
@@ -88,27 +68,50 @@ class Engine:
         Raises:
           ValueError: if the pool does not divide over the mesh.
         """
-        shards = model.layout.shards(model.mesh)
-        self.model, self.pool, self.stats = model, pool, Stats()
-        self.num_seq_shards, self.num_context_shards = shards.seqs, shards.context
-        self.allocator = PageAllocator(
-            pool.num_pages,
-            pool.page_size,
-            num_seq_shards=shards.seqs,
-            num_context_shards=shards.context,
-            max_blocks=pool.max_blocks,
-        )
-        if pool.num_rows % shards.seqs:
-            raise ValueError(f"{pool.num_rows=} must be divisible by the {shards.seqs} data shards")
-        self.peak_pages = np.zeros((shards.seqs, shards.context), int)
-        self.cache = model.empty_cache(pool.num_pages, pool.page_size, dtype)
-        self._weights, self._stop_id = weights, stop_id
+        self.stats = Stats()
+        self._stop_id, self._step_tokens = stop_id, step_tokens
         self._keep_first_logits, self._on_compile = keep_first_logits, on_compile
-        self._rows: list[_Row | None] = [None] * pool.num_rows
+        rows = Rows(pool, model.layout.shards(model.mesh))
+        cache = model.empty_cache(pool.num_pages, pool.page_size, dtype)
+        self._settle(model, weights, rows, cache)
+
+    def _settle(self, model: Model, weights: Weights, rows: Rows, cache: PagedKVCache) -> None:
+        """Serves with these from now on."""
+        self.model, self._weights, self.rows, self.cache = model, weights, rows, cache
         self._compiled: set[int] = set()
-        self._step_tokens = max(step_tokens, self._rows_per_shard)
+        self._most_tokens = max(self._step_tokens, rows.num_per_shard)
         # Each is a program of its own: answers alone, with prompts, and prompts alone.
-        self._sizes = sorted({self._rows_per_shard, self._step_tokens, *PROMPT_TOKENS})
+        self._sizes = sorted({rows.num_per_shard, self._most_tokens, *PROMPT_TOKENS})
+
+    def move_to(self, model: Model, weights: Weights, pool: Pool) -> None:
+        """Goes on with another mesh: running answers keep what they have in the cache.
+
+        Between any two events of `run`. The pages of one sequence after the other are copied, so
+        memory for both caches and those of one sequence is needed.
+
+        Args:
+          model: the same model, on the other mesh.
+          weights: its weights, on that mesh.
+          pool: sizes there; pages of the same size.
+
+        Raises:
+          ValueError: if the pool does not divide over the mesh, has pages of another size, or too
+            little room for what runs. All is then as it was.
+        """
+        if pool.page_size != self.pool.page_size:
+            raise ValueError(f"{pool.page_size=} must be {self.pool.page_size}, that of the cache")
+        rows = Rows(pool, model.layout.shards(model.mesh))
+        tables = [_joined(rows, row) for _, row in self.rows.running()]
+        cache = model.empty_cache(pool.num_pages, pool.page_size, self.cache.format.dtype)
+        for old, new in tables:
+            pages = read_pages(self.cache, old, mesh=self.model.mesh)
+            cache = write_pages(cache, new, pages, mesh=model.mesh)
+        self._settle(model, weights, rows, cache)
+
+    @property
+    def pool(self) -> Pool:
+        """Sizes."""
+        return self.rows.pool
 
     @property
     def cache_bytes_per_device(self) -> int:
@@ -128,19 +131,18 @@ class Engine:
     def run(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Serves requests, first come first served, yielding what happens.
 
-        Requests are updated in place. If the caller stops iterating, or an exception such as
-        KeyboardInterrupt ends this, those that have not ended do so as "interrupted", with what
-        they have.
+        Requests are updated in place, a step at a time. If the caller stops iterating, or an
+        exception such as KeyboardInterrupt ends this, those that have not ended do so as
+        "interrupted", with what they have.
         """
         waiting = deque(requests)
         try:
-            while waiting or any(self._rows):
+            while waiting or any(self.rows.running()):
                 yield from self._admit(waiting)
                 yield from self._step()
         finally:
-            for index, row in enumerate(self._rows):
-                if row is not None:
-                    self._leave(index, "interrupted")
+            for index, _ in self.rows.running():
+                self._leave(index, "interrupted")
             for request in waiting:
                 request.ending = request.ending or "interrupted"
 
@@ -148,77 +150,48 @@ class Engine:
         """Gives rows and pages to waiting requests, in order."""
         while waiting:
             request = waiting[0]
-            num_tokens = num_cached_tokens(len(request.prompt_ids), request.max_new_tokens)
-            error = self._misfit(request, num_tokens)
+            error = self._misfit(request)
             if error is not None:
                 request.ending, request.error = "error", error
                 yield Event("ended", waiting.popleft())
-                continue
-            index = self._free_row(-(-num_tokens // self.pool.page_size))
-            if index is None:
+            elif self.rows.join(request) is None:
                 return
-            shard = self._shard(index)
-            self.allocator.allocate(request.key, num_tokens, shard)
-            table = self.allocator.block_tables([request.key])[0]
-            self._rows[index] = _Row(request, table)
-            self._note_peak()
-            request.started = self.clock()
-            yield Event("started", waiting.popleft())
+            else:
+                request.started = self.clock()
+                yield Event("started", waiting.popleft())
 
-    def _misfit(self, request: Request, num_tokens: int) -> str | None:
+    def _misfit(self, request: Request) -> str | None:
         """Why a request can never run, or None."""
-        num_prompt, page_size = len(request.prompt_ids), self.pool.page_size
-        limit = self.model.config.max_context_len
+        num_prompt, limit = len(request.prompt_ids), self.model.config.max_context_len
         if not num_prompt:
             return "the prompt has no tokens"
-        if num_tokens > limit:
+        if num_cached_tokens(num_prompt, request.max_new_tokens) > limit:
             return (
                 f"{num_prompt} prompt tokens and up to {request.max_new_tokens} new ones exceed "
                 f"the {limit} tokens that the model can see"
             )
-        needed = -(-num_tokens // page_size)
-        available = self.pool.num_pages // self.num_seq_shards
-        if needed > available or needed > self.pool.max_blocks:
-            share = f" ({self.pool.num_pages} over {self.num_seq_shards} data shards)"
-            return (
-                f"needs {needed} pages of {page_size} tokens ({num_prompt} prompt tokens and up to "
-                f"{request.max_new_tokens} new ones), and {available} are available for a "
-                f"sequence{share if self.num_seq_shards > 1 else ''}; use --num-pages "
-                f"{_round_up(needed, self.num_context_shards) * self.num_seq_shards} or more, or "
-                f"fewer --max-new-tokens"
-            )
-        return None
+        return self.rows.misfit(request)
 
-    def _free_row(self, num_pages: int) -> int | None:
-        """A free row on the data shard with the most free pages, if those are enough."""
-        free = {}
-        for index, row in enumerate(self._rows):
-            if row is None:
-                free.setdefault(self._shard(index), index)
-        if not free:
-            return None
-        shard = max(free, key=lambda shard: self.allocator.num_free(shard))
-        return free[shard] if self.allocator.num_free(shard) >= num_pages else None
-
-    def _step(self) -> Iterator[Event]:
+    def _step(self) -> list[Event]:
         """Takes one step; prompts get shorter and answers longer."""
         num_new = self._num_new()
         if not num_new.any():
-            return
-        reading = [i for i in np.flatnonzero(num_new) if self._row(i).num_unread]
+            return []
+        reading = [i for i in np.flatnonzero(num_new) if self.rows[i].num_unread]
         result, seconds = self._run_step(self._batch(num_new))
         num_read = int(num_new[reading].sum())
         self.stats.count(num_read, int(num_new.sum()) - num_read, seconds)
-        tokens = np.asarray(result.tokens)
+        tokens, events = np.asarray(result.tokens), []
         for i in map(int, np.flatnonzero(num_new)):
-            row = self._row(i)
+            row = self.rows[i]
             if i in reading:
                 row.request.num_prefilled += int(num_new[i])
-                yield Event("read", row.request)
+                events.append(Event("read", row.request))
                 if self._keep_first_logits and not row.num_unread:
                     row.request.first_logits = np.asarray(result.logits[i])
             if not row.num_unread:
-                yield from self._append(i, int(tokens[i]))
+                events += self._append(i, int(tokens[i]))
+        return events
 
     def _num_new(self) -> np.ndarray:
         """How many tokens of each row are next.
@@ -226,28 +199,28 @@ class Engine:
         One of each answer; what these leave of each data shard's part goes to its prompts, the
         oldest first. Where no answer waits for the step, prompts may make it as long as they like.
         """
-        rows = {i: row for i, row in enumerate(self._rows) if row is not None}
+        rows = dict(self.rows.running())
         num_new = np.zeros(self.pool.num_rows, np.int32)
         num_new[[i for i, row in rows.items() if not row.num_unread]] = 1
-        most = self._step_tokens if num_new.any() else self._sizes[-1]
-        left = most - num_new.reshape(self.num_seq_shards, -1).sum(axis=1)
+        most = self._most_tokens if num_new.any() else self._sizes[-1]
+        left = most - self._by_shard(num_new).sum(axis=1)
         for i in sorted(rows, key=lambda i: rows[i].request.key):
             if rows[i].num_unread:
-                num_new[i] = min(rows[i].num_unread, left[self._shard(i)])
-                left[self._shard(i)] -= num_new[i]
+                shard = self.rows.shard(i)
+                num_new[i] = min(rows[i].num_unread, left[shard])
+                left[shard] -= num_new[i]
         return num_new
 
     def _batch(self, num_new: np.ndarray) -> Batch:
         """The tokens of a step, in the smallest size that they fit."""
-        per_shard = num_new.reshape(self.num_seq_shards, -1)
+        per_shard = self._by_shard(num_new)
         size = next(n for n in self._sizes if n >= per_shard.sum(axis=1).max())
-        num_tokens = size * self.num_seq_shards
-        batch = Batch.empty(num_tokens, self.pool.num_rows, self.pool.max_blocks)
+        batch = self._empty_batch(size * len(per_shard))
         batch.query_lens[:] = num_new
-        first = size * np.arange(self.num_seq_shards)[:, None]
+        first = size * np.arange(len(per_shard))[:, None]
         ends = (first + np.cumsum(per_shard, axis=1)).ravel()
         for i in np.flatnonzero(num_new):
-            row = self._row(i)
+            row = self.rows[i]
             batch.tokens[ends[i] - num_new[i] : ends[i]] = row.next_tokens(num_new[i])
             batch.context_lens[i] = row.num_cached + num_new[i]
             batch.tables[i] = row.table
@@ -255,13 +228,19 @@ class Engine:
             batch.sampling.seeds[i] = row.request.seed
         return batch
 
+    def _empty_batch(self, num_tokens: int) -> Batch:
+        return Batch.empty(num_tokens, self.pool.num_rows, self.pool.max_blocks)
+
+    def _by_shard(self, of_rows: np.ndarray) -> np.ndarray:
+        """[data shards, rows of each]."""
+        return of_rows.reshape(self.rows.shards.seqs, -1)
+
     def _run_step(self, batch: Batch) -> tuple[StepResult, float]:
         """Runs a step to its end; returns its result and seconds."""
         num_tokens = len(batch.tokens)
         if num_tokens not in self._compiled:
             self._on_compile(f"a step of {num_tokens} tokens")
-            empty = Batch.empty(num_tokens, self.pool.num_rows, self.pool.max_blocks)
-            self.stats.compile_seconds += self._timed(empty)[1]
+            self.stats.compile_seconds += self._timed(self._empty_batch(num_tokens))[1]
             self._compiled.add(num_tokens)
         return self._timed(batch)
 
@@ -274,7 +253,7 @@ class Engine:
 
     def _append(self, index: int, token: int) -> Iterator[Event]:
         """Adds a token to an answer, and ends it if it is complete."""
-        request = self._row(index).request
+        request = self.rows[index].request
         request.ids.append(token)
         if request.first_token is None:
             request.first_token = self.clock()
@@ -287,31 +266,21 @@ class Engine:
             yield Event("ended", request)
 
     def _leave(self, index: int, ending: Ending) -> None:
-        """Ends a running sequence; its pages are free again."""
-        request = self._row(index).request
+        request = self.rows.leave(index)
         request.ending, request.ended = ending, self.clock()
-        self.allocator.free(request.key)
-        self._rows[index] = None
-
-    def _note_peak(self) -> None:
-        per_pool = self.pool.num_pages // self.peak_pages.size
-        for place in np.ndindex(self.peak_pages.shape):
-            used = per_pool - self.allocator.num_free(*place)
-            self.peak_pages[place] = max(self.peak_pages[place], used)
-
-    def _row(self, index: int) -> _Row:
-        row = self._rows[index]
-        assert row is not None
-        return row
-
-    @property
-    def _rows_per_shard(self) -> int:
-        return self.pool.num_rows // self.num_seq_shards
-
-    def _shard(self, index: int) -> int:
-        """The data shard of a row."""
-        return index // self._rows_per_shard
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _joined(rows: Rows, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Lets a running sequence join others; its old pages and its new ones, padded to one length."""
+    request = row.request
+    joined = None if rows.misfit(request) else rows.join(request)
+    if joined is None:
+        raise ValueError(
+            f"{rows.pool} over {rows.shards} has no room for prompt {request.key} beside those "
+            "that joined before; use more num_rows or num_pages, or wait until fewer run"
+        )
+    used = np.arange(len(row.table)) * rows.pool.page_size < row.num_cached
+    new = np.full_like(row.table, -1)
+    num_used = int(used.sum())
+    new[:num_used] = joined.table[:num_used]
+    return np.where(used, row.table, -1), new

@@ -52,11 +52,11 @@ def prompt_table(requests: list[Request]) -> Table:
 
 def devices(engine: Engine, mesh: "Mesh") -> list[dict[str, Any]]:
     """Per device: its place in the mesh, its pages, and the bytes of cache and weights."""
-    pages = engine.pool.num_pages // engine.peak_pages.size
+    pages = engine.pool.num_pages // engine.rows.peak_pages.size
     rows = []
     for index, device in np.ndenumerate(mesh.devices):
         place = dict(zip(mesh.axis_names, index, strict=True))
-        peak = engine.peak_pages[place.get("data", 0), place.get("context", 0)]
+        peak = engine.rows.peak_pages[place.get("data", 0), place.get("context", 0)]
         rows.append(
             {
                 "device": str(device),

@@ -209,7 +209,7 @@ class _Report:
         ):
             rate = rates[f"{step}_tokens_per_second"]
             parts.append(f"{count} {what}" + (f" ({rate}/s)" if rate else ""))
-        used = engine.pool.num_pages - engine.allocator.num_free()
+        used = engine.pool.num_pages - engine.rows.allocator.num_free()
         return ", ".join([*parts, f"{used} of {engine.pool.num_pages} pages in use"])
 
     def settings(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Kind(enum.StrEnum):
 
     decode = "decode"
     write = "write"
+    steps = "steps"
     sharded = "sharded"
     all = "all"
 
@@ -35,7 +36,8 @@ def bench(
     kind: Annotated[
         Kind,
         typer.Argument(
-            help="decode steps, writes of new tokens, splits over all devices, or all of it."
+            help="Decode steps, writes of new tokens, whole steps with prompts, splits over all "
+            "devices, or all of it."
         ),
     ] = Kind.all,
     suite: Annotated[Size, typer.Option(help="A few shapes, or all.")] = Size.quick,
@@ -121,7 +123,7 @@ def _rows(
 ) -> "Iterator[Row]":
     import jax
 
-    from ..bench import decode, shapes, sharded, write
+    from ..bench import decode, shapes, sharded, steps, write
 
     if kind in (Kind.decode, Kind.all):
         for shape in shapes.decode_shapes(platform, suite.value):
@@ -131,6 +133,10 @@ def _rows(
         for shape in shapes.write_shapes(suite.value):
             say(f"measuring {shape.name} ...")
             yield from write.rows([shape], roof_gbps)
+    if kind in (Kind.steps, Kind.all):
+        for step in shapes.step_shapes(platform, suite.value):
+            say(f"measuring {step.name} ...")
+            yield from steps.rows([step], platform, roof_gbps)
     if kind in (Kind.sharded, Kind.all):
         say(f"measuring splits over {jax.device_count()} devices ...")
         work = shapes.sharded_shapes(platform, suite.value, jax.device_count())

@@ -171,23 +171,25 @@ class GGUFFile:
         """All weights in float32, on the host."""
         config = self.config()
 
-        def read(name: str, num_rotary_heads: int = 0) -> np.ndarray:
+        def read(name: str, num_rotary_heads: int = 0) -> list[np.ndarray]:
             def read_layer(index: int) -> np.ndarray:
                 weight = self.tensor(f"blk.{index}.{name}.weight")
                 return half_rotary(weight, num_rotary_heads) if num_rotary_heads else weight
 
             with ThreadPoolExecutor(2) as pool:  # NumPy works without Python's lock
-                return np.stack(list(pool.map(read_layer, range(config.num_layers))))
+                return list(pool.map(read_layer, range(config.num_layers)))
+
+        each = lambda join, *parts: [join(arrays) for arrays in zip(*parts, strict=True)]
 
         query, key = read("attn_q", config.num_heads), read("attn_k", config.num_kv_heads)
         return Weights(
             embedding=self.tensor("token_embd.weight"),
             layers=Layers(
-                attn_norm=read("attn_norm"),
-                qkv=np.concatenate([query, key, read("attn_v")], axis=1),
+                attn_norm=np.stack(read("attn_norm")),
+                qkv=each(np.concatenate, query, key, read("attn_v")),
                 attn_out=read("attn_output"),
-                ffn_norm=read("ffn_norm"),
-                gate_up=np.stack([read("ffn_gate"), read("ffn_up")], axis=1),
+                ffn_norm=np.stack(read("ffn_norm")),
+                gate_up=each(np.stack, read("ffn_gate"), read("ffn_up")),
                 down=read("ffn_down"),
             ),
             final_norm=self.tensor("output_norm.weight"),
@@ -236,9 +238,11 @@ def half_rotary(weight: np.ndarray, num_heads: int) -> np.ndarray:
 def put_weights(weights: Weights, split: WeightSplit, dtype: Any) -> Weights:
     """Puts weights on the mesh in `dtype`, each device getting its part only."""
 
-    def put(weight: np.ndarray, split_axis: int | None) -> jax.Array:
+    def put(split_axis: int | None, weight: np.ndarray | list[np.ndarray]) -> Any:
+        if isinstance(weight, list):
+            return [put(split_axis, each) for each in weight]
         weight = weight.astype(dtype, copy=False)
         sharding = split.sharding(weight.shape, split_axis)
         return jax.make_array_from_callback(weight.shape, sharding, weight.__getitem__)
 
-    return jax.tree.map(put, weights, SPLIT_AXES)
+    return jax.tree.map(put, SPLIT_AXES, weights, is_leaf=lambda axis: axis is None)

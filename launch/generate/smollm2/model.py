@@ -5,16 +5,16 @@ collectives: QKV and attention heads are gathered, and two matmuls summed. What 
 splits over which axis is its own affair: see `shardpage.ShardLayout`.
 
 Activations are columns, `[hidden, tokens]`, and matmuls `weight @ x`: XLA's CPU compilers of all
-supported versions read the weights of a few tokens at the speed of memory that way, but not in
-`x @ weight.T`.
+supported versions read the weights of a few tokens at the speed of memory that way.
 
-The layers are one loop over stacked weights, so the program is compiled in a second instead of
-half a minute. The loop carries one cache of all layers, in place; who reads and writes what is
-planned once, before it.
+The layers are one loop, so the program is compiled in seconds instead of half a minute; only its
+matmuls exist for each layer. The loop carries one cache of all layers, in place; who reads and
+writes what is planned once, before it.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,14 +45,14 @@ class Config:
 
 
 class Layers(NamedTuple):
-    """The weights of all layers; matrices are `[out, in]`."""
+    """The weights of all layers; matrices are `[out, in]`, an array for each layer."""
 
     attn_norm: Float[Array, "layers hidden"]
-    qkv: Float[Array, "layers qkv_heads*dim hidden"]  # query heads, then key heads, value heads
-    attn_out: Float[Array, "layers hidden heads*dim"]
+    qkv: Sequence[Float[Array, "qkv_heads*dim hidden"]]  # query heads, then key heads, value heads
+    attn_out: Sequence[Float[Array, "hidden heads*dim"]]
     ffn_norm: Float[Array, "layers hidden"]
-    gate_up: Float[Array, "layers 2 ffn hidden"]
-    down: Float[Array, "layers hidden ffn"]
+    gate_up: Sequence[Float[Array, "2 ffn hidden"]]
+    down: Sequence[Float[Array, "hidden ffn"]]
 
 
 class Weights(NamedTuple):
@@ -66,7 +66,7 @@ class Weights(NamedTuple):
 # Which axis of each weight is split over the mesh.
 SPLIT_AXES = Weights(
     embedding=0,
-    layers=Layers(attn_norm=None, qkv=1, attn_out=2, ffn_norm=None, gate_up=2, down=2),
+    layers=Layers(attn_norm=None, qkv=0, attn_out=1, ffn_norm=None, gate_up=1, down=1),
     final_norm=None,
 )
 
@@ -155,29 +155,30 @@ class Model:
         )
         angles = rotary_angles(split.replicated(plan.positions), config)
 
-        def run_layer(carry, layer_and_number: tuple[Layers, jax.Array]):
+        layers = weights.layers
+
+        def run_layer(number: jax.Array, carry: tuple[jax.Array, PagedKVCache]):
             x, cache = carry
-            layer, number = layer_and_number
-            query, key, value = self._qkv(layer, x, angles)
+            query, key, value = self._qkv(layers, number, x, angles)
             cache = write_kv(cache, key, value, plan, layer=number)
             out = split.replicated(attend(query, cache, plan, layer=number))
-            x = x + split.summed_matmul(layer.attn_out, out.reshape(len(out), -1).T)
-            normed = rms_norm(x, layer.ffn_norm, config)
-            gate, up = jnp.einsum("gfh,ht->gft", layer.gate_up, normed)
-            x = x + split.summed_matmul(layer.down, jax.nn.silu(gate) * up)
-            return (x, cache), None
+            x = x + split.summed_matmul(layers.attn_out, number, out.reshape(len(out), -1).T)
+            normed = rms_norm(x, layers.ffn_norm[number], config)
+            gate, up = split.split_matmul(layers.gate_up, number, normed)
+            x = x + split.summed_matmul(layers.down, number, jax.nn.silu(gate) * up)
+            return x, cache
 
         x = split.replicated(weights.embedding[batch.tokens].T)
-        numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (x, cache), _ = jax.lax.scan(run_layer, (x, cache), (weights.layers, numbers))
+        x, cache = jax.lax.fori_loop(0, config.num_layers, run_layer, (x, cache))
         x = rms_norm(x[:, self._last_tokens(batch)], weights.final_norm, config)
-        logits = split.gathered_matmul(weights.embedding, x).T.astype(jnp.float32)
+        logits = split.gathered_matmul([weights.embedding], 0, x).T.astype(jnp.float32)
         return StepResult(self._next_tokens(logits, batch), logits, cache)
 
-    def _qkv(self, layer: Layers, x: jax.Array, angles) -> list[jax.Array]:
+    def _qkv(self, layers: Layers, number: jax.Array, x: jax.Array, angles) -> list[jax.Array]:
         """Queries, keys and values of a layer, each `[tokens, heads, head_dim]`."""
         config = self.config
-        qkv = self.split.gathered_matmul(layer.qkv, rms_norm(x, layer.attn_norm, config))
+        normed = rms_norm(x, layers.attn_norm[number], config)
+        qkv = self.split.gathered_matmul(layers.qkv, number, normed)
         qkv = qkv.T.reshape(x.shape[1], -1, config.head_dim)
         ends = [config.num_heads, config.num_heads + config.num_kv_heads]
         query, key, value = jnp.split(qkv, ends, axis=1)
