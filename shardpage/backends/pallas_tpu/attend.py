@@ -72,12 +72,12 @@ def attend(
         return decode.attend(query, cache, reads, work, logits, tuning, final=final)
     configs = _configs(reads, query.shape[1], cache.format, tuning)
     rows, lses = prompt.query_rows(query, configs[0]), []
-    out: list[jax.Array] = []
+    tiled_out: list[jax.Array] = []
     for config, tiled in zip(configs, work.tiled, strict=True):
-        new, lse = prompt.attend(config, logits, tuning, rows, cache, work.ids, tiled, out)
-        out = [new]
+        new, lse = prompt.attend(config, logits, tuning, rows, cache, work.ids, tiled, tiled_out)
+        tiled_out = [new]
         lses.append(lse)
-    out, lse = prompt.partial_of(out[0], jnp.max(jnp.stack(lses), axis=0), configs[0])
+    out, lse = prompt.partial_of(tiled_out[0], jnp.max(jnp.stack(lses), axis=0), configs[0])
     alone, decoding, first = work.single
     single = decode.attend(query.at[first].get(mode="clip"), cache, alone, decoding, logits, tuning)
     put = lambda array, new: array.at[first].set(new, mode="drop")

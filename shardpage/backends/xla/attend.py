@@ -14,6 +14,7 @@ at the end.
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def attend(
     refuse_kernel_options(tuning)
     rows = query.astype(cache.format.compute_dtype)
     arrays = vary_together(rows, cache.unpacked(), reads, work)
-    partial = Partial(*_attend(attention, tuning.platform, *arrays))
+    partial = cast(Partial, _attend(attention, tuning.platform, *arrays))
     return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial
 
 
