@@ -89,9 +89,9 @@ def make(shape: Step) -> StepInputs:
     tables[np.arange(num_blocks.max()) < num_blocks[:, None]] = ids
     cache = (1 + len(ids), shape.num_kv_heads, shape.page_size, shape.head_dim)
     query = (shape.num_queries, shape.num_heads, shape.head_dim)
-    arrays = (
+    new, key, value = (
         jax.random.normal(jax.random.key(seed), size, shape.dtype)
         for seed, size in enumerate((query, cache, cache))
     )
     lengths = tuple(jnp.asarray(x) for x in (shape.context_lens, tables, shape.query_lens))
-    return StepInputs(shape, *arrays, lengths)
+    return StepInputs(shape, new, key, value, lengths)
