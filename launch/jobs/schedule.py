@@ -14,15 +14,15 @@ from ..plan.workload import Model, Workload, preset_names
 from ..schedule import grid as grids
 from ..schedule import report, worker
 from ..schedule import step as steps
-from ..schedule.cases import ALL, CASES, KERNELS
+from ..schedule.cases import ALL, CASES, KERNELS, STEPS, default_cases
 from ..schedule.execute import Executed
 from . import options
 
 DEFAULT_TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 _GRID_CASES = 500
 _CASE_HELP = (
-    f"One of {', '.join(repr(c.name) for c in CASES)}, or a shape of `bench`; by default all of "
-    "the former."
+    f"One of {', '.join(repr(c.name) for c in CASES)}, or a shape of `bench`; with --kernel step "
+    f"one of {', '.join(repr(c.name) for c in STEPS)}; by default all of them."
 )
 
 
@@ -85,8 +85,7 @@ def schedule(
                 work = Workload(Model.preset(step), batch, context, page_size)
                 _steps(topologies, mesh, work, json_file, say)
             else:
-                cases = case or [shape.name for shape in CASES]
-                calls = _calls(topologies, cases, kernel or ["decode"], cores, subject, say)
+                calls = _calls(topologies, case, kernel or ["decode"], cores, subject, say)
                 _executed(calls, phases, json_file, plot)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         _fail(str(error))
@@ -99,7 +98,7 @@ def _fail(message: str) -> NoReturn:
 
 def _calls(
     topologies: Sequence[str],
-    cases: Sequence[str],
+    cases: Sequence[str] | None,
     kernels: Sequence[str],
     cores: str,
     subject: str | None,
@@ -111,8 +110,8 @@ def _calls(
         if subject is not None:
             yield from worker.call(worker.execute_file, topology, subject)
             continue
-        for case in cases:
-            for kernel in kernels:
+        for kernel in kernels:
+            for case in cases or [shape.name for shape in default_cases(kernel)]:
                 try:
                     yield from worker.call(worker.execute_case, topology, kernel, case, cores)
                 except Exception as error:  # JAX's kernels assert what they do not have

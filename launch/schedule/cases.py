@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from shardpage import PagedKVCache, page_attention, write_kv
+from shardpage import PagedKVCache, Tuning, attend, make_plan, page_attention, write_kv
 from shardpage.options import CoresMode
 from shardpage.page_format import PACKED_ROW
 
-from ..bench.shapes import SHAPES, Shape
+from ..bench.shapes import SHAPES, Shape, Step
 from .execute import Subject
 
 
@@ -38,18 +39,48 @@ CASES = (
     _case(256, 256, 4, 8, 16),
     _case(64, 4096, 8, 1, 16, lens=(1, 4096)),
 )
-ALL = {shape.name: shape for shape in (*CASES, *SHAPES)}
+
+
+def _step(
+    name: str, seqs: Sequence[tuple[int, int]], queries: int, kv_heads: int, page: int
+) -> Step:
+    heads = {"num_heads": queries * kv_heads, "num_kv_heads": kv_heads, "page_size": page}
+    return Step(f"{name}, G{queries} K{kv_heads}, page {page}", tuple(seqs), **heads)
+
+
+# Prompts in chunks, alone and among running sequences, and guesses to verify.
+STEPS = (
+    _step("512 of 8192", [(8192, 512)], 4, 8, 64),
+    _step("1024 of 8192", [(8192, 1024)], 4, 8, 64),
+    _step("2048 of 8192", [(8192, 2048)], 4, 8, 64),
+    _step("1024 of 8192", [(8192, 1024)], 4, 8, 16),
+    _step("1024 of 8192", [(8192, 1024)], 8, 1, 64),
+    _step("2 x 512 of 4096", [(4096, 512)] * 2, 4, 8, 64),
+    _step("62 x 1 of 4096", [(4096, 1)] * 62, 4, 8, 64),
+    _step("both together", [(4096, 1)] * 62 + [(4096, 512)] * 2, 4, 8, 64),
+    _step("64 x 8 of 4096", [(4096, 8)] * 64, 4, 8, 64),
+    _step("64 x 1 of 4096", [(4096, 1)] * 64, 4, 8, 64),
+)
+ALL: dict[str, Shape | Step] = {shape.name: shape for shape in (*CASES, *SHAPES, *STEPS)}
 # Pages of a block of JAX's paged_attention.
 _STOCK_BLOCK_PAGES = 32
 
 
-def subject(kernel: str, shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
+def subject(kernel: str, shape: Any, mesh: Mesh, cores: CoresMode) -> Subject:
     """A kernel with a case, for the device of a mesh of one.
 
     Raises:
-      ValueError: if JAX's kernel does not have the shape.
+      ValueError: if JAX's kernel does not have the shape, or the case is a step of another.
     """
+    if isinstance(shape, Step) != (kernel == "step"):
+        steps = "is" if isinstance(shape, Step) else "is not"
+        raise ValueError(f"{shape.name!r} {steps} a whole step, which kernel 'step' is for")
     return dataclasses.replace(KERNELS[kernel](shape, mesh, cores), kernel=kernel)
+
+
+def default_cases(kernel: str) -> Sequence[Shape | Step]:
+    """What a kernel is executed with if nobody names a case."""
+    return STEPS if kernel == "step" else CASES
 
 
 def tables(shape: Shape) -> np.ndarray:
@@ -98,6 +129,26 @@ def _write(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
     return Subject(shape.name, "", write, (*arguments, tables(shape)), donate=(0,))
 
 
+def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
+    """All kernels of a step's attention, in one layer."""
+    columns = -(-step.context_lens.max() // step.page_size)
+    ids = np.random.default_rng(0).permutation(len(step.seqs) * columns).astype(np.int32)
+    cache = PagedKVCache.abstract(
+        ids.size, step.num_kv_heads, step.page_size, step.head_dim,
+        dtype=jnp.dtype(step.dtype), kv_layout="fused", mesh=mesh,
+    )  # fmt: skip
+
+    def plan_and_attend(query, cache, context_lens, query_lens, tables):
+        how = {"num_heads": step.num_heads, "mesh": mesh, "tuning": Tuning(cores=cores)}
+        lens = {"query_lens": query_lens, "num_queries": step.num_queries}
+        return attend(query, cache, make_plan(cache, context_lens, tables, **lens, **how))
+
+    dims = (step.num_queries, step.num_heads, step.head_dim)
+    query = jax.ShapeDtypeStruct(dims, step.dtype)
+    arguments = (query, cache, step.context_lens, step.query_lens, ids.reshape(-1, columns))
+    return Subject(step.name, "", plan_and_attend, arguments, step.kv_bytes, flops=step.flops)
+
+
 def _stock(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
     if shape.head_dim % PACKED_ROW:
         raise ValueError(f"JAX's paged_attention has no head_dim {shape.head_dim}")
@@ -131,10 +182,11 @@ def _ragged(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
     return Subject(shape.name, "", attend, arguments, page_bytes(shape))
 
 
-KERNELS: dict[str, Callable[[Shape, Mesh, CoresMode], Subject]] = {
+KERNELS: dict[str, Callable[[Any, Mesh, CoresMode], Subject]] = {
     "decode": functools.partial(_decode, layout="fused"),
     "decode, two arrays": functools.partial(_decode, layout="blocks_first"),
     "write": _write,
+    "step": _plan_and_attend,
     "jax paged_attention": _stock,
     "jax ragged_paged_attention": _ragged,
 }

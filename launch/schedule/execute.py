@@ -36,6 +36,7 @@ class Subject:
         arrays or `jax.ShapeDtypeStruct`s.
       num_bytes: that a call must move; None for what its copies move.
       donate: positions of the arguments that it may overwrite.
+      flops: that a call must compute; 0 where nobody asks.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Subject:
     arguments: tuple[Any, ...]
     num_bytes: int | None = None
     donate: tuple[int, ...] = ()
+    flops: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Executed:
       guessed: loads of scalars that nobody had written (0 is taken); unknown: instructions whose
         values are not known, by name.
       topology, case, kernel: as they are named in tables.
+      mxu_cycles: in which the matrix units compute what a call must; 0 where nobody asks.
       temp_bytes: scratch of the whole program in HBM; compile_s: seconds to compile it.
     """
 
@@ -86,6 +89,7 @@ class Executed:
     kernel: str = ""
     temp_bytes: int = 0
     compile_s: float = 0.0
+    mxu_cycles: float = 0.0
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Executed":
@@ -167,7 +171,7 @@ def execute(subject: Subject, topology: str, mesh: Mesh, dump: pathlib.Path) -> 
     temp_bytes = kernels.compiled.memory_analysis().temp_size_in_bytes
     rows = [
         dataclasses.replace(
-            _report(subject.num_bytes, program, of_kernel),
+            _report(subject, program, of_kernel),
             topology=topology,
             case=subject.name,
             kernel=subject.kernel or name,
@@ -234,7 +238,7 @@ def _take(name: str, compiled: list[str]) -> str:
     return compiled.pop(of_name[0] if of_name else 0)
 
 
-def _report(num_bytes: int | None, program: Program, runs: Sequence[Run]) -> Executed:
+def _report(subject: Subject, program: Program, runs: Sequence[Run]) -> Executed:
     core = program.core
     timings = {
         memory.name: max((timing.replay(run, memory, core) for run in runs), key=lambda t: t.cycles)
@@ -243,7 +247,7 @@ def _report(num_bytes: int | None, program: Program, runs: Sequence[Run]) -> Exe
     slowest = max(runs, key=lambda run: run.cycles)
     counted = [timing.copies(run.events) for run in runs]
     copies, copied_bytes = sum(n for n, _ in counted), sum(size for _, size in counted)
-    num_bytes = num_bytes or copied_bytes
+    num_bytes = subject.num_bytes or copied_bytes
     us = lambda cycles: round(cycles / core.clock_hz * 1e6, 3)
     phases = longest(breakdown(program, slowest, timing.replay(slowest, timing.ONE_US, core)))
     visited = zip(slowest.visits, program.bundles, strict=True)
@@ -254,6 +258,7 @@ def _report(num_bytes: int | None, program: Program, runs: Sequence[Run]) -> Exe
         cycles=slowest.cycles,
         empty=sum(visits for visits, bundle in visited if not bundle.ops),
         hbm_cycles=num_bytes / (len(runs) * core.bytes_per_s) * core.clock_hz,
+        mxu_cycles=subject.flops / (len(runs) * core.flops_per_cycle),
         copies=copies,
         copied_bytes=copied_bytes,
         num_bytes=num_bytes,

@@ -12,7 +12,7 @@ _NAMED_PHASES = 6
 _NOTE = """\
 issue: the compiled kernel executed on a modelled core, waits for results ('empty': their share)
 included; HBM: the bytes that a call must read at the chip's bandwidth (what it moves, for kernels
-without such a figure). us: microseconds if copies cost nothing ('issue only'), or if HBM's full
+without such a figure); MXU: the matrix units' time for what queries see, where they are many. us: microseconds if copies cost nothing ('issue only'), or if HBM's full
 bandwidth comes with this latency; '10 ns' is the least that a copy then occupies HBM. Nothing here
 was measured on a TPU: what a copy costs there is not published."""
 
@@ -22,7 +22,8 @@ def table(rows: Sequence[Executed]) -> str:
     lines: list[str] = []
     for topology in dict.fromkeys(row.topology for row in rows):
         of_chip = [row for row in rows if row.topology == topology]
-        header = ("case", "kernel", "issue/HBM", "HBM us", *(m.name for m in MEMORIES))
+        first = ("case", "kernel", "issue/HBM", "issue/MXU", "HBM us")
+        header = (*first, *(m.name for m in MEMORIES))
         cells = [(*header, "empty", "copies x KiB", "MB"), *map(_cells, of_chip)]
         lines += ["", f"{of_chip[0].device_kind} ({topology})", *_aligned(cells)]
     return "\n".join([*lines, "", _NOTE, *_doubts(rows)])
@@ -34,6 +35,7 @@ def _cells(row: Executed) -> tuple[str, ...]:
         row.case,
         row.kernel + cores,
         f"{row.ratio:.2f}",
+        f"{row.cycles / row.mxu_cycles:.2f}" if row.mxu_cycles else "",
         f"{row.hbm_cycles / row.clock_hz * 1e6:.1f}",
         *(f"{row.us[memory.name]:.1f}" for memory in MEMORIES),
         f"{row.empty / row.cycles:.0%}",
