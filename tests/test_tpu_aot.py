@@ -100,6 +100,42 @@ def test_attention_compiles_without_a_copy_of_the_cache(name, topology, kv):
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * MIB
 
 
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("g8k1", "v6e:2x2"),
+        ("g4k8", "tpu7x:2x2x1"),
+        ("dim64", "v5e:2x2"),
+        ("page8", "v5p:2x2x1"),
+        ("dim80", "v4:2x2x1"),
+        ("g3k3_page24", "v6e:2x2"),
+        ("float32", "tpu7x:2x2x1"),
+        ("dim256", "v4:2x2x1"),
+    ],
+)
+def test_prompts_compile_without_a_copy_of_the_cache(name, topology):
+    """A chunk of 1024 tokens, guesses or running sequences: all kernels of a step."""
+    queries, num_kv_heads, head_dim, page_size, dtype = SHAPES[name]
+    mesh, num_queries = one_device(topology), 1024
+    sharding = NamedSharding(mesh, PartitionSpec())
+    given = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    cache = caches_of(mesh, KVLayout.FUSED, 4096, num_kv_heads, page_size, head_dim, dtype)
+
+    def step(query, array, lens, query_lens, tables):
+        paged = PagedKVCache.of(array, kv_layout="fused", head_dim=head_dim)
+        how = {"num_heads": queries * num_kv_heads, "num_queries": num_queries, "mesh": mesh}
+        plan = shardpage.make_plan(paged, lens, tables, query_lens=query_lens, **how)
+        return shardpage.attend(query, paged, plan)
+
+    query = given((num_queries, queries * num_kv_heads, head_dim), dtype)
+    lens = given((8,), jnp.int32)
+    tables = given((8, -(-8192 // page_size)), jnp.int32)
+    compiled = jax.jit(step).lower(query, *cache, lens, lens, tables).compile()
+    assert "shardpage_prompt" in compiled.as_text()
+    rows = num_queries * max(queries * num_kv_heads, 8) * max(head_dim, 128) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * rows + 4 * MIB
+
+
 @pytest.mark.parametrize(("num_seqs", "context"), [(8, 1 << 20), (1024, 128 << 10)])
 def test_tables_that_do_not_fit_scalar_memory(num_seqs, context):
     lowered, _ = lower_attention(
