@@ -146,7 +146,7 @@ def add_sinks(partial: Partial, sinks: Float[Array, " heads"]) -> Partial:
 
 
 def mark(partial: Partial, invalid: Bool[Array, " batch"] | None) -> Partial:
-    """Gives invalid queries an lse of NaN, which makes all NaN that is merged with it."""
+    """Gives invalid queries an lse of NaN, of which `finish` makes a result of NaN."""
     if invalid is None:
         return partial
     return partial._replace(lse=jnp.where(invalid[:, None], jnp.nan, partial.lse))

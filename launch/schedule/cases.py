@@ -62,6 +62,8 @@ STEPS = (
     _step("64 x 1 of 4096", [(4096, 1)] * 64, 4, 8, 64),
 )
 ALL: dict[str, Shape | Step] = {shape.name: shape for shape in (*CASES, *SHAPES, *STEPS)}
+# Of all pages, in a step: more than the compiler could keep within the chip.
+_POOL_BYTES = 1 << 30
 # Pages of a block of JAX's paged_attention.
 _STOCK_BLOCK_PAGES = 32
 
@@ -132,9 +134,12 @@ def _write(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
 def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
     """All kernels of a step's attention, in one layer."""
     columns = -(-step.context_lens.max() // step.page_size)
-    ids = np.random.default_rng(0).permutation(len(step.seqs) * columns).astype(np.int32)
+    page_bytes = step.kv_bytes // int((-(-step.context_lens // step.page_size)).sum())
+    num_pages = max(len(step.seqs) * columns, _POOL_BYTES // page_bytes)
+    ids = np.random.default_rng(0).permutation(num_pages)[: len(step.seqs) * columns]
+    tables = ids.astype(np.int32).reshape(-1, columns)
     cache = PagedKVCache.abstract(
-        ids.size, step.num_kv_heads, step.page_size, step.head_dim,
+        num_pages, step.num_kv_heads, step.page_size, step.head_dim,
         dtype=jnp.dtype(step.dtype), kv_layout="fused", mesh=mesh,
     )  # fmt: skip
 
@@ -145,7 +150,7 @@ def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
 
     dims = (step.num_queries, step.num_heads, step.head_dim)
     query = jax.ShapeDtypeStruct(dims, step.dtype)
-    arguments = (query, cache, step.context_lens, step.query_lens, ids.reshape(-1, columns))
+    arguments = (query, cache, step.context_lens, step.query_lens, tables)
     return Subject(step.name, "", plan_and_attend, arguments, step.kv_bytes, flops=step.flops)
 
 
