@@ -146,7 +146,11 @@ def add_sinks(partial: Partial, sinks: Float[Array, " heads"]) -> Partial:
 
 
 def mark(partial: Partial, invalid: Bool[Array, " batch"] | None) -> Partial:
-    """Gives invalid queries an lse of NaN, of which `finish` makes a result of NaN."""
+    """Gives invalid queries an lse of NaN, of which `finish` makes a result of NaN.
+
+    Only when all is merged: where an exponential or a maximum follows a select of a NaN that is
+    written in the program, XLA's CPU compiler may take it that there is no NaN, and drop it.
+    """
     if invalid is None:
         return partial
     return partial._replace(lse=jnp.where(invalid[:, None], jnp.nan, partial.lse))

@@ -14,8 +14,8 @@ issue: the compiled kernel executed on a modelled core, waits for results ('empt
 included; HBM: the bytes that a call must read at the chip's bandwidth (what it moves, for kernels
 without such a figure); MXU: the time of its matrix units for what a step's queries see. us:
 microseconds if copies cost nothing ('issue only'), or if HBM's full bandwidth comes with this
-latency; '10 ns' is the least that a copy then occupies HBM. Nothing here was measured on a TPU: what
-a copy costs there is not published."""
+latency; '10 ns' is the least that a copy then occupies HBM. Nothing here was measured on a TPU:
+what a copy costs there is not published."""
 
 
 def table(rows: Sequence[Executed]) -> str:
