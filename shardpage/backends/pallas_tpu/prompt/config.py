@@ -17,6 +17,7 @@ from ..sizes import vmem_page_bytes
 # Rows that a matmul has of each KV head: so many that loading the keys into it is nothing beside.
 _TILE_ROWS = 2048
 _PART_ROWS = 1024
+_STAGE_ROWS = 256  # of small parts together
 _MAX_TILE_TOKENS = 256
 _BLOCK_TOKENS = 1024
 _MASKED_TOKENS = 256
@@ -73,6 +74,12 @@ class Config:
     def num_parts(self) -> int:
         return self.format.num_kv_heads * (self.rows // self.part_rows)
 
+    @property
+    def stage_parts(self) -> int:
+        """Parts that are worked on at once, so that each hides what the others wait for."""
+        most = max(1, _STAGE_ROWS // self.part_rows)
+        return max(n for n in range(1, most + 1) if self.num_parts % n == 0)
+
     def part(self, number: Any) -> tuple[Any, Any]:
         """The KV head of a part, and its rows."""
         per_head = self.rows // self.part_rows
@@ -112,7 +119,7 @@ class Config:
         sums = 4 * rows * (2 * LANES + row)
         moved = 2 * 4 * tokens * row
         scores = 4 * self.format.pack * self.part_rows * round_up(self.block_rows, LANES)
-        logits = 3 * (scores + 4 * self.part_rows * LANES)
+        logits = 3 * self.stage_parts * (scores + 4 * self.part_rows * LANES)
         return pages + queries + sums + moved + logits
 
 

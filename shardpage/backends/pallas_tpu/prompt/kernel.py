@@ -326,8 +326,9 @@ def scratch_shapes(config: Config) -> Scratch:
             float32(kv_heads, rows, row_dim),
         ),
         stages=softmax.Stages(
-            (float32(page_format.pack, config.part_rows, config.block_rows),) * 2,
-            (float32(config.part_rows, LANES),) * 2,
+            (float32(config.stage_parts, page_format.pack, config.part_rows, config.block_rows),)
+            * 2,
+            (float32(config.stage_parts, config.part_rows, LANES),) * 2,
         ),
         out=float32(tokens, config.head_rows, row_dim),
         lse=float32(config.head_rows, tokens),

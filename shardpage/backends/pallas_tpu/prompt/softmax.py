@@ -30,11 +30,21 @@ class Sums(NamedTuple):
     out: Any  # [kv_heads, rows, row_dim], not yet divided by the total
 
 
-class Stages(NamedTuple):
-    """References to what one part of the rows leaves for the next stage: of each, two in turn."""
+class Place(NamedTuple):
+    """References to what one part of the rows leaves for the next stage."""
 
     scores: Any  # [pack, part_rows, block_rows]
     largest: Any  # [part_rows, 128], of each row, repeated over the lanes
+
+
+class Stages(NamedTuple):
+    """The places of the parts of two stages, in turn."""
+
+    scores: Any  # of each [stage_parts, pack, part_rows, block_rows]
+    largest: Any  # of each [stage_parts, part_rows, 128]
+
+    def at(self, turn: int, index: int) -> Place:
+        return Place(self.scores[turn].at[index], self.largest[turn].at[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +96,7 @@ def attend(
 ) -> None:
     """Adds a block to the sums of all KV heads.
 
-    Scores of one part of the rows are computed while the weights of the one before are: the one
+    Scores of some parts of the rows are computed while the weights of those before are: the one
     keeps the matrix unit busy, the other the vector unit.
 
     Args:
@@ -95,27 +105,35 @@ def attend(
       spans: [tile_tokens, 128], the tokens `[start, stop)` of each query in its first two lanes,
         counted from the block's first; None if all see the whole block.
     """
-    num_parts = block.config.num_parts
-    score = lambda number, turn: _score(stages, turn, queries, block, number, logits, spans)
-    add = lambda number, turn: _add(
-        sums, stages, turn, block, number, begins, masked=spans is not None
-    )
+    config = block.config
+
+    def score(number: Any, turn: int) -> None:
+        for index in range(config.stage_parts):
+            part, place = number * config.stage_parts + index, stages.at(turn, index)
+            _score(place, queries, block, part, logits, spans)
+
+    def add(number: Any, turn: int) -> None:
+        for index in range(config.stage_parts):
+            part, place = number * config.stage_parts + index, stages.at(turn, index)
+            _add(sums, place, block, part, begins, masked=spans is not None)
+
+    num_stages = config.num_parts // config.stage_parts
     score(0, 0)
 
-    @pl.loop(0, (num_parts - 1) // 2)
+    @pl.loop(0, (num_stages - 1) // 2)
     def _(pair):
         for turn in range(2):
             score(2 * pair + turn + 1, 1 - turn)
             add(2 * pair + turn, turn)
 
-    if num_parts % 2 == 0:
-        score(num_parts - 1, 1)
-        add(num_parts - 2, 0)
-    add(num_parts - 1, 1 - num_parts % 2)
+    if num_stages % 2 == 0:
+        score(num_stages - 1, 1)
+        add(num_stages - 2, 0)
+    add(num_stages - 1, 1 - num_stages % 2)
 
 
 def _score(
-    stages: Stages, turn: int, queries: Any, block: Block, number: Any, logits: Logits, spans: Any
+    place: Place, queries: Any, block: Block, number: Any, logits: Logits, spans: Any
 ) -> None:
     """Logits of a part of the rows, and the largest of each."""
     config = block.config
@@ -130,25 +148,18 @@ def _score(
         score = logits.of_scaled(dot(queries[head, copy, rows], keys, over=1) * logits.factor)
         if spans is not None:
             score = _masked(config, finite_or_nan(score), spans, flaws[copy], copy)
-        stages.scores[turn][copy, :, : block.rows] = score
+        place.scores[copy, :, : block.rows] = score
         peak = jnp.max(score, axis=1, keepdims=True)
         if spans is None and logits.soft_cap is None:
             # One of -inf must not pass for one that is masked.
             peak = jnp.where(jnp.min(score, axis=1, keepdims=True) > -jnp.inf, peak, jnp.nan)
         peaks.append(peak)
     largest = functools.reduce(jnp.maximum, peaks)
-    stages.largest[turn][...] = jnp.broadcast_to(largest, (config.part_rows, LANES))
+    place.largest[...] = jnp.broadcast_to(largest, (config.part_rows, LANES))
 
 
 def _add(
-    sums: Sums,
-    stages: Stages,
-    turn: int,
-    block: Block,
-    number: Any,
-    begins: jax.Array,
-    *,
-    masked: bool,
+    sums: Sums, place: Place, block: Block, number: Any, begins: jax.Array, *, masked: bool
 ) -> None:
     """Adds a part's scores to its sums."""
     config = block.config
@@ -157,13 +168,13 @@ def _add(
     if masked:
         values, _ = _silenced(config, values)
     before = jnp.where(begins, -FLOAT32_MAX, sums.maximum[head, rows])
-    largest = stages.largest[turn][...]
+    largest = place.largest[...]
     maximum = jnp.where(largest == largest, jnp.maximum(before, largest), jnp.nan)
     fade = jnp.exp2(before - maximum)
     total = jnp.where(begins, 0.0, sums.total[head, rows]) * fade
     products = []
     for copy in range(config.format.pack):
-        score = stages.scores[turn][copy, :, : block.rows]
+        score = place.scores[copy, :, : block.rows]
         weights = jnp.exp2(score - across(maximum, score.shape[1]))
         total += _lane_sums(weights)
         products.append(dot(weights.astype(config.format.compute_dtype), values, over=0))
