@@ -165,6 +165,7 @@ def _attend_and_merge(
     if final:
         return partial.out, partial.lse
     with jax.named_scope("merge"):
+        partial = mark(partial, reads.invalid_in(cache))
         if context and out_split:
             partial, sinks = merge_scattered(partial, context), _own_heads(sinks, context)
         elif context:
@@ -172,8 +173,7 @@ def _attend_and_merge(
             partial = merge_over_axis(partial, context, gather_up_to_bytes=limit)
         if sinks is not None:
             partial = add_sinks(partial, sinks)
-        # All devices that share a query know whether it is invalid.
-        partial = finish(mark(partial, reads.invalid_in(cache)), query.dtype)
+        partial = finish(partial, query.dtype)
         return partial.out, partial.lse
 
 

@@ -146,22 +146,22 @@ def add_sinks(partial: Partial, sinks: Float[Array, " heads"]) -> Partial:
 
 
 def mark(partial: Partial, invalid: Bool[Array, " batch"] | None) -> Partial:
-    """Gives invalid queries an lse of NaN, of which `finish` makes a result of NaN.
+    """Gives invalid queries an lse of inf: of that a merge makes NaN, and so does `finish`.
 
-    Only when all is merged: where an exponential or a maximum follows a select of a NaN that is
-    written in the program, XLA's CPU compiler may take it that there is no NaN, and drop it.
+    Not of NaN: where an exponential or a maximum follows a select of a NaN that is written in the
+    program, XLA's CPU compiler may take it that there is none, and the mark is gone.
     """
     if invalid is None:
         return partial
-    return partial._replace(lse=jnp.where(invalid[:, None], jnp.nan, partial.lse))
+    return partial._replace(lse=jnp.where(invalid[:, None], jnp.inf, partial.lse))
 
 
 def spread_nan(partial: Partial) -> Partial:
-    """Makes a head NaN as a whole where its lse is NaN or any of its output is not finite.
+    """Makes a head NaN as a whole where its lse is NaN or inf, or any of its output not finite.
 
     A weighted mean of finite values is finite: what is not has read a NaN or an infinity.
     """
-    broken = jnp.isnan(partial.lse) | ~jnp.all(jnp.isfinite(partial.out), axis=-1)
+    broken = ~(partial.lse < jnp.inf) | ~jnp.all(jnp.isfinite(partial.out), axis=-1)
     nan = lambda where, x: jnp.where(where, jnp.nan, x)
     return Partial(nan(broken[..., None], partial.out), nan(broken, partial.lse))
 
