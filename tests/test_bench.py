@@ -232,6 +232,7 @@ class TestSteps:
         assert Row.from_json(rows[peers.OURS].to_json()) == rows[peers.OURS]
 
 
+@pytest.mark.usefixtures("small")
 class TestCommand:
     def test_all_of_it(self, tmp_path):
         kept, picture = tmp_path / "new.json", tmp_path / "new.png"
