@@ -14,6 +14,7 @@ CoresMode = Literal["auto", "off", "kv_head", "batch"]
 # `UNCAPPED`. Only beyond this cap could such a quotient be flushed to 0, and be told by it.
 HUGE_SOFT_CAP = 2.0**64
 UNCAPPED = 2.0**-12
+_SMALLEST_NORMAL = 2.0**-126
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,16 @@ class Tuning:
         if type(self.interpret).__name__ not in of_pallas:
             what = "True, False or None (only where there is no TPU)"
             instance("interpret", self.interpret, bool | None, what)
+
+
+def factor_under_cap(scale: float, soft_cap: float) -> float | None:
+    """`scale / soft_cap`, with which a kernel makes quotients in one product per logit.
+
+    None if float32 could flush the factor, or a quotient that matters.
+    """
+    factor = scale / soft_cap
+    is_normal = _SMALLEST_NORMAL <= abs(factor) < 1 / _SMALLEST_NORMAL
+    return factor if is_normal and soft_cap <= HUGE_SOFT_CAP else None
 
 
 def _set(options: Any, name: str, check: Any, meaning: str) -> None:

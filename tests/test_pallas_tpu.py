@@ -17,10 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 from shardpage import PagedKVCache
 from shardpage.backends import pallas_tpu, xla
 from shardpage.backends.pallas_tpu import softmax, walk
-from shardpage.backends.pallas_tpu.chip import UNKNOWN_CHIP
+from shardpage.backends.pallas_tpu.chip import MIB, UNKNOWN_CHIP
 from shardpage.backends.pallas_tpu.config import check_format, configure
 from shardpage.backends.pallas_tpu.geometry import Geometry
-from shardpage.backends.pallas_tpu.sizes import Sizes
+from shardpage.backends.pallas_tpu.sizes import Sizes, heads_per_pass
 from shardpage.options import Attention, Tuning
 from shardpage.page_format import KVLayout, PageFormat
 from shardpage.plan import Reads, Writes
@@ -171,6 +171,31 @@ def test_packed_rows_with_any_number_of_queries(head_dim, queries):
     case = Case(f"g{queries}_dim{head_dim}", num_seqs=3, num_heads=2 * queries, num_kv_heads=2,
                 head_dim=head_dim, page_size=8 * pack, sliding_window=11 * pack)  # fmt: skip
     check(case, packed=True)
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "head_dim", "page"), [(64, 1, 128, 64), (48, 3, 64, 256)]
+)
+def test_large_pages_are_worked_on_some_heads_after_the_others(heads, queries, head_dim, page):
+    """Blocks of 4 and 6 MiB, in two and three passes; NaN in one head of one value."""
+    lens = (page + 3, 0, 2 * page)
+    case = Case("large", num_seqs=3, lens=lens, num_heads=heads * queries, num_kv_heads=heads,
+                head_dim=head_dim, page_size=page, max_blocks=2)  # fmt: skip
+    inputs = make(case, "fused", packed=True)
+    rows = PageFormat(KVLayout.FUSED, heads, page, head_dim, head_dim, FLOAT32, 128 // head_dim)
+    assert heads_per_pass(Geometry(rows, queries), 1) == {64: 32, 48: 16}[heads]
+    tuning = Tuning(
+        backend="pallas_tpu", chip=dataclasses.replace(UNKNOWN_CHIP, vmem_bytes=64 * MIB)
+    )
+    clean = attend_as(inputs, tuning)
+    tolerance.assert_within_rounding(inputs, *clean)
+    inputs.key_cache = inputs.key_cache.copy()
+    inputs.key_cache[inputs.block_tables[2, 1], 1, 5, 9, 7] = np.nan
+    seen = np.zeros(clean[1].shape, bool)
+    seen[2, 5 * queries : 6 * queries] = True
+    for one, other in zip(clean, attend_as(inputs, tuning), strict=True):
+        assert np.isnan(other[seen]).all()
+        np.testing.assert_array_equal(other[~seen], one[~seen])
 
 
 @pytest.mark.parametrize("pages", [1, 3])

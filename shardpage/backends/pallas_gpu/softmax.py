@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ...options import HUGE_SOFT_CAP, UNCAPPED, Attention
+from ...options import UNCAPPED, Attention, factor_under_cap
 from .mosaic import MMA_ROWS, load
 
 WGMMA = plgpu.Layout.WGMMA
@@ -46,10 +46,11 @@ class Logits:
         if self.soft_cap is None:
             logits = products if self.scale > 0 else products * (self.scale * LOG2E)
             return logits + logits * 0.0
-        ratio = products * (self.scale / self.soft_cap)
+        factor = factor_under_cap(self.scale, self.soft_cap)
+        ratio = products * self.scale / self.soft_cap if factor is None else products * factor
         ratio = ratio + ratio * 0.0
         capped = jnp.tanh(ratio) * (self.soft_cap * LOG2E)
-        if self.soft_cap <= HUGE_SOFT_CAP:
+        if factor is not None:
             return capped
         return jnp.where(jnp.abs(ratio) < UNCAPPED, products * (self.scale * LOG2E), capped)
 

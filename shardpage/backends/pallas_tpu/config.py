@@ -6,7 +6,14 @@ from ...options import Tuning
 from ...page_format import PageFormat
 from .chip import Chip, chip_of
 from .geometry import LANES, SUBLANES, Geometry
-from .sizes import Demand, Sizes, choose_sizes, query_vmem_bytes, vmem_page_bytes
+from .sizes import (
+    Demand,
+    Sizes,
+    choose_sizes,
+    heads_per_pass,
+    query_vmem_bytes,
+    vmem_page_bytes,
+)
 from .walk import Lengths
 
 _DTYPES = ("float32", "bfloat16")
@@ -43,6 +50,13 @@ class Config:
     def num_parts(self) -> int:
         """Results of the kernel that are merged for each query and head."""
         return self.lengths.num_cores * self.num_splits * self.geometry.format.pack
+
+    @property
+    def heads_per_pass(self) -> int:
+        """KV heads of a step that are worked on at once; all if it has several blocks."""
+        if self.sizes.step_blocks > 1:
+            return self.geometry.format.num_kv_heads
+        return heads_per_pass(self.geometry, self.sizes.block_pages)
 
     @property
     def num_segments(self) -> int:

@@ -191,20 +191,41 @@ class Kernel:
     def work(self, step: jax.Array, ring: int, place: jax.Array) -> None:
         """Works on the blocks of a step, of which each begins, goes on with or ends a segment."""
         blocks = [self.agenda.block(step, index) for index in range(self.sizes.step_blocks)]
+        if self.config.heads_per_pass < self.config.geometry.format.num_kv_heads:
+            (block,) = blocks
+            self.work_in_passes(block, ring, place)
+            return
         views = [self.view(block, index, ring, place) for index, block in enumerate(blocks)]
         found = softmax.attend(views, self.how.logits)
         sums = softmax.load(self.sums)
         for block, new in zip(blocks, found, strict=True):
             sums = softmax.add(softmax.forget(sums, block.begins == 1), new)
-            # Each block of a segment overwrites what the one before it left.
-            out, lse = softmax.finish(sums)
-            if self.how.final:
-                broken = softmax.broken(out)
-                out += broken
-                self.suspect[...] += broken.reshape(-1, *self.suspect.shape).sum(axis=0)
-            self.out[0, block.segment] = out.astype(self.out.dtype)
-            self.lse[0, block.segment] = softmax.as_lanes(lse, self.config.geometry.lse_tiles)
+            self.leave(sums, block)
         softmax.store(self.sums, sums)
+
+    def work_in_passes(self, block: Block, ring: int, place: jax.Array) -> None:
+        """Works on a large block: some heads after the others, lest the code become too long."""
+        whole, heads = self.view(block, 0, ring, place), self.config.heads_per_pass
+
+        @pl.loop(0, self.config.geometry.format.num_kv_heads // heads)
+        def _(index):
+            view, rows = whole.of_heads(index * heads, heads)
+            (new,) = softmax.attend([view], self.how.logits)
+            refs = softmax.Sums(*(ref.at[rows] for ref in self.sums))
+            sums = softmax.forget(softmax.load(refs), block.begins == 1)
+            softmax.store(refs, softmax.add(sums, new))
+
+        self.leave(softmax.load(self.sums), block)
+
+    def leave(self, sums: softmax.Sums, block: Block) -> None:
+        """Leaves a segment's result: each of its blocks overwrites what the one before it left."""
+        out, lse = softmax.finish(sums)
+        if self.how.final:
+            broken = softmax.broken(out)
+            out += broken
+            self.suspect[...] += broken.reshape(-1, *self.suspect.shape).sum(axis=0)
+        self.out[0, block.segment] = out.astype(self.out.dtype)
+        self.lse[0, block.segment] = softmax.as_lanes(lse, self.config.geometry.lse_tiles)
 
     def view(self, block: Block, index: int, ring: int, place: jax.Array) -> softmax.View:
         num_pages = self.sizes.block_pages

@@ -58,6 +58,12 @@ class Geometry:
         heads = self.rows_per_group // self.rows_per_head
         return range(group * heads, min((group + 1) * heads, self.format.num_kv_heads))
 
+    def of_heads(self, num_kv_heads: int) -> "Geometry":
+        """The rows of some of the KV heads."""
+        return dataclasses.replace(
+            self, format=dataclasses.replace(self.format, num_kv_heads=num_kv_heads)
+        )
+
     @property
     def lse_tiles(self) -> int:
         """Tiles of 128 lanes that hold a logarithm for each row."""

@@ -15,6 +15,7 @@ from .geometry import LANES, SUBLANES, Geometry, round_up
 
 _STEP_BYTES = 4 * MIB
 _BLOCK_BYTES = 2 * MIB
+_PASS_BYTES = 2 * MIB
 _MIN_BLOCK_TOKENS = 128
 _MAX_BLOCK_TOKENS = 512
 # Tiles of logits, 8 rows of 128 tokens, that a step's softmaxes keep in registers.
@@ -131,6 +132,22 @@ def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> 
             f"and is read in windows of {LANES}; use at most {LANES}, or None"
         )
     return dataclasses.replace(sizes, paged=True)
+
+
+def heads_per_pass(geometry: Geometry, block_pages: int) -> int:
+    """KV heads of a block that one straight piece of code works on: all, unless they are large.
+
+    A compiler's time grows with the square of such a piece: 16 MiB took it 24 GiB of memory.
+    """
+    num_heads, row_tile = geometry.format.num_kv_heads, 2 * SUBLANES  # of bfloat16 rows
+    apart = [
+        heads
+        for heads in range(1, num_heads)
+        if num_heads % heads == 0 and heads * geometry.rows_per_head % row_tile == 0
+    ]
+    head_bytes = block_pages * vmem_page_bytes(geometry.format) / num_heads
+    fitting = [heads for heads in (*apart, num_heads) if heads * head_bytes <= _PASS_BYTES]
+    return max(fitting, default=min(apart, default=num_heads))
 
 
 def _wanted(demand: Demand, chip: Chip, block_pages: int) -> Sizes:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...options import HUGE_SOFT_CAP, UNCAPPED
+from ...options import UNCAPPED, factor_under_cap
 from .geometry import LANES, Geometry
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -34,7 +34,9 @@ class Logits:
     @property
     def factor(self) -> float:
         """What dot products are multiplied by before anything else."""
-        return self.scale * LOG2_E if self.soft_cap is None else self.scale / self.soft_cap
+        if self.soft_cap is None:
+            return self.scale * LOG2_E
+        return factor_under_cap(self.scale, self.soft_cap) or self.scale
 
     def __call__(self, dots: jax.Array) -> jax.Array:
         logits = self.of_scaled(dots * self.factor)
@@ -44,10 +46,11 @@ class Logits:
         """Logits of dot products times the factor; without a cap one may be -inf."""
         if self.soft_cap is None:
             return scaled
-        logits = jnp.tanh(scaled) * (self.soft_cap * LOG2_E)
-        if self.soft_cap > HUGE_SOFT_CAP:
-            uncapped = scaled * (self.soft_cap * LOG2_E)
-            logits = jnp.where(jnp.abs(scaled) < UNCAPPED, uncapped, logits)
+        is_ratio = factor_under_cap(self.scale, self.soft_cap) is not None
+        ratio = scaled if is_ratio else scaled / self.soft_cap
+        logits = jnp.tanh(ratio) * (self.soft_cap * LOG2_E)
+        if not is_ratio:
+            logits = jnp.where(jnp.abs(ratio) < UNCAPPED, scaled * LOG2_E, logits)
         return jnp.where(jnp.abs(scaled) <= FLOAT32_MAX, logits, jnp.nan)
 
 
@@ -88,6 +91,18 @@ class View:
     def num_rows(self) -> int:
         """Cache rows per KV head."""
         return self.num_pages * self.geometry.format.page_rows
+
+    def of_heads(self, first: Any, count: int) -> tuple["View", Any]:
+        """What some KV heads see of it, from a multiple of `count` on; and their rows."""
+        part = self.geometry.of_heads(count)
+        rows = pl.ds(pl.multiple_of(first * part.rows_per_head, part.rows), part.rows)
+        axes = 3 if part.format.fused else 2  # before the heads
+        heads = (*(slice(None),) * axes, pl.ds(first, count))
+        changed: dict[str, Any] = {
+            "buffers": [buffer.at[heads] for buffer in self.buffers],
+            "query": self.query.at[rows],
+        }
+        return dataclasses.replace(self, geometry=part, **changed), rows
 
     def keys(self, head: int) -> jax.Array:
         """A head's keys, [num_rows, row_dim]."""
