@@ -311,7 +311,8 @@ class TestWalk:
         spans = (jnp.asarray(x, jnp.int32) for x in (range(len(start)), start, stop))
         is_invalid = np.isin(range(len(start)), invalid)
         schedule = walk.schedule(*spans, jnp.asarray(is_invalid), lengths)
-        fields = np.asarray(schedule.blocks).reshape(num_cores, -1, len(walk.Block._fields))
+        fields = np.transpose(schedule.blocks, (0, 3, 2, 1))  # by core, step and block
+        fields = fields.reshape(num_cores, -1, len(walk.Block._fields))
         steps = []
         for core, blocks in enumerate(map(lambda x: [walk.Block(*y) for y in x], fields.tolist())):
             count = int(schedule.num_blocks[core])

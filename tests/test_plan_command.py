@@ -168,11 +168,11 @@ class TestPod:
             assert all(row.temp_bytes <= first.temp_bytes for row in rest)
         else:
             assert {row.cache_bytes for row in rows} == {first.cache_bytes}
-            # A longer context has a longer block table, 4 bytes per page and sequence, and more
-            # blocks to walk: 8 values each, which a TPU's tiles pad to 16 times as many bytes.
+            # A longer context has a longer block table, 4 bytes per page and sequence, and a walk of
+            # as many bytes, which is there twice where scalar memory does not hold it.
             tables = [4 * 4 * row.context // 64 for row in rows]
             for row, table in zip(rows, tables, strict=True):
-                assert row.temp_bytes <= 1.05 * first.temp_bytes + 20 * table
+                assert row.temp_bytes <= 1.05 * first.temp_bytes + 5 * table
             assert {row.num_collectives for row in rows} == {first.num_collectives}
             # What a ring sends tends to twice the bytes of the merge as the group grows.
             assert all(row.sent_bytes <= 2 * first.sent_bytes for row in rest)

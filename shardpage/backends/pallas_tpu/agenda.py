@@ -24,10 +24,11 @@ NUM_FIELDS = len(Block._fields)
 class Resident:
     """All steps and page ids in scalar memory, flat."""
 
-    steps: Any  # of all cores
+    blocks: Any  # [num_cores * fields * step_blocks * num_steps]
     ids: Any
     width: int  # ids per row
-    first_step: jax.Array | int  # of this core
+    core: jax.Array | int
+    num_steps: int  # of each core
     sizes: Sizes
 
     def begin(self) -> None:
@@ -40,8 +41,9 @@ class Resident:
         """Nothing to wait for."""
 
     def block(self, step: jax.Array, index: jax.Array | int) -> Block:
-        at = (self.first_step + step) * (self.sizes.step_blocks * NUM_FIELDS)
-        return _block(self.steps, at, index)
+        of_field = self.sizes.step_blocks * self.num_steps
+        first = self.core * (NUM_FIELDS * of_field) + step + index * self.num_steps
+        return _block(self.blocks, first, of_field)
 
     def first_id(self, block: Block, step: jax.Array, index: jax.Array | int) -> jax.Array:
         """Where the page ids of a block begin."""
@@ -56,14 +58,14 @@ class Paged:
     KiB per block buys a pipeline without branches. Steps past the end fetch something all the same.
     """
 
-    steps_in_hbm: Any  # [num_cores * num_steps, 1, step_lanes]
+    steps_in_hbm: Any  # [num_cores * num_steps, 1, step_lanes]; of a step its fields in turn
     ids_in_hbm: Any  # [rows * windows + 1, 1, 128]
     steps: Any  # [agenda_steps * step_lanes]
     ids: Any  # [agenda_steps * step_blocks * 256]
     step_semaphores: Any  # [agenda_steps]
     id_semaphores: Any  # [agenda_steps]
     windows: int  # of ids per row
-    first_step: jax.Array | int  # of this core
+    core: jax.Array | int
     num_steps: int  # of each core
     sizes: Sizes
 
@@ -85,14 +87,15 @@ class Paged:
             self._wait_ids(step + ahead)
 
     def block(self, step: jax.Array, index: jax.Array | int) -> Block:
-        return _block(self.steps, self._place(step) * self.sizes.step_lanes, index)
+        first = self._place(step) * self.sizes.step_lanes + index
+        return _block(self.steps, first, self.sizes.step_blocks)
 
     def first_id(self, block: Block, step: jax.Array, index: jax.Array | int) -> jax.Array:
         """Where the page ids of a block begin."""
         return self._windows(step, index) + lax.rem(block.first_page, LANES)
 
     def _start_step(self, step: jax.Array) -> None:
-        step_in_hbm = self.first_step + jnp.minimum(step, self.num_steps - 1)
+        step_in_hbm = self.core * self.num_steps + jnp.minimum(step, self.num_steps - 1)
         self._copy_step(self.steps_in_hbm.at[step_in_hbm, 0], step).start()
 
     def _wait_step(self, step: jax.Array) -> None:
@@ -133,5 +136,5 @@ class Paged:
         return step & (self.sizes.agenda_steps - 1)
 
 
-def _block(steps: Any, first: jax.Array, index: jax.Array | int) -> Block:
-    return Block(*(steps[first + (index * NUM_FIELDS + field)] for field in range(NUM_FIELDS)))
+def _block(blocks: Any, first: jax.Array, stride: int) -> Block:
+    return Block(*(blocks[first + field * stride] for field in range(NUM_FIELDS)))

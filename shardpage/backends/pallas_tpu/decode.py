@@ -73,8 +73,9 @@ def _as_in_memory(config: Config, schedule: walk.Schedule, ids: jax.Array) -> Wo
     if config.sizes.paged:
         ids = _padded(ids, round_up(ids.shape[1], LANES)).reshape(-1, 1, LANES)
         ids = jnp.pad(ids, ((0, 1), (0, 0), (0, 0)))  # windows come in twos
-        blocks = schedule.blocks.reshape(-1, 1, schedule.blocks.shape[-1])
-        blocks = _padded(blocks, config.sizes.step_lanes)
+        num_cores, *_, num_steps = schedule.blocks.shape
+        blocks = schedule.blocks.reshape(num_cores, -1, num_steps).mT  # by step
+        blocks = _padded(blocks.reshape(num_cores * num_steps, 1, -1), config.sizes.step_lanes)
     else:
         ids, blocks = ids.reshape(-1), schedule.blocks.reshape(-1)
         ids = _padded(ids, len(ids) + config.sizes.block_pages)  # read, not used

@@ -76,12 +76,12 @@ class Kernel:
         self.sums, self.suspect = scratch.sums, scratch.suspect
         walk_core = 0 if by_heads else core
         num_steps = config.lengths.num_steps(config.num_queries)
-        whose = {"first_step": walk_core * num_steps, "sizes": config.sizes}
+        whose = {"core": walk_core, "num_steps": num_steps, "sizes": config.sizes}
         if config.sizes.paged:
             semaphores = (scratch.step_semaphores, scratch.id_semaphores)
             buffers = (schedule.blocks, ids, scratch.steps, scratch.ids, *semaphores)
             windows = -(-config.max_pages // LANES)
-            self.agenda = Paged(*buffers, windows, num_steps=num_steps, **whose)
+            self.agenda = Paged(*buffers, windows, **whose)
         else:
             self.agenda = Resident(schedule.blocks, ids, config.max_pages, **whose)
         page_format = config.geometry.format

@@ -58,7 +58,8 @@ class Lengths:
 class Schedule(NamedTuple):
     """The walks of all cores."""
 
-    blocks: Int[Array, "num_cores steps fields"]  # the `Block`s of a step, one after the other
+    blocks: Int[Array, "num_cores fields step_blocks steps"]  # last what there are most of: the
+    # other way round a TPU's tiles pad them to sixteen times their bytes
     num_blocks: Int[Array, " num_cores"]
     vacant: Int[Array, "num_cores segments"]  # first those without blocks; see `vacancy`
     num_vacant: Int[Array, " num_cores"]
@@ -93,8 +94,10 @@ def schedule(
     low = jnp.minimum(share * jnp.arange(num_cores, dtype=jnp.int32), after[-1])[:, None]
     high = jnp.minimum(low + share, after[-1])
     held = jnp.maximum(before, low) < jnp.minimum(after, high)
-    shape = (num_cores, lengths.num_steps(num_queries), lengths.sizes.step_blocks)
-    index = low + jnp.arange(shape[1] * shape[2], dtype=jnp.int32)
+    num_steps, step_blocks = lengths.num_steps(num_queries), lengths.sizes.step_blocks
+    shape = (num_cores, step_blocks, num_steps)
+    step, place = (jnp.arange(n, dtype=jnp.int32) for n in (num_steps, step_blocks))
+    index = low + (step * step_blocks + place[:, None]).reshape(-1)
     pick = _picker(jnp.minimum(index, high - 1), before, after)
     segment = pick(jnp.arange(num_queries * num_splits, dtype=jnp.int32))
     block = jnp.minimum(index, high - 1) + pick(first - before)
@@ -103,7 +106,7 @@ def schedule(
     pages = jnp.clip(-(-stop // lengths.page_size), 0, lengths.sizes.block_pages)
     there = index < high
     num_pages = jnp.where(there, pages, 0)
-    step_pages = num_pages.reshape(shape).sum(axis=-1, keepdims=True, dtype=jnp.int32)
+    step_pages = num_pages.reshape(shape).sum(axis=1, keepdims=True, dtype=jnp.int32)
     fields = Block(
         start=jnp.where(there, jnp.maximum(start, 0), 0),
         stop=jnp.where(there, stop, 0),
@@ -114,8 +117,7 @@ def schedule(
         segment=segment,
         step_pages=jnp.broadcast_to(step_pages, shape),
     )
-    fields = [x.reshape(shape) for x in fields]
-    blocks = jnp.stack(fields, axis=-1).reshape(*shape[:2], -1)
+    blocks = jnp.stack([x.reshape(shape) for x in fields], axis=1)
     return Schedule(blocks, (high - low)[:, 0], *_vacant(held, jnp.repeat(invalid, num_splits)))
 
 
