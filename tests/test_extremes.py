@@ -113,11 +113,10 @@ class TestExtremeOptions:
 
     def test_a_scale_that_only_its_cap_makes_too_small_counts(self, backend, spec):
         """Their quotient is 2**-133, which is flushed to 0; the logits are as usual."""
-        inputs, where = on(
-            spec, named("plain").replace(attn_scale=2.0**-103, attn_logits_soft_cap=2.0**30)
-        )
-        inputs.query *= np.float32(2.0**100)
-        out_lse = attend(inputs, backend, **where)
+        case = named("plain").replace(attn_scale=0.125, attn_logits_soft_cap=2.0**30)
+        inputs, where = on(spec, case)
+        inputs.query = inputs.query * np.float32(2.0**100)
+        out_lse = attend(inputs, backend, attn_scale=2.0**-103, **where)
         tolerance.assert_within_rounding(inputs, *out_lse)
 
     def test_a_window_past_any_context_changes_nothing(self, backend, spec):

@@ -168,7 +168,7 @@ class TestPod:
             assert all(row.temp_bytes <= first.temp_bytes for row in rest)
         else:
             assert {row.cache_bytes for row in rows} == {first.cache_bytes}
-            # A longer context has a longer block table, 4 bytes per page and sequence, and a walk of
+            # A longer context has a longer table, 4 bytes per page and sequence, and a walk of
             # as many bytes, which is there twice where scalar memory does not hold it.
             tables = [4 * 4 * row.context // 64 for row in rows]
             for row, table in zip(rows, tables, strict=True):

@@ -239,6 +239,22 @@ def test_gradients_are_those_of_finite_differences(spec, step):
     assert sum(jax.tree.leaves(products)) == pytest.approx(numeric, rel=2e-2, abs=2e-2)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_temporaries_of_many_prompts_fit_96_mb(dtype):
+    """8192 queries over 64 sequences of 8192 tokens: no second array of results, no wider one."""
+    num_queries, num_seqs, pages = 8192, 64, 512
+    cache = shardpage.PagedKVCache.abstract(num_seqs * pages, 8, 16, 128, dtype=dtype)
+
+    def plan_and_attend(query, cache, lens, tables):
+        options = {"query_lens": lens, "num_queries": num_queries, "num_heads": 32}
+        return shardpage.attend(query, cache, shardpage.make_plan(cache, lens, tables, **options))
+
+    ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    query = jax.ShapeDtypeStruct((num_queries, 32, 128), dtype)
+    lowered = jax.jit(plan_and_attend).lower(query, cache, ids(num_seqs), ids(num_seqs, pages))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 96e6
+
+
 class TestErrors:
     def test_a_plan_is_for_its_cache(self):
         inputs = steps.make(steps.named("decoding"))

@@ -100,6 +100,34 @@ def _ratios(report: dict[str, Any]) -> str:
     return _table(cells)
 
 
+def _two_cores(report: dict[str, Any]) -> str:
+    """Both cores of a chip: issue over HBM cycles, and microseconds at 1 us of latency."""
+    calls = {(c["case"], c["topology"], c["kernel"]): c for c in report["calls"]}
+    kinds = list(dict.fromkeys((topology, kernel) for _, topology, kernel in calls))
+    head = (f"{topology.partition(':')[0]}: {kernel}" for topology, kernel in kinds)
+    cells = [["case", *head]]
+    for case in dict.fromkeys(case for case, _, _ in calls):
+        found = (calls.get((case, *kind)) for kind in kinds)
+        shown = ("-" if c is None else f"{c['ratio']:.2f}, {c['us']['1 us']:.0f} us" for c in found)
+        cells.append([case, *shown])
+    return _table(cells)
+
+
+def _prompts(report: dict[str, Any]) -> str:
+    """Steps: issue over the time of the matrix units, and microseconds at 1 us of latency."""
+    calls = {(c["case"], c["topology"]): c for c in report["calls"]}
+    topologies = list(dict.fromkeys(topology for _, topology in calls))
+    cells = [["step", *(t.partition(":")[0] for t in topologies)]]
+    for case in dict.fromkeys(case for case, _ in calls):
+        found = (calls.get((case, topology)) for topology in topologies)
+        shown = (
+            "-" if c is None else f"{c['cycles'] / c['mxu_cycles']:.2f}, {c['us']['1 us']:.0f} us"
+            for c in found
+        )
+        cells.append([case, *shown])
+    return _table(cells)
+
+
 def _microseconds(report: dict[str, Any]) -> str:
     """Times of this library's calls on one chip, under each model of memory."""
     calls = [c for c in report["calls"] if c["topology"] == "v6e:2x2"]
@@ -179,6 +207,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gpu_sharded": ("gpu_sharded", _with_source(_sharded)),
     "tpu_ratios": ("tpu_schedule", _ratios),
     "tpu_us": ("tpu_schedule", _microseconds),
+    "tpu_two_cores": ("tpu_two_cores", _two_cores),
+    "tpu_prompts": ("tpu_prompts", _prompts),
     "tpu_step": ("tpu_step", _step),
     "tpu_estimates": ("tpu_step", _estimates),
 }

@@ -1,6 +1,7 @@
 """`shardpage schedule`: where the cycles of a TPU kernel go, asked of the compiler alone."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,8 +34,12 @@ def schedule(
         list[str] | None, Option(help=f"One of {', '.join(KERNELS)}; by default decode.")
     ] = None,
     cores: Annotated[
-        str, Option(help="TensorCores of a v4 or v5p chip: off (one), auto, batch or kv_head.")
-    ] = "off",
+        list[str] | None,
+        Option(
+            help="TensorCores of a v4 or v5p chip: off (one), auto, batch or kv_head; by default "
+            "off."
+        ),
+    ] = None,
     subject: Annotated[
         str | None,
         Option(
@@ -71,7 +76,8 @@ def schedule(
 
     A modelled core runs the compiled program of a whole call, bundle by bundle: real branches, trip
     counts and copies, waits for results counted. What memory does is a model, of several latencies.
-    --topology, --case and --kernel may be repeated. See launch/schedule/README.md.
+    --topology, --case, --kernel and --cores may be
+    repeated. See launch/schedule/README.md.
     """
     for what, chosen, known in (("case", case, [*ALL]), ("kernel", kernel, [*KERNELS])):
         if unknown := [name for name in chosen or () if name not in known]:
@@ -85,7 +91,8 @@ def schedule(
                 work = Workload(Model.preset(step), batch, context, page_size)
                 _steps(topologies, mesh, work, json_file, say)
             else:
-                calls = _calls(topologies, case, kernel or ["decode"], cores, subject, say)
+                kernels = kernel or ["decode"]
+                calls = _calls(topologies, case, kernels, cores or ["off"], subject, say)
                 _executed(calls, phases, json_file, plot)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         _fail(str(error))
@@ -100,22 +107,25 @@ def _calls(
     topologies: Sequence[str],
     cases: Sequence[str] | None,
     kernels: Sequence[str],
-    cores: str,
+    modes: Sequence[str],
     subject: str | None,
     say: Callable[[str], None],
 ) -> Iterator[Executed]:
-    """All cases with all kernels; what JAX's kernels refuse is said, and left out."""
+    """All cases with all kernels; what is refused is said, and left out of several."""
     for topology in topologies:
         say(f"executing for {topology} ...")
         if subject is not None:
             yield from worker.call(worker.execute_file, topology, subject)
             continue
         for kernel in kernels:
-            for case in cases or [shape.name for shape in default_cases(kernel)]:
+            names = cases or [shape.name for shape in default_cases(kernel)]
+            for case, cores in itertools.product(names, modes):
                 try:
                     yield from worker.call(worker.execute_case, topology, kernel, case, cores)
                 except Exception as error:  # JAX's kernels assert what they do not have
-                    if not kernel.startswith("jax "):
+                    of_many = len(names) * len(modes) > 1
+                    refused = isinstance(error, ValueError | NotImplementedError) and of_many
+                    if not (kernel.startswith("jax ") or refused):
                         raise
                     reason = repr(error).partition("\\n")[0]
                     print(f"{topology} {case}: {kernel} fails: {reason}", file=sys.stderr)

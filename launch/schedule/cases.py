@@ -77,7 +77,8 @@ def subject(kernel: str, shape: Any, mesh: Mesh, cores: CoresMode) -> Subject:
     if isinstance(shape, Step) != (kernel == "step"):
         steps = "is" if isinstance(shape, Step) else "is not"
         raise ValueError(f"{shape.name!r} {steps} a whole step, which kernel 'step' is for")
-    return dataclasses.replace(KERNELS[kernel](shape, mesh, cores), kernel=kernel)
+    name = kernel if cores == "off" else f"{kernel}, {cores}"
+    return dataclasses.replace(KERNELS[kernel](shape, mesh, cores), kernel=name)
 
 
 def default_cases(kernel: str) -> Sequence[Shape | Step]:

@@ -9,12 +9,12 @@ is thereby spread over the lanes, and no lane waits for another. (The idea of St
     lane 1:  [query 1: blocks 1 2 3] [query 2: block 0]           part 2, part 3
     lane 2:  [query 2: block 1] [query 3: block 0] [query 4: 0]   part 4, part 5, part 6
 
-Each lane keeps one partial softmax per query, as part `query + lane`; the parts of one query merge
-at the end.
+Each lane keeps the partial softmax of the queries that it is at, and leaves it as part
+`query + lane` with every block; the parts of one query merge at the end.
 """
 
 import functools
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,8 @@ def attend(
     refuse_kernel_options(tuning)
     rows = query.astype(cache.format.compute_dtype)
     arrays = vary_together(rows, cache.unpacked(), reads, work)
-    partial = cast(Partial, _attend(attention, tuning.platform, *arrays))
+    how = How(attention, tuning.platform, query.dtype if final else jnp.float32)
+    partial = cast(Partial, _attend(how, *arrays))
     return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial
 
 
@@ -66,51 +67,83 @@ def refuse_kernel_options(tuning: Tuning) -> None:
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+class How(NamedTuple):
+    """What is computed, besides shapes."""
+
+    attention: Attention
+    platform: str | None
+    out_dtype: Any  # float32 if something is merged with the results, or for gradients
+
+
+class State(NamedTuple):
+    """What a walk has found so far."""
+
+    out: jax.Array  # of each part; see `_words`
+    lse: jax.Array
+    current: Partial  # of the tile that each lane is at
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    attention: Attention,
-    platform: str | None,
-    query: jax.Array,
-    cache: PagedKVCache,
-    reads: Reads,
-    work: tuple[Walk, ...],
+    how: How, query: jax.Array, cache: PagedKVCache, reads: Reads, work: tuple[Walk, ...]
 ) -> Partial:
     num_queries, num_heads, _ = query.shape
+    attention, platform, out_dtype = how
     page_size, on_gpu = cache.format.page_size, platform == "gpu"
 
-    def attend_block(items: Items, parts: Partial) -> Partial:
+    def attend_block(items: Items, state: State) -> State:
         key, value = fetch(cache, items)
         # As `fetch` does it, lest a bfloat16 array be widened whole, before the loop.
         queries, rows = lax.optimization_barrier((query, items.query))
         queries = queries.at[rows].get(mode="clip")
         block = block_attention(queries, key, value, items.valid, attention, platform)
-        before = Partial(*(x.at[items.part].get(mode="clip") for x in parts))
+        begins = items.begins[:, None, None]
+        out, lse = state.current
+        before = Partial(jnp.where(begins[..., None], 0.0, out), jnp.where(begins, -jnp.inf, lse))
+        current = merge(before, block)
         put = lambda x, new: x.at[items.part].set(new, mode="drop", unique_indices=True)
-        return Partial(*map(put, parts, merge(before, block)))
+        in_words = state.out.dtype == jnp.uint16
+        new = _words(current.out.astype(out_dtype)) if in_words else current.out
+        return State(put(state.out, new), put(state.lse, current.lse), current)
 
-    def empty(num_parts: int) -> Partial:
-        out = jnp.zeros((num_parts, num_heads, cache.format.value_dim), jnp.float32)
-        lse = jnp.full(out.shape[:2], -jnp.inf, jnp.float32)
+    def empty(*shape: int, dtype: Any = jnp.float32) -> Partial:
+        out = jnp.zeros((*shape, num_heads, cache.format.value_dim), dtype)
+        lse = jnp.full(out.shape[:-1], -jnp.inf, jnp.float32)
         axes = varying_axes(query, cache, reads)
         return Partial(*(vary_over(x, axes) for x in (out, lse)))
 
+    def run(walk: Walk, left: Partial) -> Partial:
+        state = State(_words(left.out), left.lse, empty(walk.num_lanes, walk.tiles.size))
+        state = walk_blocks(walk, reads, page_size, attend_block, state, peel_last=on_gpu)
+        return Partial(lax.bitcast_convert_type(state.out, left.out.dtype), state.lse)
+
     def walk_over(partial: Partial, walk: Walk) -> Partial:
-        run = functools.partial(walk_blocks, walk, reads, page_size, attend_block)
         if not walk.shared:
-            return run(partial, peel_last=on_gpu)
-        parts = run(empty(walk.num_parts(num_queries)), peel_last=on_gpu)
-        return merge(partial, merge_segments(parts, walk.part_query, num_queries))
+            return run(walk, partial)
+        parts = run(walk, empty(walk.num_parts(num_queries)))
+        found = merge_segments(parts, walk.part_query, num_queries)
+        return _as(out_dtype, merge(_as(jnp.float32, partial), found))
 
-    return functools.reduce(walk_over, work, empty(num_queries))
-
-
-def _forward(attention, platform, query, cache, reads, work):
-    partial = _attend(attention, platform, query, cache, reads, work)
-    return partial, (query, cache, reads, work, partial)
+    return functools.reduce(walk_over, work, empty(num_queries, dtype=out_dtype))
 
 
-def _backward(attention, platform, residuals, cotangent):
-    d_query, d_cache = gradients(attention, platform, *residuals, cotangent=cotangent)
+def _as(dtype: Any, partial: Partial) -> Partial:
+    return partial._replace(out=partial.out.astype(dtype))
+
+
+def _words(out: jax.Array) -> jax.Array:
+    """As integers if of 16 bits: to change a part, XLA's CPU compiler would widen all of them."""
+    return lax.bitcast_convert_type(out, jnp.uint16) if out.dtype.itemsize == 2 else out
+
+
+def _forward(how, query, cache, reads, work):
+    partial = _attend(how._replace(out_dtype=jnp.float32), query, cache, reads, work)
+    return _as(how.out_dtype, partial), (query, cache, reads, work, partial)
+
+
+def _backward(how, residuals, cotangent):
+    cotangent = _as(jnp.float32, cotangent)
+    d_query, d_cache = gradients(how.attention, how.platform, *residuals, cotangent=cotangent)
     return d_query, d_cache, None, None
 
 

@@ -43,6 +43,7 @@ class Items(NamedTuple):
     part: Int[Array, "lanes tile"]  # where the lane's partial of each query is kept
     ids: Int[Array, "lanes pages"]
     valid: Bool[Array, "lanes tile tokens"]  # tokens of the block that each query reads
+    begins: Bool[Array, " lanes"]  # whether the lane was at another tile before
 
 
 @jax.tree_util.register_dataclass
@@ -104,7 +105,9 @@ class Walk:
         valid = (token[:, None] >= start) & (token[:, None] < stop) & real[..., None]
         num_queries, lane = reads.start.shape[0], jnp.arange(self.num_lanes, dtype=jnp.int32)
         part = query + lane[:, None] if self.shared else query
-        return Items(query, jnp.where(real, part, self.num_parts(num_queries)), ids, valid)
+        part = jnp.where(real, part, self.num_parts(num_queries))
+        begins = (item == self.first[tile]) | (step == 0)
+        return Items(query, part, ids, valid, begins)
 
 
 def prepare(
