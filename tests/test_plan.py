@@ -42,6 +42,8 @@ class TestWorkload:
         ("change", "message"),
         [
             ({"batch": 0}, "batch must be 1 or more; got 0"),
+            ({"new_tokens": 0}, "new tokens must be 1 or more; got 0"),
+            ({"new_tokens": 513}, "new tokens must be among the 512 of a context; got 513"),
             ({"page_size": -1}, "page size must be 1 or more"),
             ({"dtype": "int8"}, "dtype 'int8' is none of float32, bfloat16, float16"),
             ({"kv_layout": "rows"}, "KV layout 'rows' is none of blocks_first"),
@@ -56,6 +58,14 @@ class TestWorkload:
     )
     def test_a_window_touches_only_its_pages(self, window, pages):
         assert WORK.window_pages(LayerKind(1, window)) == pages
+
+    @pytest.mark.parametrize(
+        ("window", "pages", "seen"), [(None, 32, sum(range(313, 513))), (100, 19, 200 * 100)]
+    )
+    def test_a_chunk_reads_what_its_first_token_sees(self, window, pages, seen):
+        work, kind = dataclasses.replace(WORK, new_tokens=200), LayerKind(1, window)
+        assert work.window_pages(kind) == pages  # from token 213 on
+        assert work.flops(kind) == 4 * 8 * 128 * 8 * seen
 
 
 class TestCompiled:
@@ -251,6 +261,33 @@ class TestIssue:
         assert (found.cores, found.executed_seqs, found.num_seqs) == (1, 64, 64)
         assert bounds.times is not None
         assert bounds.times.issue is not None
+
+    def test_chunks_of_prompts(self):
+        """Bound by the matrix units at least, and executed; the chunk that fits is the context."""
+        model = Model("one", 8, 1, 128, (LayerKind(2),))
+        work = Workload(model, batch=4, context=2048, page_size=64, new_tokens=512)
+        bounds = estimate(work, meshes.topology("v6e:2x2", "data=4"))
+        assert bounds.times is not None
+        least = 2 * 4 * 8 * 128 * sum(range(1537, 2049)) / 918e12
+        assert bounds.times.mxu == pytest.approx(least)
+        assert bounds.times.hbm < bounds.times.mxu
+        assert 2 * least < bounds.times.issue < 10 * least
+        assert bounds.times.attend == bounds.times.issue
+        assert bounds.tokens_per_s == pytest.approx(4 * 512 / bounds.times.total)
+        assert bounds.largest_chunk == 2048
+        text = report.describe(bounds, None)
+        assert "2048 tokens, 512 of them new" in text
+        assert "or chunks of 2048" in text
+        assert "matrix units" in text
+
+    @pytest.mark.parametrize(("spec", "window"), [("context=2,data=4", None), ("data=8", 64)])
+    def test_of_a_chunk_only_whole_contexts_are_executed(self, spec, window):
+        model = dataclasses.replace(MODEL, layers=(LayerKind(1, window),))
+        work = dataclasses.replace(WORK, model=model, backend=None)
+        for new, known in ((1, True), (64, False)):
+            bounds = planned(spec, dataclasses.replace(work, new_tokens=new))
+            assert (bounds.issue.schedule is not None) == known
+        assert bounds.issue.reason == "chunks of prompts are executed for whole contexts only"
 
     def test_of_many_tokens_some_are_executed(self):
         model = Model("one", 8, 1, 128, (LayerKind(1),))

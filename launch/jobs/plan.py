@@ -1,4 +1,4 @@
-"""`shardpage plan`: does a decode step's attention fit a pod, what moves, how long at least?"""
+"""`shardpage plan`: does a step's attention fit a pod, what moves, how long at least?"""
 
 import sys
 from pathlib import Path
@@ -33,6 +33,10 @@ def plan(
     sinks: Annotated[bool, Option(help="A sink per head, without --model.")] = False,
     batch: Annotated[int, Option(help="Sequences over all devices.")] = 256,
     context: Annotated[int, Option(help="Tokens of each sequence.")] = 8192,
+    new_tokens: Annotated[
+        int,
+        Option(help="Of them, new in a step: 1 decodes, more read a chunk of each one's prompt."),
+    ] = 1,
     page_size: Annotated[int, Option(help="Tokens per page.")] = 64,
     dtype: Annotated[str, Option(help="Dtype of the cache.")] = "bfloat16",
     query_dtype: Annotated[str, Option(help="Dtype of queries and outputs.")] = "bfloat16",
@@ -61,8 +65,9 @@ def plan(
 ) -> None:
     """Plan a pod without one: compile paged attention for it, read memory, traffic and bounds.
 
-    Compiles write_kv and page_attention of one layer for the whole mesh with libtpu, which needs
-    no TPU, and reports what the compiler says. Without --mesh it ranks all legal meshes.
+    Compiles the attention of one layer, planned, written and read, for the whole mesh with libtpu,
+    which needs no TPU, and reports what the compiler says. Without --mesh it ranks all legal
+    meshes.
     """
     from ..plan import growth as growths
     from ..plan import run
@@ -80,7 +85,8 @@ def plan(
             cache = {"page_size": page_size, "dtype": dtype, "kv_layout": kv_layout}
             work = Workload(
                 given if model is None else Model.preset(model),
-                batch=batch, context=context, **cache, query_dtype=query_dtype, backend=backend,
+                batch=batch, context=context, new_tokens=new_tokens, **cache,
+                query_dtype=query_dtype, backend=backend,
             )  # fmt: skip
             pod = Pod(topology, simulate, slices, reserved_bytes=int(reserve_gib * 2**30))
             how = {"issue": issue, "progress": progress}

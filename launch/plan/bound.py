@@ -22,6 +22,7 @@ class Device:
     chip: meshes.Chip | None
     hbm_bytes: int = 0
     hbm_rate: float = 0.0
+    flops_rate: float = 0.0  # bfloat16
     ici_rate: float = 0.0
     dcn_rate: float = 0.0
 
@@ -40,6 +41,7 @@ class Device:
             chip,
             hbm_bytes=int(chip.usable_gib * 2**30 * chip.devices) // sharing,
             hbm_rate=chip.hbm_gbps * 1e9 / sharing,
+            flops_rate=chip.bf16_tflops * 1e12 / sharing,
             ici_rate=chip.ici_gbps * 1e9 / 2 / sharing,  # one direction
             dcn_rate=chip.dcn_gbit * 1e9 / 8 / sharing if chip.dcn_gbit else slowest * 1e9 / 8,
         )
@@ -53,12 +55,14 @@ class Times:
       hbm: reading and writing memory.
       issue: issuing the kernels' instructions and waiting for their results; None where their
         schedule is not known.
-      attend: the longer of the two in each layer: they overlap.
+      mxu: multiplying in the matrix units, in bfloat16, what the new tokens see.
+      attend: the longest of the three in each layer: they overlap.
       ici, dcn: sending.
     """
 
     hbm: float
     issue: float | None
+    mxu: float
     attend: float
     ici: float
     dcn: float
@@ -141,16 +145,23 @@ class Bounds:
         rate = self.device.hbm_rate
         reading = [x.kind.count * self._layer_read_bytes(x) / rate for x in self.layers]
         issuing = [x.kind.count * self._layer_issue_s(x) for x in self.layers]
+        multiplying = [x.kind.count * self._layer_mxu_s(x) for x in self.layers]
         return Times(
             hbm=sum(reading),
             issue=sum(issuing) if self.issue.schedule else None,
-            attend=sum(map(max, reading, issuing)),
+            mxu=sum(multiplying),
+            attend=sum(map(max, reading, issuing, multiplying)),
             ici=self._sending_s(between_slices=False),
             dcn=self._sending_s(between_slices=True),
         )
 
     def _layer_issue_s(self, layer: Layer) -> float:
         return self.issue.seconds(device_pages(self.workload, self.split, layer.kind))
+
+    def _layer_mxu_s(self, layer: Layer) -> float:
+        split = self.split
+        shards = split.seq_shards * split.head_shards * split.context_shards
+        return self.workload.flops(layer.kind) / shards / self.device.flops_rate
 
     def _sending_s(self, *, between_slices: bool) -> float:
         device, seconds = self.device, 0.0
@@ -165,7 +176,7 @@ class Bounds:
     @property
     def tokens_per_s(self) -> float | None:
         """Upper bound: attention alone, nothing else of the model."""
-        return None if self.times is None else self.workload.batch / self.times.total
+        return None if self.times is None else self.workload.num_queries / self.times.total
 
     @property
     def _spare_pages(self) -> int | None:
@@ -188,6 +199,15 @@ class Bounds:
         """The longest context with which this batch fits, in tokens."""
         pages, batch = self._spare_pages, self.workload.batch // self.split.seq_shards
         return pages and pages // batch * self.workload.page_size
+
+    @property
+    def largest_chunk(self) -> int | None:
+        """The most new tokens of each sequence that fit, by the bytes above of those given."""
+        memory = self.memory
+        if memory.limit is None:
+            return None
+        each = (memory.temp + memory.other) / self.workload.new_tokens
+        return min(self.workload.context, int(max(0, memory.limit - memory.cache) / each))
 
 
 def sent_bytes(sent: meshes.Collective) -> float:
@@ -227,7 +247,9 @@ def quick_bound(workload: Workload, sizes: dict[str, int], device: Device) -> fl
         pages = math.ceil(batch * workload.pages_per_seq / context)
         pages = pages * workload.window_pages(kind) / workload.pages_per_seq
         hbm = pages * workload.page_size * token_bytes + 4 * batch * workload.pages_per_seq
-        merged = 4 * batch * model.num_heads // kv * (model.head_dim + 2) if context > 1 else 0
+        rows = batch * workload.new_tokens
+        merged = 4 * rows * model.num_heads // kv * (model.head_dim + 2) if context > 1 else 0
         sent = 2 * merged * (context - 1) / context
-        seconds += kind.count * (hbm / device.hbm_rate + sent / device.ici_rate)
+        mxu = workload.flops(kind) / (data * kv * context) / device.flops_rate
+        seconds += kind.count * (max(hbm / device.hbm_rate, mxu) + sent / device.ici_rate)
     return seconds

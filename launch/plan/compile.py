@@ -1,4 +1,4 @@
-"""First stage: one layer of a decode step, compiled for a whole mesh."""
+"""First stage: one layer of a step, compiled for a whole mesh."""
 
 import dataclasses
 import time
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import meshes
-from shardpage import PagedKVCache, ShardLayout, page_attention, write_kv
+from shardpage import PagedKVCache, ShardLayout, Tuning, attend, make_plan, write_kv
 
 from .workload import LayerKind, Workload
 
@@ -106,26 +106,19 @@ def layer_program(workload: Workload, split: Split, kind: LayerKind) -> Program:
 
 
 def _layer(workload: Workload, split: Split, kind: LayerKind) -> Any:
-    where = {"mesh": split.mesh, "layout": split.layout, "backend": workload.backend}
-    model = workload.model
+    model, tuning = workload.model, Tuning(backend=workload.backend)
+    where = {"mesh": split.mesh, "layout": split.layout, "tuning": tuning}
+    queries = {"num_heads": model.num_heads, "num_queries": workload.num_queries}
 
     def layer(cache, query, key, value, sinks, context_lens, block_tables):
-        rows = jnp.arange(workload.batch, dtype=jnp.int32)
-        cache = write_kv(cache, key, value, rows, context_lens - 1, block_tables, **where)
-        out = page_attention(
-            query,
-            cache.key,
-            cache.value,
-            context_lens,
-            block_tables,
-            attn_scale=model.scale,
-            attn_logits_soft_cap=model.soft_cap,
-            sliding_window=kind.window,
-            sinks=sinks,
-            kv_layout=cache.kv_layout,
-            **where,
+        one_each = workload.new_tokens == 1
+        lens = None if one_each else jnp.minimum(workload.new_tokens, context_lens)
+        plan = make_plan(
+            cache, context_lens, block_tables, lens, window=kind.window, **queries, **where
         )
-        return cache, out
+        cache = write_kv(cache, key, value, plan)
+        options = {"scale": model.scale, "soft_cap": model.soft_cap, "sinks": sinks}
+        return cache, attend(query, cache, plan, **options)
 
     return layer
 
@@ -147,15 +140,12 @@ def _arguments(workload: Workload, split: Split, num_pages: int) -> tuple[Any, .
         mesh=split.mesh,
         layout=layout,
     )
-    num_seqs, dim, dtype = workload.batch, model.head_dim, workload.dtype
-    new = array((num_seqs, model.num_kv_heads, dim), dtype, layout.spec("seqs", "heads", None))
+    num_seqs, num_queries, dim = workload.batch, workload.num_queries, model.head_dim
+    by_head = layout.spec("seqs", "heads", None)
+    new = array((num_queries, model.num_kv_heads, dim), workload.dtype, by_head)
     return (
         cache,
-        array(
-            (num_seqs, model.num_heads, dim),
-            workload.query_dtype,
-            layout.spec("seqs", "heads", None),
-        ),
+        array((num_queries, model.num_heads, dim), workload.query_dtype, by_head),
         new,
         new,
         array((model.num_heads,), jnp.float32, layout.spec("heads")) if model.sinks else None,

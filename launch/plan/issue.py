@@ -20,6 +20,8 @@ from .workload import LayerKind, Workload
 
 # Tokens that are executed; of more, as many sequences as hold so many, and the rest by proportion.
 _MOST_TOKENS = 1 << 20
+# New tokens of a sequence that take a kernel about as long as one does.
+_TOKENS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,10 @@ def begin(workload: Workload, split: Split, chip: meshes.Chip | None) -> Callabl
         return lambda: Issue(reason="no schedule of a kernel for devices that are no TPUs")
     if workload.backend not in (None, "pallas_tpu"):
         reason = f"backend {workload.backend} has no kernel of its own whose schedule could be read"
+        return lambda: Issue(reason=reason)
+    is_cut = split.context_shards > 1 or any(kind.window for kind in workload.model.layers)
+    if workload.new_tokens > 1 and is_cut:
+        reason = "chunks of prompts are executed for whole contexts only"
         return lambda: Issue(reason=reason)
     cores = {device.core_on_chip for device in split.mesh.devices.flat}
     separate = chip.megacore_config is not None and len(cores) > 1
@@ -130,7 +136,8 @@ def execute(
     program = layer_program(work, Split(mesh, ShardLayout.of(mesh), 1, 1, 1), work.model.layers[0])
     subject = Subject("a layer", "", program.step, program.arguments)
     kernels = compile_kernels(subject, mesh, worker.dump())
-    num_seqs = max(1, min(work.batch, most_tokens // (max(pages) * work.page_size)))
+    seen = max(pages) * work.page_size * -(-work.new_tokens // _TOKENS_AT_ONCE)
+    num_seqs = max(1, min(work.batch, most_tokens // seen))
     executed = {each: _cycles(kernels, work, program.arguments, each, num_seqs) for each in pages}
     return Schedule(
         cycles={each: cycles for each, (cycles, _) in executed.items()},

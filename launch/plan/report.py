@@ -108,9 +108,12 @@ def _headline(bounds: Bounds) -> str:
         f"{kind.count} layers " + (f"with a window of {kind.window}" if kind.window else "in full")
         for kind in model.layers
     )
+    tokens = f"{work.context} tokens"
+    if work.new_tokens > 1:
+        tokens += f", {work.new_tokens} of them new"
     return (
         f"{model.name}: {model.num_heads}/{model.num_kv_heads} heads of {model.head_dim}, {windows}"
-        f"{', sinks' if model.sinks else ''}; {work.batch} sequences of {work.context} tokens, "
+        f"{', sinks' if model.sinks else ''}; {work.batch} sequences of {tokens}, "
         f"pages of {work.page_size}, {work.dtype}\n"
         f"{split.mesh.size} x {bounds.device.kind} as {split.spec}: {split.seq_shards} shards of "
         f"sequences, {split.head_shards} of KV heads, {split.context_shards} of each context; "
@@ -142,9 +145,10 @@ def room(bounds: Bounds, largest_batch: int | None = None) -> str:
     """The most that would fit."""
     batch = bounds.largest_batch if largest_batch is None else largest_batch
     confirmed = " (compiled)" if largest_batch is not None else ""
+    chunk = f", or chunks of {bounds.largest_chunk}" if bounds.workload.new_tokens > 1 else ""
     return (
         f"at most {batch} sequences of {bounds.workload.context} tokens{confirmed}, or "
-        f"{bounds.workload.batch} of {bounds.longest_context}"
+        f"{bounds.workload.batch} of {bounds.longest_context}{chunk}"
     )
 
 
@@ -192,6 +196,8 @@ def _times(bounds: Bounds) -> str:
         ["DCN", duration(times.dcn)],
         ["together", duration(times.total)],
     ]
+    if bounds.workload.new_tokens > 1:
+        rows.insert(1, ["matrix units", duration(times.mxu)])
     if times.issue is not None:
         rows.insert(1, ["issue of the kernel", duration(times.issue)])
     least = table(rows, ["a step takes at least", ""])
@@ -210,7 +216,7 @@ def _issue(issue: Issue) -> str:
         f"{kernel.cycles[pages]:.0f} cycles with {kernel.num_seqs} sequences of {pages} pages "
         f"on a device{some}, at {kernel.clock_hz / 1e9:.3g} GHz"
         + (f" on each of {kernel.cores} cores" if kernel.cores > 1 else "")
-        + ". It overlaps with HBM: the longer counts."
+        + ". It overlaps with HBM and the matrix units: the longest counts."
     )
 
 
@@ -312,6 +318,7 @@ def as_json(bounds: Bounds) -> dict[str, Any]:
         },
         "fits": memory.fits,
         "largest_batch": bounds.largest_batch,
+        "largest_chunk": bounds.largest_chunk,
         "longest_context": bounds.longest_context,
         "collectives": traffic(bounds),
         "hbm_bytes_per_step": bounds.read_bytes,

@@ -83,12 +83,13 @@ def preset_names() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One decode step: `batch` sequences of `context` tokens each get one token more.
+    """One step: `batch` sequences of `context` tokens each, the last of which are new.
 
     Attributes:
       model: whose attention.
       batch: sequences over all devices.
-      context: tokens of each, the new one included.
+      context: tokens of each, the new ones included.
+      new_tokens: of each: one where it decodes, more where it reads a chunk of its prompt.
       page_size: tokens per page.
       dtype: of the cache.
       query_dtype: of queries and outputs.
@@ -104,13 +105,19 @@ class Workload:
     query_dtype: str = "bfloat16"
     kv_layout: KVLayoutName | None = None
     backend: str | None = None
+    new_tokens: int = 1
 
     def __post_init__(self) -> None:
         sizes = {"batch": self.batch, "context": self.context, "page size": self.page_size}
+        sizes |= {"new tokens": self.new_tokens}
         sizes |= {"layers": self.model.num_layers, "head_dim": self.model.head_dim}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be 1 or more; got {size}")
+        if self.new_tokens > self.context:
+            raise ValueError(
+                f"new tokens must be among the {self.context} of a context; got {self.new_tokens}"
+            )
         for name, dtype in (("dtype", self.dtype), ("query dtype", self.query_dtype)):
             if dtype not in ITEMSIZE:
                 raise ValueError(f"{name} {dtype!r} is none of {', '.join(ITEMSIZE)}")
@@ -123,8 +130,20 @@ class Workload:
         """Pages of a sequence."""
         return -(-self.context // self.page_size)
 
+    @property
+    def num_queries(self) -> int:
+        """New tokens of all sequences."""
+        return self.batch * self.new_tokens
+
     def window_pages(self, kind: LayerKind) -> int:
         """Pages of a sequence that these layers read."""
-        if kind.window is None or kind.window >= self.context:
+        before = self.context - self.new_tokens + 1  # tokens that the first new one may see
+        if kind.window is None or kind.window >= before:
             return self.pages_per_seq
-        return self.pages_per_seq - (self.context - kind.window) // self.page_size
+        return self.pages_per_seq - (before - kind.window) // self.page_size
+
+    def flops(self, kind: LayerKind) -> int:
+        """Of one such layer's two products, for what the new tokens see and no more."""
+        first = self.context - self.new_tokens + 1
+        seen = (min(tokens, kind.window or tokens) for tokens in range(first, self.context + 1))
+        return 4 * self.model.num_heads * self.model.head_dim * self.batch * sum(seen)

@@ -174,8 +174,9 @@ def compile_kernels(subject: Subject, mesh: Mesh, dump: pathlib.Path) -> Kernels
     if not names:
         raise ValueError(f"no pallas_call in {subject.name}")
     core, cores = Core.of(device.device_kind), getattr(device, "num_cores", 1)
-    texts = [written[_take(name, left)].read_text(errors="replace") for name in names]
-    programs = [Program(bundles.parse(text), core, cores) for text in texts]
+    paths = [_written(_take(name, left), written) for name in names]
+    parsed = {path: bundles.parse(path.read_text(errors="replace")) for path in {*paths}}
+    programs = [Program(parsed[path], core, cores) for path in paths]
     return Kernels(traced, compiled, names, programs, elapsed)
 
 
@@ -254,6 +255,16 @@ def _take(name: str, compiled: list[str]) -> str:
         raise ValueError(f"the compiler left nothing of kernel {name}")
     of_name = [i for i, other in enumerate(compiled) if re.sub(r"[.\d]+$", "", other) == name]
     return compiled.pop(of_name[0] if of_name else 0)
+
+
+def _written(instruction: str, written: dict[str, pathlib.Path]) -> pathlib.Path:
+    """What the compiler wrote of an instruction: of several equal ones, of the first alone."""
+    name = re.sub(r"[.\d]+$", "", instruction)
+    alike = (path for other, path in written.items() if re.sub(r"[.\d]+$", "", other) == name)
+    path = written.get(instruction) or next(alike, None)
+    if path is None:
+        raise ValueError(f"the compiler wrote nothing of {instruction}, only of {[*written]}")
+    return path
 
 
 def _report(subject: Subject, program: Program, runs: Sequence[Run]) -> Executed:
