@@ -25,6 +25,7 @@ test_pallas_tpu.py::test_sequences_that_share_a_step_share_no_nan[*]
 test_pallas_tpu.py::TestPagedTables::test_matches_the_oracle[*]
 test_pallas_tpu.py::TestMegacore::{test_two_cores[*],test_one_sequence*,test_splits_and_cores*}
 test_pallas_tpu.py::test_write_puts_what_xla_puts[{float32-128,bfloat16-64,bfloat16-80}-*]
+test_pallas_tpu.py::test_write_puts_what_xla_puts[*-heads_first-{prompt,swapped}]
 test_pallas_gpu.py::TestInterpreted::test_attend[*]
 test_pallas_gpu.py::TestLowersForCuda::test_attend[*]
 !test_pallas_gpu.py::TestLowersForCuda::test_attend[decode-*]

@@ -386,13 +386,14 @@ WRITES = [
 ]
 
 
+@pytest.mark.parametrize("order", ["random", "prompt", "swapped"])
 @pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "pack", "page_size", "num_kv_heads"),
     WRITES,
 )
-def test_write_puts_what_xla_puts(kv_layout, dtype, head_dim, pack, page_size, num_kv_heads):
-    """Single tokens, whole tiles and dropped tokens at once, in random order."""
+def test_write_puts_what_xla_puts(kv_layout, dtype, head_dim, pack, page_size, num_kv_heads, order):
+    """Single tokens, whole tiles and dropped tokens at once; a prompt's fill tiles in order."""
     rng = np.random.default_rng(0)
     num_pages, num_tokens = 6, 40
     draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
@@ -405,7 +406,13 @@ def test_write_puts_what_xla_puts(kv_layout, dtype, head_dim, pack, page_size, n
     )  # fmt: skip
     key, value = (draw((num_tokens, num_kv_heads, head_dim)) for _ in range(2))
     place = rng.choice(num_pages * page_size, num_tokens, replace=False).astype(np.int32)
-    pages = np.where(rng.random(num_tokens) < 0.2, num_pages, place // page_size).astype(np.int32)
+    dropped = rng.random(num_tokens) < 0.2
+    if order != "random":
+        place = np.arange(3, 3 + num_tokens, dtype=np.int32)  # all slots of some tiles
+        dropped = place >= num_pages * page_size
+    if order == "swapped":
+        place[[14, 16]], place[[20, 21]] = place[[16, 14]], place[[21, 20]]
+    pages = np.where(dropped, num_pages, place // page_size).astype(np.int32)
     writes = Writes(jnp.asarray(pages), jnp.asarray(place % page_size))
     wanted = xla.write(cache, key, value, writes, None, Tuning())
     tuning = Tuning(interpret=LOOK_FOR_RACES)

@@ -40,7 +40,7 @@ def prepare_writes(
 
 def _parts(num_tokens: int, page_format: PageFormat) -> list[slice]:
     """The tokens of each call."""
-    rows = round_up(2 * page_format.num_kv_heads, SUBLANES)
+    rows = 2 * page_format.num_kv_heads
     most = max(SUBLANES, _TOKEN_BYTES // (4 * rows * round_up(page_format.row_dim, LANES)))
     return [slice(first, first + most) for first in range(0, num_tokens, most)]
 
@@ -56,7 +56,8 @@ def write(
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
     words = _words(key, value, cache.format)
     for part, schedule in zip(_parts(key.shape[0], cache.format), work, strict=True):
-        cache = cache.replace(as_kernel(_write, tuning)(cache, words[part], schedule))
+        rows = words[part].reshape(-1, words.shape[-1])
+        cache = cache.replace(as_kernel(_write, tuning)(cache, rows, schedule))
     return cache
 
 

@@ -6,12 +6,12 @@ a tile is on its way only once however many tokens go there, and tiles never mee
 
 Tiles are taken a few at a time, in one straight piece of code whose copies are predicated. Tiles
 and tokens are handled as words of 32 bits: of two rows of bfloat16, say, the half of each word that
-belongs to one.
+belongs to one. A tile that a prompt fills is put together at once: its tokens follow each other.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +73,7 @@ class Schedule(NamedTuple):
     first: Int[Array, " num_tiles"]  # its first token; then where the last tile ends
     token: Int[Array, " num_tokens_plus_1"]  # its number before sorting
     slot: Int[Array, " num_tokens_plus_1"]  # counted in its tile
+    full: Int[Array, " num_tiles"]  # 1 if it gets tokens that follow each other, one in each slot
 
 
 def schedule(
@@ -92,13 +93,20 @@ def schedule(
     first = jnp.sort(jnp.where(starts, jnp.arange(num_tokens, dtype=jnp.int32), num_held))
     first = jnp.concatenate([first, jnp.full((_MAX_TOGETHER,), num_held)])
     order, tile = (jnp.append(x, jnp.int32(0)) for x in (order, tile))
+    place = slot[order] % tiles.max_tokens
+    follows = (jnp.diff(order) == 1) & (jnp.diff(place) == 1)
+    following = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(follows, dtype=jnp.int32)])
+    others = tiles.max_tokens - 1
+    last = jnp.minimum(first + others, num_tokens)
+    full = (place[first] == 0) & (following[last] - following[first] == others)
     return Schedule(
         num_tiles=jnp.sum(starts, dtype=jnp.int32).reshape(1),
         page=tile[first] // tiles_per_page,
         row=tile[first] % tiles_per_page * tiles.rows,
         first=first,
         token=order,
-        slot=slot[order] % tiles.max_tokens,
+        slot=place,
+        full=full.astype(jnp.int32),
     )
 
 
@@ -139,7 +147,7 @@ class Kernel:
     tiles: Tiles
     schedule: Any
     first_page: jax.Array  # added to all page ids; -1 of no layer, to which nothing is written
-    tokens: Any  # [num_tokens, 2 * num_kv_heads, row_dim] words: of keys, then of values
+    tokens: Any  # [num_tokens * 2 * num_kv_heads, row_dim] words: of keys, then of values
     caches: Sequence[Any]
     scratch: Scratch
 
@@ -212,22 +220,47 @@ class Kernel:
         @pl.when(first[end] - first[begin] > end - begin)
         def _():
             for tile in tiles:
-                others = (first[tile.number] + 1, first[tile.number + 1])
-                pl.loop(*others)(lambda token, tile=tile: self.put(tile, token, True))
+                self.put_others(tile, first[tile.number] + 1, first[tile.number + 1])
+
+    def put_others(self, tile: Tile, begin: jax.Array, end: jax.Array) -> None:
+        one_by_one = lambda: pl.loop(begin, end)(lambda token: self.put(tile, token, True))
+        if self.tiles.format.pack > 1:
+            one_by_one()
+            return
+        is_full = self.schedule.full[tile.number] == 1
+        pl.when(is_full)(lambda: self.put_full(tile, self.schedule.token[begin - 1]))
+        pl.when(~is_full)(one_by_one)
+
+    def put_full(self, tile: Tile, first_token: jax.Array) -> None:
+        """Replaces a tile with tokens that follow each other."""
+        in_word = 4 // self.tiles.format.dtype.itemsize
+        count = self.tiles.rows // in_word
+        low = jnp.int32((1 << 16) - 1)
+        for ref, head in self.heads(tile):
+            parts = [self.words(first_token + i, head, count, in_word) for i in range(in_word)]
+            words = parts[0] if in_word == 1 else (parts[0] & low) | (parts[1] & ~low)
+            ref[...] = pltpu.bitcast(words, self.tiles.format.dtype)
 
     def put(self, tile: Tile, token: jax.Array, really: jax.Array | bool) -> None:
         """Replaces a token's elements in its tile."""
-        page_format, number = self.tiles.format, self.schedule.token[token]
         own = self.own_bits(self.schedule.slot[token], really)
-        others = ~own
-        heads = list(np.ndindex(*page_format.heads_shape))
-        for which, buffer in enumerate(self.scratch.tiles):
-            for index, head in enumerate(heads):
-                at = (tile.place, tile.member, *head)
-                old = pltpu.bitcast(buffer[at], jnp.int32)
-                new = self.tokens[number, pl.ds(which * len(heads) + index, 1), :]
-                words = (old & others) | (new & own)
-                buffer[at] = pltpu.bitcast(words, page_format.dtype)
+        others, number = ~own, self.schedule.token[token]
+        for ref, head in self.heads(tile):
+            old = pltpu.bitcast(ref[...], jnp.int32)
+            words = (old & others) | (self.words(number, head) & own)
+            ref[...] = pltpu.bitcast(words, self.tiles.format.dtype)
+
+    def heads(self, tile: Tile) -> Iterator[tuple[Any, int]]:
+        """A tile's rows of each head, keys' first, with the head's number in a token."""
+        heads = np.ndindex(len(self.caches), *self.tiles.format.heads_shape)
+        for number, (which, *head) in enumerate(heads):
+            yield self.scratch.tiles[which].at[(tile.place, tile.member, *head)], number
+
+    def words(self, token: jax.Array, head: int, count: int = 1, stride: int = 1) -> jax.Array:
+        """A head's words of some tokens, each `stride` after the one before."""
+        per_token = 2 * self.tiles.format.num_kv_heads
+        rows = pl.ds(token * per_token + head, count, stride * per_token if count > 1 else 1)
+        return self.tokens[rows, :]
 
     def own_bits(self, slot: jax.Array, really: jax.Array | bool) -> jax.Array:
         """The bits of a tile's words, [rows of words, row_dim], that belong to a slot."""
