@@ -437,6 +437,15 @@ class TestCompiled:
         assert two.cycles < 0.62 * one.cycles
         assert two.hbm_cycles == one.hbm_cycles / 2
 
+    @pytest.mark.parametrize(("heads", "most"), [("G8 K1", 5.5), ("G4 K8", 17)])
+    def test_a_prompt_is_written_by_tiles(self, heads, most):
+        """Of 16 tokens: each is read and written once, in few cycles a token."""
+        case = f"1024 of 8192, {heads}, page 64"
+        (row,) = worker.call(worker.execute_case, "v6e:2x2", "step write", case, "off")
+        assert row.copies == 2 * 1024 // 16
+        assert row.num_bytes == row.copied_bytes
+        assert row.cycles / 1024 < most
+
     def test_a_kernel_of_a_user(self, tmp_path):
         out = tmp_path / "calls.json"
         arguments = ["--subject", f"{executed.__file__}:subject", "--topology", "v6e:2x2"]

@@ -68,22 +68,25 @@ _POOL_BYTES = 1 << 30
 _STOCK_BLOCK_PAGES = 32
 
 
+_OF_STEPS = ("step", "step write")
+
+
 def subject(kernel: str, shape: Any, mesh: Mesh, cores: CoresMode) -> Subject:
     """A kernel with a case, for the device of a mesh of one.
 
     Raises:
       ValueError: if JAX's kernel does not have the shape, or the case is a step of another.
     """
-    if isinstance(shape, Step) != (kernel == "step"):
+    if isinstance(shape, Step) != (kernel in _OF_STEPS):
         steps = "is" if isinstance(shape, Step) else "is not"
-        raise ValueError(f"{shape.name!r} {steps} a whole step, which kernel 'step' is for")
+        raise ValueError(f"{shape.name!r} {steps} a whole step, which {_OF_STEPS} are for")
     name = kernel if cores == "off" else f"{kernel}, {cores}"
     return dataclasses.replace(KERNELS[kernel](shape, mesh, cores), kernel=name)
 
 
 def default_cases(kernel: str) -> Sequence[Shape | Step]:
     """What a kernel is executed with if nobody names a case."""
-    return STEPS if kernel == "step" else CASES
+    return STEPS if kernel in _OF_STEPS else CASES
 
 
 def tables(shape: Shape) -> np.ndarray:
@@ -132,8 +135,8 @@ def _write(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
     return Subject(shape.name, "", write, (*arguments, tables(shape)), donate=(0,))
 
 
-def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
-    """All kernels of a step's attention, in one layer."""
+def _step_cache(step: Step, mesh: Mesh) -> tuple[PagedKVCache, np.ndarray]:
+    """A cache with room for a step, and the tables of its sequences."""
     columns = -(-step.context_lens.max() // step.page_size)
     page_bytes = step.kv_bytes // int((-(-step.context_lens // step.page_size)).sum())
     num_pages = max(len(step.seqs) * columns, _POOL_BYTES // page_bytes)
@@ -143,6 +146,12 @@ def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
         num_pages, step.num_kv_heads, step.page_size, step.head_dim,
         dtype=jnp.dtype(step.dtype), kv_layout="fused", mesh=mesh,
     )  # fmt: skip
+    return cache, tables
+
+
+def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
+    """All kernels of a step's attention, in one layer."""
+    cache, tables = _step_cache(step, mesh)
 
     def plan_and_attend(query, cache, context_lens, query_lens, tables):
         how = {"num_heads": step.num_heads, "mesh": mesh, "tuning": Tuning(cores=cores)}
@@ -153,6 +162,21 @@ def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
     query = jax.ShapeDtypeStruct(dims, step.dtype)
     arguments = (query, cache, step.context_lens, step.query_lens, tables)
     return Subject(step.name, "", plan_and_attend, arguments, step.kv_bytes, flops=step.flops)
+
+
+def _plan_and_write(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
+    """All new tokens of a step, in one layer."""
+    cache, tables = _step_cache(step, mesh)
+
+    def plan_and_write(cache, new, context_lens, query_lens, tables):
+        how = {"num_heads": step.num_heads, "mesh": mesh, "tuning": Tuning(cores=cores)}
+        lens = {"query_lens": query_lens, "num_queries": step.num_queries}
+        return write_kv(cache, new, new, make_plan(cache, context_lens, tables, **lens, **how))
+
+    dims = (step.num_queries, step.num_kv_heads, step.head_dim)
+    new = jax.ShapeDtypeStruct(dims, step.dtype)
+    arguments = (cache, new, step.context_lens, step.query_lens, tables)
+    return Subject(step.name, "", plan_and_write, arguments, donate=(0,))
 
 
 def _stock(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
@@ -193,6 +217,7 @@ KERNELS: dict[str, Callable[[Any, Mesh, CoresMode], Subject]] = {
     "decode, two arrays": functools.partial(_decode, layout="blocks_first"),
     "write": _write,
     "step": _plan_and_attend,
+    "step write": _plan_and_write,
     "jax paged_attention": _stock,
     "jax ragged_paged_attention": _ragged,
 }

@@ -199,7 +199,13 @@ def execute(subject: Subject, topology: str, mesh: Mesh, dump: pathlib.Path) -> 
         )
         for name, program, of_kernel in zip(kernels.names, kernels.programs, runs, strict=True)
     ]
-    return [functools.reduce(joined, rows)] if subject.kernel else rows
+    if not subject.kernel:
+        return rows
+    whole = functools.reduce(joined, rows)
+    if not subject.num_bytes:  # each call's are what it moved
+        totals = {name: sum(getattr(r, name) for r in rows) for name in ("num_bytes", "hbm_cycles")}
+        whole = dataclasses.replace(whole, **totals)
+    return [whole]
 
 
 def joined(one: Executed, other: Executed) -> Executed:
