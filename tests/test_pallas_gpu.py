@@ -95,6 +95,12 @@ class TestConfig:
     def test_default(self, platform, kind, expected):
         assert default_for(platform, kind, page_format()) == expected
 
+    @pytest.mark.parametrize("layout", [KVLayout.TOKENS_FIRST, KVLayout.INTERLEAVED])
+    @pytest.mark.parametrize("kind", ["TPU v6e", "NVIDIA H200"])
+    def test_pages_that_no_kernel_takes_get_xla(self, kind, layout):
+        token_major = dataclasses.replace(page_format(), layout=layout)
+        assert default_for("tpu" if "TPU" in kind else "gpu", kind, token_major) == "xla"
+
 
 class TestShares:
     """The shares of all CTAs are the flat list, in order, and none is much larger than another."""

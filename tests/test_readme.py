@@ -13,9 +13,10 @@ from launch.bench.report import Row
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DOCUMENTS = ("README.md", "meshes/README.md", "shardpage/MIGRATE.md")
 LINKS = [
     (document, link)
-    for document in ("README.md", "meshes/README.md", *(str(p) for p in publish.DOCUMENTS))
+    for document in (*DOCUMENTS, *(str(path) for path in publish.DOCUMENTS))
     for link in re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text())
 ]
 

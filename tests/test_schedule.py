@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from launch.jobs import schedule
 from launch.plan.workload import Model, Workload
-from launch.schedule import bundles, grid, hlo, phases, report, step, timing, worker
+from launch.schedule import bundles, grid, hlo, phases, report, step, timing, units, worker
 from launch.schedule.cases import CASES
 from launch.schedule.core import Core
 from launch.schedule.execute import Executed
@@ -321,6 +321,36 @@ class TestGrid:
         monkeypatch.setattr(grid, "_stamp", lambda: {"shardpage": "new"})
         found = grid.run(5, path, lambda _: None)
         assert {outcome for outcome, _ in found["results"].values()} == {grid.COMPILED}
+
+
+class TestUnits:
+    @pytest.mark.parametrize(
+        ("name", "unit"),
+        [
+            ("vmatmul.bf16.vlgmr.msra.gmra.mxu0", "matrix"),
+            ("vpop.f32.mrf.mxu1", "matrix"),
+            ("vpow2.f32", "exponential"),
+            ("vpop.eup", "exponential"),
+            ("vmax.xlane.f32.xlu1", "lanes"),
+            ("vrot.slane", "lanes"),
+            ("vld", "loads"),
+            ("vst", "stores"),
+            ("vstv", "vectors"),
+            ("vadd.f32", "vectors"),
+            ("dma.hbm_to_vmem", "copies"),
+            ("sadd.s32", "scalars"),
+        ],
+    )
+    def test_of_instructions(self, name, unit):
+        assert units.unit_of(name) == unit
+
+    def test_shares_are_of_the_slots_that_any_bundle_fills(self):
+        op = lambda name: bundles.Op(name, None, "", {}, None, "")
+        program = [("vld", "vld", "sadd.s32"), ("vld", "vadd.f32"), ()]
+        parsed = [bundles.Bundle(i, tuple(map(op, ops))) for i, ops in enumerate(program)]
+        found = units.shares(parsed, [1, 2, 1])
+        assert found["loads"] == (2 + 2) / (2 * 4)
+        assert (found["vectors"], found["scalars"], found["stores"]) == (0.5, 0.25, 0.0)
 
 
 ROW = Executed(

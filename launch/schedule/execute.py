@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import bundles, timing
+from . import bundles, timing, units
 from .core import Core
 from .machine import Machine, Run
 from .operands import integers, kernel_calls
@@ -68,6 +68,7 @@ class Executed:
         values are not known, by name.
       topology, case, kernel: as they are named in tables.
       mxu_cycles: in which the matrix units compute what a call must; 0 where nobody asks.
+      units: how busy each unit is; see `units.shares`.
       temp_bytes: scratch of the whole program in HBM; compile_s: seconds to compile it.
     """
 
@@ -91,6 +92,7 @@ class Executed:
     temp_bytes: int = 0
     compile_s: float = 0.0
     mxu_cycles: float = 0.0
+    units: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Executed":
@@ -226,8 +228,18 @@ def joined(one: Executed, other: Executed) -> Executed:
         us=add(one.us, other.us),
         wait_us=add(one.wait_us, other.wait_us),
         unknown=add(one.unknown, other.unknown),
+        units=_weighted(one, other),
         phases=sorted(phases.values(), key=lambda phase: -phase["cycles"]),
     )
+
+
+def _weighted(one: Executed, other: Executed) -> dict[str, float]:
+    """How busy units are during two calls."""
+    cycles = one.cycles + other.cycles
+    return {
+        unit: round((share * one.cycles + other.units[unit] * other.cycles) / cycles, 4)
+        for unit, share in one.units.items()
+    }
 
 
 def _trace(subject: Subject, mesh: Mesh) -> Any:
@@ -302,4 +314,5 @@ def _report(subject: Subject, program: Program, runs: Sequence[Run]) -> Executed
         phases=[dataclasses.asdict(phase) for phase in phases],
         guessed=sum(run.guessed for run in runs),
         unknown=dict(program.unknown),
+        units=units.shares(program.bundles, slowest.visits),
     )

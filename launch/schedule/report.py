@@ -69,7 +69,8 @@ def phases(row: Executed, most: int = 14) -> str:
             f"{phase['waits']:.0f}",
         ))  # fmt: skip
     title = f"{row.device_kind}, {row.case}, {row.kernel}: {row.cycles} cycles"
-    return "\n".join(["", title, *_aligned(cells)])
+    busy = ", ".join(f"{unit} {share:.0%}" for unit, share in row.units.items())
+    return "\n".join(["", title, *_aligned(cells), f"units busy: {busy}"])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -23,6 +23,8 @@ import meshes
 from . import bundles, cases
 from .execute import Executed, Subject, execute
 
+_MOST_COMPILED = 100
+
 # In the worker only: where the compiler writes its schedules.
 _dump: pathlib.Path
 
@@ -54,7 +56,11 @@ def dump() -> pathlib.Path:
 def _pool(dumping: bool) -> concurrent.futures.ProcessPoolExecutor:
     folder = tempfile.TemporaryDirectory(prefix="shardpage_schedule_")
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(1, context, _enter, (folder.name, dumping))
+    # A compiler that is asked for hundreds of programs keeps gigabytes of them.
+    most = None if dumping else _MOST_COMPILED
+    pool = concurrent.futures.ProcessPoolExecutor(
+        1, context, _enter, (folder.name, dumping), max_tasks_per_child=most
+    )
     atexit.register(folder.cleanup)
     return pool
 

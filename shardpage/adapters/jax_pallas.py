@@ -109,7 +109,7 @@ def ragged_paged_attention(
 
     Reads `kv_pages` (k0 v0 k1 v1 ...) where they lie; they hold the new tokens already. Rows behind
     the last token are zeros. `mask_value`, `num_queries_per_block` and `vmem_limit_bytes` change no
-    result and have no effect. `backend` is ours: where `pallas_tpu` refuses such pages, "xla".
+    result and have no effect. `backend` is ours: None takes "xla" for such pages.
 
     Raises:
       ValueError: if arguments contradict each other.

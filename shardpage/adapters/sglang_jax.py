@@ -85,8 +85,8 @@ def ragged_paged_attention(
     keys and values, which theirs donates too, stay valid). A sequence's entries of `page_indices`
     begin at `cu_kv_lens / page_size`. The softmax is in float32, whatever `softmax_dtype` is. What
     tunes or guards their kernel (block sizes, limits, checks, `mask_value`, `skip_kv_mask`) has no
-    effect, nor has `q_scale` on caches of 16 bits and more. `backend` is ours: where `pallas_tpu`
-    refuses such pages, "xla".
+    effect, nor has `q_scale` on caches of 16 bits and more. `backend` is ours: None takes "xla"
+    for such pages.
 
     Raises:
       ValueError: if arguments contradict each other.

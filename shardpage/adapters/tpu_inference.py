@@ -92,7 +92,7 @@ def ragged_paged_attention(
     Accumulates in float32 whatever `out_dtype` is. Of `distribution` the last entry, the number of
     sequences, decides. A `q_scale` quantises queries to the cache's dtype: of 16 bits and more that
     changes nothing. What tunes or guards their kernel (block sizes, limits, checks, `mask_value`,
-    `skip_kv_mask`) has no effect. `backend` is ours: where `pallas_tpu` refuses such pages, "xla".
+    `skip_kv_mask`) has no effect. `backend` is ours: None takes "xla" for such pages.
 
     Raises:
       ValueError: if arguments contradict each other.

@@ -74,7 +74,7 @@ def default_for(platform: str, device_kind: str, page_format: PageFormat) -> Bac
     """The backend that such devices ("cpu", "gpu", "tpu"; what JAX calls them) get for such pages
     when none is named."""
     if platform == "tpu":
-        return "pallas_tpu"
+        return "xla" if page_format.layout.token_major else "pallas_tpu"
     if platform == "gpu" and any(name in device_kind.split() for name in _HOPPER):
         try:
             module = importlib.import_module(_MODULES["pallas_gpu"], __name__)
