@@ -467,7 +467,7 @@ class TestCompiled:
         assert two.cycles < 0.62 * one.cycles
         assert two.hbm_cycles == one.hbm_cycles / 2
 
-    @pytest.mark.parametrize(("heads", "most"), [("G8 K1", 5.5), ("G4 K8", 17)])
+    @pytest.mark.parametrize(("heads", "most"), [("G8 K1", 6), ("G4 K8", 17)])
     def test_a_prompt_is_written_by_tiles(self, heads, most):
         """Of 16 tokens: each is read and written once, in few cycles a token."""
         case = f"1024 of 8192, {heads}, page 64"

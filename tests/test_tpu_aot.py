@@ -160,7 +160,8 @@ def test_megacore_is_refused_on_one_core():
 
 
 @pytest.mark.parametrize(
-    ("name", "topology", "kv"), in_turn(["g4k8", "page8", "dim64", "dim80", "float32"])
+    ("name", "topology", "kv"),
+    in_turn(["g4k8", "page8", "dim64", "dim80", "dim192", "dim256", "float32"]),
 )
 def test_write_updates_the_cache_in_place(name, topology, kv):
     _, num_kv_heads, head_dim, page_size, dtype = SHAPES[name]

@@ -54,9 +54,9 @@ def write(
     tuning: Tuning,
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
-    words = _words(key, value, cache.format)
+    words, tiles = _words(key, value, cache.format), write_kernel.Tiles(cache.format)
     for part, schedule in zip(_parts(key.shape[0], cache.format), work, strict=True):
-        rows = words[part].reshape(-1, words.shape[-1])
+        rows = words[part].reshape(-1, cache.format.row_dim // tiles.row_parts)
         cache = cache.replace(as_kernel(_write, tuning)(cache, rows, schedule))
     return cache
 
@@ -73,7 +73,8 @@ def _words(key: jax.Array, value: jax.Array, page_format: PageFormat) -> jax.Arr
 def _write(
     tuning: Tuning, cache: PagedKVCache, words: jax.Array, schedule: write_kernel.Schedule
 ) -> tuple[jax.Array, ...]:
-    tiles = write_kernel.Tiles(cache.format, together=chip_of(tuning).step_blocks)
+    chip = chip_of(tuning)
+    tiles = write_kernel.Tiles(cache.format, chip.step_blocks)
     layer = jnp.zeros(1, jnp.int32) if cache.layer is None else cache.layer.reshape(1)
     *before, arrays = vary_together(schedule, layer, words, cache.arrays)
     layers = {"num_layers": cache.num_layers or 1, "num_pages": cache.num_pages}
@@ -96,7 +97,9 @@ def _write(
         out_shape=jax.tree.map(shape_of, arrays),
         input_output_aliases={num_before + i: i for i in range(len(arrays))},
         scratch_shapes=write_kernel.scratch_shapes(tiles),
-        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(
+            disable_bounds_checks=True, vmem_limit_bytes=chip.vmem_bytes
+        ),
         interpret=interpreter(tuning),
         name="shardpage_write",
     )(*before, arrays)

@@ -23,9 +23,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from ...page_format import PageFormat
-from .geometry import SUBLANES
+from .geometry import LANES, SUBLANES, round_up
 
 _RING_BYTES = 6 << 20
+_REGISTER_BYTES = 4 << 10
 _MAX_RING = 16
 _MAX_TOGETHER = 8
 
@@ -35,7 +36,7 @@ class Tiles:
     """The tiles that pages of this format are written in."""
 
     format: PageFormat
-    together: int = _MAX_TOGETHER  # tiles in a group
+    most_together: int = _MAX_TOGETHER
 
     @property
     def rows(self) -> int:
@@ -54,11 +55,40 @@ class Tiles:
         return self.rows * self.format.pack
 
     @property
+    def together(self) -> int:
+        """Tiles in a group: fewer where two groups would not fit, and what they spill: each token
+        that is put takes a register of 4 KiB for each head."""
+        spilled = 2 * self.format.num_kv_heads * self.row_parts * _REGISTER_BYTES
+        return max(1, min(self.most_together, _RING_BYTES // (2 * self._num_bytes + spilled)))
+
+    @property
     def ring(self) -> int:
         """Groups of tiles on their way; even: half of them in, half of them out."""
-        tile_bytes = self.format.num_arrays * math.prod(self.shape) * self.format.dtype.itemsize
-        groups = _RING_BYTES // (tile_bytes * self.together)
+        groups = _RING_BYTES // (self._num_bytes * self.together)
         return max(2, min(_MAX_RING, groups // 2 * 2))
+
+    @property
+    def row_parts(self) -> int:
+        """Rows of tokens in memory that a row is: of 128 elements, of which alone loads may be
+        strided; or as it is."""
+        whole, rest = divmod(self.format.row_dim, LANES)
+        return 1 if rest else whole
+
+    @property
+    def token_rows(self) -> int:
+        """Rows of all heads of a token in memory, keys' first."""
+        return 2 * self.format.num_kv_heads * self.row_parts
+
+    @property
+    def may_be_full(self) -> bool:
+        """Whether a tile may be put together at once."""
+        return self.format.pack == 1 and self.format.row_dim // self.row_parts <= LANES
+
+    @property
+    def _num_bytes(self) -> int:
+        *others, row_dim = self.shape
+        elements = math.prod(others) * round_up(row_dim, LANES)
+        return self.format.num_arrays * elements * self.format.dtype.itemsize
 
 
 class Schedule(NamedTuple):
@@ -137,7 +167,7 @@ class Tile(NamedTuple):
 
     number: jax.Array
     place: jax.Array
-    member: int  # of its group
+    member: jax.Array | int  # of its group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +177,7 @@ class Kernel:
     tiles: Tiles
     schedule: Any
     first_page: jax.Array  # added to all page ids; -1 of no layer, to which nothing is written
-    tokens: Any  # [num_tokens * 2 * num_kv_heads, row_dim] words: of keys, then of values
+    tokens: Any  # words, of keys, then of values: see `Tiles.token_rows`
     caches: Sequence[Any]
     scratch: Scratch
 
@@ -219,12 +249,14 @@ class Kernel:
 
         @pl.when(first[end] - first[begin] > end - begin)
         def _():
-            for tile in tiles:
+            @pl.loop(0, self.tiles.together)
+            def _(member):
+                tile = Tile(begin + member, tiles[0].place, member)
                 self.put_others(tile, first[tile.number] + 1, first[tile.number + 1])
 
     def put_others(self, tile: Tile, begin: jax.Array, end: jax.Array) -> None:
         one_by_one = lambda: pl.loop(begin, end)(lambda token: self.put(tile, token, True))
-        if self.tiles.format.pack > 1:
+        if not self.tiles.may_be_full:
             one_by_one()
             return
         is_full = self.schedule.full[tile.number] == 1
@@ -258,9 +290,11 @@ class Kernel:
 
     def words(self, token: jax.Array, head: int, count: int = 1, stride: int = 1) -> jax.Array:
         """A head's words of some tokens, each `stride` after the one before."""
-        per_token = 2 * self.tiles.format.num_kv_heads
-        rows = pl.ds(token * per_token + head, count, stride * per_token if count > 1 else 1)
-        return self.tokens[rows, :]
+        rows, parts = self.tiles.token_rows, self.tiles.row_parts
+        step = stride * rows if count > 1 else 1
+        first = token * rows + head * parts
+        words = [self.tokens[pl.ds(first + part, count, step), :] for part in range(parts)]
+        return words[0] if parts == 1 else jnp.concatenate(words, axis=1)
 
     def own_bits(self, slot: jax.Array, really: jax.Array | bool) -> jax.Array:
         """The bits of a tile's words, [rows of words, row_dim], that belong to a slot."""
