@@ -188,12 +188,12 @@ def _outcome(case: GridCase) -> tuple[str, str]:
 
 def _stamp() -> dict[str, str]:
     """What the results are of."""
-    folder = pathlib.Path(__file__).parents[2] / "shardpage"
+    folder = pathlib.Path(__file__).parents[2] / "shardpage" / "backends" / "pallas_tpu"
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(file.read_bytes())
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    return versions | {"shardpage": digest.hexdigest()[:16]}
+    return versions | {"pallas_tpu": digest.hexdigest()[:16]}
 
 
 def table(report: dict[str, Any]) -> str:
