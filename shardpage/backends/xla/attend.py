@@ -137,7 +137,8 @@ def _words(out: jax.Array) -> jax.Array:
 
 
 def _forward(how, query, cache, reads, work):
-    partial = _attend(how._replace(out_dtype=jnp.float32), query, cache, reads, work)
+    exactly = how._replace(out_dtype=jnp.float32)
+    partial = cast(Partial, _attend(exactly, query, cache, reads, work))
     return _as(how.out_dtype, partial), (query, cache, reads, work, partial)
 
 
