@@ -54,20 +54,24 @@ def write(
     tuning: Tuning,
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
-    words, tiles = _words(key, value, cache.format), write_kernel.Tiles(cache.format)
     for part, schedule in zip(_parts(key.shape[0], cache.format), work, strict=True):
-        rows = words[part].reshape(-1, cache.format.row_dim // tiles.row_parts)
-        cache = cache.replace(as_kernel(_write, tuning)(cache, rows, schedule))
+        words = _words(key[part], value[part], cache.format)
+        cache = cache.replace(as_kernel(_write, tuning)(cache, words, schedule))
     return cache
 
 
 def _words(key: jax.Array, value: jax.Array, page_format: PageFormat) -> jax.Array:
-    """Tokens as words that have an element in each place: in both halves, in all parts of a row."""
-    both = jnp.concatenate([key, value], axis=1)
+    """Tokens as words that have an element in each place: in both halves, in all parts of a row.
+
+    All keys, then all values: so XLA has nothing to move.
+    """
+    both = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in (key, value)])
     if page_format.dtype.itemsize == 2:
         half = lax.bitcast_convert_type(both, jnp.uint16).astype(jnp.uint32)
         both = half | half << 16
-    return jnp.tile(lax.bitcast_convert_type(both, jnp.int32), page_format.pack)
+    words = jnp.tile(lax.bitcast_convert_type(both, jnp.int32), page_format.pack)
+    row_parts = write_kernel.Tiles(page_format).row_parts
+    return words.reshape(-1, page_format.row_dim // row_parts)
 
 
 def _write(

@@ -76,8 +76,8 @@ class Tiles:
 
     @property
     def token_rows(self) -> int:
-        """Rows of all heads of a token in memory, keys' first."""
-        return 2 * self.format.num_kv_heads * self.row_parts
+        """Rows of all keys, or of all values, of a token in memory."""
+        return self.format.num_kv_heads * self.row_parts
 
     @property
     def may_be_full(self) -> bool:
@@ -177,7 +177,7 @@ class Kernel:
     tiles: Tiles
     schedule: Any
     first_page: jax.Array  # added to all page ids; -1 of no layer, to which nothing is written
-    tokens: Any  # words, of keys, then of values: see `Tiles.token_rows`
+    tokens: Any  # words, of all keys, then of all values: see `Tiles.token_rows`
     caches: Sequence[Any]
     scratch: Scratch
 
@@ -292,7 +292,8 @@ class Kernel:
         """A head's words of some tokens, each `stride` after the one before."""
         rows, parts = self.tiles.token_rows, self.tiles.row_parts
         step = stride * rows if count > 1 else 1
-        first = token * rows + head * parts
+        which, own = divmod(head, self.tiles.format.num_kv_heads)
+        first = which * (self.tokens.shape[0] // 2) + token * rows + own * parts
         words = [self.tokens[pl.ds(first + part, count, step), :] for part in range(parts)]
         return words[0] if parts == 1 else jnp.concatenate(words, axis=1)
 
