@@ -14,6 +14,7 @@ from launch.bench import (
     compare,
     decode,
     draw,
+    flashinfer,
     inputs,
     peers,
     shapes,
@@ -23,7 +24,7 @@ from launch.bench import (
     timing,
     write,
 )
-from launch.bench.report import Row, table
+from launch.bench.report import COPY, OURS, Row, table
 from launch.bench.shapes import Shape, Step, Tokens
 from launch.bench.timing import Timing
 
@@ -99,21 +100,42 @@ class TestInputs:
         given = inputs.make(SMALL, 1)
         attend, _ = peers.gather(SMALL, "cpu")
         out = attend(given.queries[0], given.key, given.value, given.lens, given.tables[0])
-        error, limit = inputs.error_of(given, out)
-        assert error <= limit
-        error, limit = inputs.error_of(given, out.at[-1, 0, 0].add(1e-3))
-        assert error > limit
-        assert inputs.error_of(given, out.at[0].set(jnp.nan))[0] == np.inf
+        expected = inputs.expected(given)
+        assert expected.error_of(out) <= expected.limit
+        assert expected.error_of(out.at[-1, 0, 0].add(1e-3)) > expected.limit
+        assert expected.error_of(out.at[0].set(jnp.nan)) == np.inf
+
+
+class TestTiming:
+    def test_what_surrounds_queued_calls_is_left_out(self, monkeypatch):
+        now = [0.0]
+
+        def takes(seconds):
+            now[0] += seconds
+
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+        monkeypatch.setattr(timing.jax, "block_until_ready", lambda _: takes(100))
+        call = {"call": lambda: takes(6)}
+        assert timing.in_turn(call, repeats=2)["call"].median_us == 53e6
+        assert timing.in_turn(call, repeats=2, queued=4)["call"].median_us == 3e6
 
 
 class TestDecode:
     def test_every_implementation_has_a_row(self):
         rows = {row.name: row for row in decode.measure(SMALL, "cpu", 10.0)}
-        assert list(rows) == list(peers.IMPLEMENTATIONS)
-        for name in (peers.OURS, "gather"):
+        assert list(rows) == [*peers.IMPLEMENTATIONS, *flashinfer.DECODE]
+        assert rows["flashinfer"].why == "needs a GPU"
+        for name in (OURS, "gather"):
             assert rows[name].timing.rounds == 2
             assert rows[name].gbps > 0
         assert "no kernel for CPUs" in rows["jax paged_attention"].why
+
+    def test_on_an_accelerator_a_copy_of_as_many_bytes_is_the_roof(self):
+        shape = dataclasses.replace(SMALL, dtype="bfloat16")
+        rows = {row.name: row for row in decode.measure(shape, "gpu", 10.0)}
+        assert rows[COPY].roof_gbps == rows[OURS].roof_gbps == rows[COPY].gbps
+        assert rows["flashinfer"].why.startswith("pip install flashinfer-python")
+        assert rows["shardpage xla"].timing
 
     def test_a_wrong_answer_is_not_timed(self, monkeypatch):
         def wrong(shape, platform):
@@ -133,24 +155,24 @@ class TestDecode:
     def test_calls_of_one_program_have_tables_of_their_own(self):
         given = inputs.make(SMALL, 3)
         attend, _ = peers.shardpage(SMALL, "cpu")
-        arrays = (given.queries, given.key, given.value, given.lens, given.tables)
-        outs = jax.jit(decode.in_one_program(attend))(*arrays)
+        outs = jax.jit(decode.in_one_program(attend))(*given.calls())
         for repeat in range(3):
-            error, limit = inputs.error_of(given, outs[repeat], repeat)
-            assert error <= limit
+            expected = inputs.expected(given, repeat)
+            assert expected.error_of(outs[repeat]) <= expected.limit
+        assert expected.error_of(outs[0]) > expected.limit
 
 
 class TestWrite:
     def test_both_ways_are_right_and_timed(self):
         rows = {row.name: row for row in write.measure(TOKENS, 10.0)}
-        assert set(rows) == {peers.OURS, "scatter"}
+        assert set(rows) == {OURS, "scatter"}
         assert all(row.timing for row in rows.values())
 
     def test_lost_tokens_are_seen(self, monkeypatch):
         monkeypatch.setitem(write.IMPLEMENTATIONS, "scatter", lambda cache, *tokens: cache)
         rows = {row.name: row for row in write.measure(TOKENS, 10.0)}
         assert rows["scatter"].why.startswith("wrong")
-        assert rows[peers.OURS].timing
+        assert rows[OURS].timing
 
 
 class TestSharded:
@@ -219,17 +241,17 @@ class TestSteps:
             call, arrays = step_peers.gather(given, platform)
             return (lambda *arrays: call(*arrays).at[-1, -1, -1].add(1e-3)), arrays
 
-        built = {name: step_peers.IMPLEMENTATIONS[name] for name in (peers.OURS, "matmuls")}
+        built = {name: step_peers.IMPLEMENTATIONS[name] for name in (OURS, "matmuls")}
         others = {"gather": step_peers.gather, "shardpage xla": step_peers.portable}
         built |= others | {"off": off_in_one}
         monkeypatch.setattr(step_peers, "IMPLEMENTATIONS", built)
         rows = {row.name: row for row in steps.measure(STEP, "cpu", 10.0)}
         assert list(rows) == list(built)
-        assert [n for n, row in rows.items() if row.timing] == [peers.OURS, "matmuls", "gather"]
+        assert [n for n, row in rows.items() if row.timing] == [OURS, "matmuls", "gather"]
         assert rows["off"].why.startswith("wrong: error 1.0e-03")
-        assert rows[peers.OURS].gflops > 0
-        assert rows[peers.OURS].timing.processor_us > 0
-        assert Row.from_json(rows[peers.OURS].to_json()) == rows[peers.OURS]
+        assert rows[OURS].gflops > 0
+        assert rows[OURS].timing.processor_us > 0
+        assert Row.from_json(rows[OURS].to_json()) == rows[peers.OURS]
 
 
 @pytest.mark.usefixtures("small")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,14 @@ class Inputs:
     def arrays(self) -> tuple[jax.Array, ...]:
         """All arrays, the caches blocks first."""
         return self.queries, self.key, self.value, self.lens, self.tables
+
+    def calls(self, kv_layout: str = "blocks_first") -> tuple[Any, ...]:
+        """What `decode.in_one_program` takes: per call a query, lengths and tables of its own.
+
+        Lengths that all calls shared would let XLA compute for all what each must.
+        """
+        lens = tuple(self.lens + 0 for _ in range(self.repeats))
+        return tuple(self.queries), *self.caches(kv_layout), lens, tuple(self.tables)
 
     def caches(self, kv_layout: str) -> tuple[jax.Array, jax.Array]:
         """Both caches in the named layout."""
@@ -105,26 +114,36 @@ def _tables(
     return tables, num_pools * pool_pages
 
 
-def error_of(inputs: Inputs, out: jax.Array, repeat: int = -1) -> tuple[float, float]:
-    """The error of one call's output against the oracle, and the error that rounding excuses.
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """The oracle's outputs of some sequences in one call, and the error that rounding excuses.
 
-    Compares the longest, the shortest, the first and the last sequence.
-
-    Args:
-      out: [num_seqs, num_heads, head_dim] of the call `repeat`.
+    Attributes:
+      outs: [num_heads, head_dim] float64 of each, by the sequence's number.
     """
+
+    outs: dict[int, np.ndarray]
+    limit: float
+
+    def error_of(self, out: jax.Array) -> float:
+        """The largest error of a call's output [num_seqs, num_heads, head_dim]; NaN is infinite."""
+        errors = [np.asarray(out[seq], np.float64) - exact for seq, exact in self.outs.items()]
+        largest = float(np.max(np.abs(errors)))
+        return largest if np.isfinite(largest) else np.inf
+
+
+def expected(inputs: Inputs, repeat: int = -1) -> Expected:
+    """What the call `repeat` must give for the longest, shortest, first and last sequence."""
     lens, tables = np.asarray(inputs.lens), np.asarray(inputs.tables[repeat])
     queries = np.asarray(inputs.queries[repeat])
-    error = rounding = 0.0
+    outs, rounding = {}, 0.0
     for seq in sorted({0, len(lens) - 1, int(lens.argmax()), int(lens.argmin())}):
         pages = tables[seq, : -(-lens[seq] // inputs.shape.page_size)]
         keys, values = (_tokens(cache, pages)[: lens[seq]] for cache in (inputs.key, inputs.value))
-        exact, _ = oracle.attend(queries[seq], keys, values)
+        outs[seq], _ = oracle.attend(queries[seq], keys, values)
         plain, _ = oracle.attend(queries[seq], keys, values, precision=np.float32)
-        difference = np.abs(np.asarray(out[seq], np.float64) - exact)
-        error = float(np.maximum(error, difference.max()))  # NaN stays
-        rounding = max(rounding, float(np.abs(plain - exact).max()))
-    return (error if np.isfinite(error) else np.inf), MULTIPLE * rounding + FLOOR
+        rounding = max(rounding, float(np.abs(plain - outs[seq]).max()))
+    return Expected(outs, MULTIPLE * rounding + FLOOR)
 
 
 def _tokens(cache: jax.Array, pages: np.ndarray) -> np.ndarray:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from shardpage import page_attention
 
+from .report import OURS
 from .shapes import Shape
 
 Attend = Callable[..., Any]
-OURS = "shardpage"
+Build = Callable[[Shape, str], tuple[Attend, str]]
 
 
 class Unavailable(Exception):
@@ -104,7 +105,7 @@ def seed(shape: Shape, platform: str) -> tuple[Attend, str]:
     return module.page_attention, "blocks_first"
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Shape, str], tuple[Attend, str]]] = {
+IMPLEMENTATIONS: dict[str, Build] = {
     OURS: shardpage,
     "shardpage xla": portable,
     "gather": gather,

@@ -15,8 +15,7 @@ from ..schedule.core import Core
 from ..schedule.execute import Executed
 from ..schedule.report import draw as draw_calls
 from .draw import draw
-from .peers import OURS
-from .report import Row, speed
+from .report import COPY, OURS, Row, speed
 
 FOLDER = Path(__file__).parent
 _LARGEST = 5  # fusions of a step
@@ -38,7 +37,7 @@ def speed_up(ours: Row, peer: Row | None) -> float | None:
 def _decode(report: dict[str, Any]) -> str:
     """Time and GB/s of this library, and its speed-up over each peer."""
     rows = {(row.shape, row.name): row for row in map(Row.from_json, report["rows"])}
-    peers = dict.fromkeys(n for (_, n), row in rows.items() if row.timing and n != OURS)
+    peers = dict.fromkeys(n for (_, n), row in rows.items() if row.timing and n not in (OURS, COPY))
     cells = [["shape", f"{OURS}, us", "GB/s", "of copy", "temp MB", *(f"x {p}" for p in peers)]]
     for shape in dict.fromkeys(shape for shape, _ in rows):
         ours = rows[shape, OURS]

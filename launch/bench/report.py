@@ -13,6 +13,8 @@ import jax
 from .timing import Timing
 
 VERSIONS = ("jax", "jaxlib", "numpy", "ejkernel", "jax-cuda13-plugin", "libtpu")
+VERSIONS += ("flashinfer-python", "torch")
+OURS, COPY = "shardpage", "copy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ def environment(command: str, roof_gbps: float, roof: str) -> dict[str, Any]:
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """A row of cells per measurement, after a header."""
     cells = [["", "", "us", "spread", "GB/s", "of copy", "temp MB", "against ours", "note"]]
-    ours = {(row.bench, row.shape): row.timing for row in rows if row.name == "shardpage"}
+    ours = {(row.bench, row.shape): row.timing for row in rows if row.name == OURS}
     before = None
     for row in rows:
         shown = row.shape if (row.bench, row.shape) != before else ""

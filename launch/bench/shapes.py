@@ -106,14 +106,21 @@ FULL = (
     Shape("32 x 4096, dim 256", 32, 4096, head_dim=256),
     Shape("32 x 4096, f32", 32, 4096, dtype="float32"),
 )
-SHAPES = (*CPU_FULL, *FULL)
+# Larger than a GPU's caches.
+GPU_FULL = (
+    *FULL,
+    Shape("16 x 8192, 64/8 heads, page 64", 16, 8192, num_heads=64, page_size=64),
+    Shape("1 x 131072, 64/8 heads, page 64", 1, 131072, num_heads=64, page_size=64),
+    Shape("8 x 32768, 8/1 heads, page 64", 8, 32768, num_heads=8, num_kv_heads=1, page_size=64),
+)
+SHAPES = (*CPU_FULL, *GPU_FULL)
 
 
 def decode_shapes(platform: str, suite: Suite) -> tuple[Shape, ...]:
     """The shapes of a decode bench on a platform ("cpu", "gpu", "tpu")."""
     if platform == "cpu":
         return CPU_QUICK if suite == "quick" else CPU_FULL
-    return QUICK if suite == "quick" else FULL
+    return QUICK if suite == "quick" else {"gpu": GPU_FULL}.get(platform, FULL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +196,14 @@ STEPS = (
 )
 STEPS_FULL = (
     *STEPS,
+    Step("64 x 4 guesses on 4096", ((4096, 4),) * 64),
+    Step("64 x 8 guesses on 4096", ((4096, 8),) * 64),
+    Step("64 x 8 guesses on 4096, 64/8 heads, page 64", ((4096, 8),) * 64, num_heads=64,
+         page_size=64),
+    Step("prompt of 4096 on 4096", ((8192, 4096),)),
+    Step("prompt of 4096 on 4096, page 64", ((8192, 4096),), page_size=64),
     *(dataclasses.replace(s, name=f"{s.name}, f32", dtype="float32") for s in STEPS[1:]),
-)
+)  # fmt: skip
 
 
 def step_shapes(platform: str, suite: Suite) -> tuple[Step, ...]:

@@ -108,7 +108,7 @@ def measure(split: Split, shape: Shape, repeats: int, roof_gbps: float) -> Itera
     }
     calls, outs = {}, {}
     for name, (given, compiled) in programs.items():
-        calls[name] = functools.partial(compiled, *given.arrays)
+        calls[name] = functools.partial(compiled, *given.calls())
         outs[name] = calls[name]()[-1]
     wrong = _wrong(programs, outs, split)
     timed = timing.in_turn(calls, repeats)
@@ -133,7 +133,8 @@ def _wrong(programs: Mapping, outs: Mapping[str, jax.Array], split: Split) -> di
     """The programs that miss the oracle, or one device's answer, by more than rounding excuses."""
     found = {}
     for name, (given, _) in programs.items():
-        error, limit = inputs.error_of(given, outs[name])
+        expected = inputs.expected(given)
+        error, limit = expected.error_of(outs[name]), expected.limit
         if name == split.name:
             ours, alone = (np.asarray(outs[which], np.float64) for which in (name, ALONE))
             error = float(np.maximum(error, np.abs(ours - alone).max()))  # NaN stays
@@ -144,4 +145,4 @@ def _wrong(programs: Mapping, outs: Mapping[str, jax.Array], split: Split) -> di
 
 def _compile(given: inputs.Inputs, mesh: Mesh | None):
     attend = functools.partial(page_attention, kv_layout="blocks_first", mesh=mesh)
-    return jax.jit(in_one_program(attend)).lower(*given.arrays).compile()
+    return jax.jit(in_one_program(attend)).lower(*given.calls()).compile()

@@ -14,7 +14,9 @@ from jax import lax
 
 from shardpage import PagedKVCache, Tuning, attend, make_plan
 
-from .peers import OURS, Unavailable
+from . import flashinfer
+from .peers import Unavailable
+from .report import OURS
 from .step_inputs import StepInputs
 
 Build = Callable[[StepInputs, str], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -158,6 +160,7 @@ IMPLEMENTATIONS: dict[str, Build] = {
     "shardpage xla": portable,
     MATMULS: matmuls,
     "gather": gather,
+    "flashinfer": flashinfer.step,
     "jax reference": reference,
     "ejkernel v2": seed_v2,
     "ejkernel v3": seed_v3,

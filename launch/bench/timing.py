@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 WARM_UP, ROUNDS = 3, 9
+QUEUED = 4  # programs, on an accelerator
+_COPIES = 4
 # A large call's buffers are freed after it has returned (on a CPU 1 x 32768, after a peer that had
 # used 273 MB: 40 ms without a pause, 31 with one).
 _PAUSE_SECONDS = 0.05
@@ -35,7 +37,10 @@ class Timing:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], Any]], repeats: int = 1, rounds: int | None = None
+    calls: Mapping[str, Callable[[], Any]],
+    repeats: int = 1,
+    rounds: int | None = None,
+    queued: int = 1,
 ) -> dict[str, Timing]:
     """Times each call once per round, after a few rounds that do not count.
 
@@ -46,18 +51,30 @@ def in_turn(
       repeats: how often each call does its work; times are divided by it.
       rounds: how many count, of calls so long that they need none before; None for `ROUNDS`, after
         `WARM_UP`.
+      queued: above 1, a time is what `queued` calls one behind the other take longer than one call,
+        per call more: what the host does before the first and after the last is left out.
     """
     warm_up, rounds = (WARM_UP, ROUNDS) if rounds is None else (0, rounds)
-    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
+    times: dict[str, list[np.ndarray]] = {name: [] for name in calls}
     for round_number in range(warm_up + rounds):
         for name, call in calls.items():
             time.sleep(_PAUSE_SECONDS)
-            start, ran = time.perf_counter(), time.process_time()
-            jax.block_until_ready(call())
-            seconds = time.perf_counter() - start, time.process_time() - ran
+            seconds = _seconds(call, queued)
+            if queued > 1:
+                seconds = (seconds - _seconds(call, 1)) / (queued - 1)
             if round_number >= warm_up:
-                times[name].append(tuple(1e6 * each / repeats for each in seconds))
+                times[name].append(1e6 * seconds / repeats)
     return {name: _timing(samples) for name, samples in times.items()}
+
+
+def _seconds(call: Callable[[], Any], count: int) -> np.ndarray:
+    """What some calls take, one behind the other: by the clock, and of the process's threads."""
+    before = np.array([time.perf_counter(), time.process_time()])
+    result = None
+    for _ in range(count):
+        result = call()
+    jax.block_until_ready(result)
+    return np.array([time.perf_counter(), time.process_time()]) - before
 
 
 def temp_bytes(compiled: Any) -> int:
@@ -65,7 +82,7 @@ def temp_bytes(compiled: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def _timing(samples: list[tuple[float, ...]]) -> Timing:
+def _timing(samples: list[np.ndarray]) -> Timing:
     clock, processor = zip(*samples, strict=True)
     low, median, high = (round(float(x), 2) for x in np.percentile(clock, [25, 50, 75]))
     return Timing(median, low, high, len(samples), round(float(np.median(processor)), 2))
@@ -80,7 +97,26 @@ def copy_roof(platform: str) -> tuple[float, str]:
         source, target = (np.ones(256 << 20, np.uint8) for _ in range(2))
         timing = in_turn({"copy": lambda: np.copyto(target, source)})["copy"]
         return 2 * source.nbytes / timing.median_us / 1e3, "numpy.copyto of 256 MiB, one process"
-    source = jax.numpy.ones(256 << 20, jax.numpy.uint32)
-    copy = jax.jit(lambda x: x + 1)  # without the addition there would be no kernel, but an alias
-    timing = in_turn({"copy": lambda: [copy(source) for _ in range(8)]}, repeats=8)["copy"]
-    return 2 * source.nbytes / timing.median_us / 1e3, "1 GiB read and written by the device"
+    timing = in_turn({"copy": device_copy(2 << 30, _COPIES)}, _COPIES, queued=QUEUED)["copy"]
+    return (2 << 30) / timing.median_us / 1e3, "1 GiB read and written by the device"
+
+
+def device_copy(num_bytes: int, repeats: int) -> Callable[[], Any]:
+    """A call that reads and writes this many bytes several times, other ones each time.
+
+    It copies half of them, so that a kernel that reads as many bytes has the same time.
+
+    Args:
+      repeats: a multiple of four.
+    """
+    draw = jax.jit(lambda seed: jax.random.normal(jax.random.key(seed), num_bytes // 4, "bfloat16"))
+    sources = [draw(seed) for seed in range(_COPIES)]
+    copy = jax.jit(lambda sources: [-x for x in sources])  # unchanged there would be no kernel
+
+    def call():
+        result = None
+        for _ in range(repeats // _COPIES):
+            result = copy(sources)
+        return result
+
+    return call

@@ -11,8 +11,7 @@ from jax import lax
 from shardpage import PagedKVCache, write_kv
 
 from . import timing
-from .peers import OURS
-from .report import Row
+from .report import OURS, Row
 from .shapes import Tokens
 
 REPEATS = 8
