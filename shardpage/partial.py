@@ -156,19 +156,24 @@ def mark(partial: Partial, invalid: Bool[Array, " batch"] | None) -> Partial:
     return partial._replace(lse=jnp.where(invalid[:, None], jnp.inf, partial.lse))
 
 
-def spread_nan(partial: Partial) -> Partial:
+def spread_nan(partial: Partial, *, by_lse: bool = False) -> Partial:
     """Makes a head NaN as a whole where its lse is NaN or inf, or any of its output not finite.
 
     A weighted mean of finite values is finite: what is not has read a NaN or an infinity.
+
+    Args:
+      by_lse: whether wherever an output is not finite its lse is not either.
     """
-    broken = ~(partial.lse < jnp.inf) | ~jnp.all(jnp.isfinite(partial.out), axis=-1)
+    broken = ~(partial.lse < jnp.inf)
+    if not by_lse:
+        broken |= ~jnp.all(jnp.isfinite(partial.out), axis=-1)
     nan = lambda where, x: jnp.where(where, jnp.nan, x)
     return Partial(nan(broken[..., None], partial.out), nan(broken, partial.lse))
 
 
-def finish(partial: Partial, dtype: Any) -> Partial:
-    """What a caller gets where nothing is merged any more."""
-    out, lse = spread_nan(partial)
+def finish(partial: Partial, dtype: Any, *, by_lse: bool = False) -> Partial:
+    """What a caller gets where nothing is merged any more; `by_lse` as `spread_nan` has it."""
+    out, lse = spread_nan(partial, by_lse=by_lse)
     return Partial(out.astype(dtype), lse)
 
 

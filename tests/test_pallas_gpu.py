@@ -19,7 +19,7 @@ from shardpage.page_format import KVLayout, PageFormat
 from shardpage.plan import Reads, Writes
 
 from . import tolerance
-from .cases import CASES, KV_LAYOUTS, Case, build_mesh, make
+from .cases import CASES, KV_LAYOUTS, TOKEN_LAYOUTS, Case, build_mesh, make
 
 ON_GPU = "cuda" in os.environ.get("JAX_PLATFORMS", "")
 BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -34,7 +34,8 @@ INTERPRETED = Tuning(backend="pallas_gpu", platform="gpu", interpret=True, chip=
 
 
 def page_format(head_dim=128, page_size=16, heads=8, dtype=BFLOAT16, layout=KVLayout.BLOCKS_FIRST):
-    return PageFormat(layout, heads, page_size, head_dim, head_dim, dtype)
+    form = PageFormat(layout, heads, page_size, head_dim, head_dim, dtype)
+    return form.packed(None, on_tpu=False)
 
 
 def reads_of(num_queries, num_rows=None, pages=8):
@@ -95,11 +96,12 @@ class TestConfig:
     def test_default(self, platform, kind, expected):
         assert default_for(platform, kind, page_format()) == expected
 
-    @pytest.mark.parametrize("layout", [KVLayout.TOKENS_FIRST, KVLayout.INTERLEAVED])
-    @pytest.mark.parametrize("kind", ["TPU v6e", "NVIDIA H200"])
-    def test_pages_that_no_kernel_takes_get_xla(self, kind, layout):
-        token_major = dataclasses.replace(page_format(), layout=layout)
-        assert default_for("tpu" if "TPU" in kind else "gpu", kind, token_major) == "xla"
+    @pytest.mark.parametrize("layout", list(KVLayout))
+    def test_layouts(self, layout):
+        form = page_format(layout=layout)
+        assert default_for("gpu", "NVIDIA H200", form) == "pallas_gpu"
+        on_tpu = "xla" if layout.token_major else "pallas_tpu"
+        assert default_for("tpu", "TPU v6e", form) == on_tpu
 
 
 class TestShares:
@@ -179,9 +181,8 @@ class TestTiles:
 
 
 def abstract_cache(head_dim=128, heads=8, page_size=16, layout="blocks_first"):
-    shape = page_format(head_dim, page_size, heads, layout=KVLayout.named(layout)).array_shape(64)
-    arrays = (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * (1 if layout == "fused" else 2)
-    return PagedKVCache(arrays, (), KVLayout.named(layout), head_dim)
+    cache = PagedKVCache.abstract(64, heads, page_size, head_dim, kv_layout=layout)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)  # on any device
 
 
 def attend(num_heads, attention, tuning, query, cache, reads):
@@ -202,6 +203,10 @@ class TestLowersForCuda:
             ("dim80", 24, None, {"head_dim": 80, "page_size": 8, "layout": "heads_first"}, {}),
             ("dim256", 8, None, {"head_dim": 256, "page_size": 256, "layout": "fused"}, {}),
             ("soft_cap", 8, None, {"page_size": 24}, {"soft_cap": 5.0, "scale": -0.1}),
+            ("tokens", 32, None, {"layout": "tokens_first"}, {}),
+            ("words80", 32, None, {"head_dim": 80, "layout": "interleaved_words"}, {}),
+            ("words64", 64, 100, {"head_dim": 64, "layout": "interleaved_words"}, {}),
+            ("interleaved", 8, 1, {"page_size": 256, "layout": "interleaved"}, {}),
         ],
     )
     def test_attend(self, name, num_heads, rows, changes, options):
@@ -212,7 +217,7 @@ class TestLowersForCuda:
         text = exported(query, cache, reads_of(400, rows)).mlir_module()
         assert text.count("mosaic_gpu_v2") == 2  # attend, merge
 
-    @pytest.mark.parametrize("layout", KV_LAYOUTS)
+    @pytest.mark.parametrize("layout", KV_LAYOUTS + TOKEN_LAYOUTS)
     def test_write(self, layout):
         cache = abstract_cache(layout=layout)
         tokens = jax.ShapeDtypeStruct((65, 8, 128), jnp.bfloat16)
@@ -263,11 +268,13 @@ def drawn_reads(starts, stops, row, inputs_seed=0, **changes):
             table[at, page] = ids[at, page]
             if np.isnan(tokens[0, ids[at, page], slot, 0, 0]):
                 tokens[:, ids[at, page], slot] = rng.standard_normal(tokens.shape[3:])[None]
-    order = {"BLOCKS_FIRST": (0, 1, 3, 2, 4), "HEADS_FIRST": (0, 3, 1, 2, 4)}
-    order = order.get(form.layout.name, (0, 1, 3, 2, 4))
-    both = jnp.asarray(tokens.transpose(order), form.dtype)
-    arrays = (jnp.moveaxis(both, 0, 1),) if form.fused else tuple(both)
-    cache = PagedKVCache(arrays, (), form.layout, form.key_dim)
+    if form.layout.token_major:
+        arrays = form.join_tokens(*jnp.asarray(tokens, form.dtype))
+    else:
+        order = (0, 3, 1, 2, 4) if form.layout is KVLayout.HEADS_FIRST else (0, 1, 3, 2, 4)
+        both = jnp.asarray(tokens.transpose(order), form.dtype)
+        arrays = form.to_arrays(*both, stack=functools.partial(jnp.stack, axis=1))
+    cache = PagedKVCache(tuple(arrays), (), form.layout, form.key_dim, padding=form.padding)
     as_int32 = lambda x: jnp.asarray(x, jnp.int32)
     query = jnp.asarray(rng.standard_normal((len(stops), 8, form.key_dim)), form.dtype)
     reads = Reads(
@@ -324,6 +331,10 @@ class TestInterpreted:
             ("one_long", 2, {"layout": KVLayout.FUSED, "head_dim": 80, "page_size": 24}),
             ("guesses", 0, {}),
             ("prompt", 0, {"heads": 1, "head_dim": 16}),
+            ("decode", 0, {"layout": KVLayout.TOKENS_FIRST}),
+            ("decode", 0, {"layout": KVLayout.INTERLEAVED, "page_size": 256}),
+            ("guesses", 2, {"layout": KVLayout.INTERLEAVED_WORDS}),
+            ("decode", 0, {"layout": KVLayout.INTERLEAVED_WORDS, "head_dim": 80}),
         ],
     )
     def test_attend(self, name, num_splits, changes):
@@ -333,6 +344,10 @@ class TestInterpreted:
     def test_write(self, layout):
         check_write(layout, 13, dataclasses.replace(INTERPRETED, chip=1))
 
+    @pytest.mark.parametrize(("which", "value"), [(0, np.inf), (1, np.nan)])
+    def test_what_is_no_number_shows_where_it_is_read(self, which, value):
+        check_broken(which, 89, value, INTERPRETED)
+
 
 def check_write(layout, num_tokens, tuning, heads=3, head_dim=80):
     """As `xla` writes, bit for bit; every fourth token is dropped."""
@@ -341,7 +356,7 @@ def check_write(layout, num_tokens, tuning, heads=3, head_dim=80):
     num_pages = 3 + num_tokens // 8
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), form.dtype)
     arrays = tuple(draw(*form.array_shape(num_pages)) for _ in range(form.num_arrays))
-    cache = PagedKVCache(arrays, (), layout, head_dim)
+    cache = PagedKVCache(arrays, (), layout, head_dim, padding=form.padding)
     page, slot = np.divmod(rng.permutation(num_pages * 8)[:num_tokens], 8)
     page[::4] = num_pages
     writes = Writes(jnp.asarray(page, jnp.int32), jnp.asarray(slot, jnp.int32))
@@ -350,6 +365,21 @@ def check_write(layout, num_tokens, tuning, heads=3, head_dim=80):
     got = jax.jit(pallas_gpu.write, static_argnums=5)(cache, *tokens, writes, None, tuning)
     for actual, array in zip(got.arrays, expected.arrays, strict=True):
         np.testing.assert_array_equal(actual, array)
+
+
+def check_broken(which, position, value, tuning):
+    """One element that is not finite: NaN in all of the heads that read it, and nowhere else."""
+    query, cache, reads, *_ = drawn_reads([0, 0, 0], [100, 90, 700], None)
+    before = attend(8, Attention(), tuning, query, cache, reads)
+    page, slot = int(reads.ids[1, position // 16]), position % 16
+    arrays = list(cache.arrays)
+    arrays[which] = arrays[which].at[page, 1, slot, 3].set(value)
+    after = attend(8, Attention(), tuning, query, cache.replace(arrays), reads)
+    for actual, was in ((after.out, before.out), (after.lse, before.lse)):
+        actual, was = np.array(actual), np.array(was)
+        assert np.isnan(actual[1, 4:]).all()
+        actual[1, 4:] = was[1, 4:]
+        np.testing.assert_array_equal(actual, was)
 
 
 def _in_16_bits(case: Case) -> Case:
@@ -377,9 +407,11 @@ class TestOnHopper:
         tolerance.assert_within_rounding(inputs, np.array(out), np.array(lse))
 
     @pytest.mark.parametrize("name", READS)
-    def test_reads(self, name):
-        check_reads(name, COMPILED)
-        check_reads(name, COMPILED, head_dim=256, layout=KVLayout.FUSED)
+    @pytest.mark.parametrize("layout", list(KVLayout))
+    def test_reads(self, name, layout):
+        check_reads(name, COMPILED, layout=layout)
+        check_reads(name, COMPILED, head_dim=256, layout=layout)
+        check_reads(name, COMPILED, head_dim=80, page_size=8, layout=layout)
 
     @pytest.mark.parametrize("layout", list(KVLayout))
     def test_write(self, layout):
@@ -391,21 +423,7 @@ class TestOnHopper:
         [(0, 0, np.nan), (0, 50, -np.inf), (0, 89, np.inf), (1, 0, -np.inf), (1, 89, np.nan)],
     )
     def test_what_is_no_number_shows_where_it_is_read(self, which, position, value):
-        query, cache, reads, *_ = drawn_reads([0, 0, 0], [100, 90, 700], None)
-        before = attend(8, Attention(), COMPILED, query, cache, reads)
-        page, slot = int(reads.ids[1, position // 16]), position % 16
-        arrays = list(cache.arrays)
-        arrays[which] = arrays[which].at[page, 1, slot, 3].set(value)
-        after = attend(8, Attention(), COMPILED, query, cache.replace(arrays), reads)
-        for actual, was in ((after.out, before.out), (after.lse, before.lse)):
-            actual, was = np.array(actual), np.array(was)
-            if was.ndim == 3:  # a value shows in its own column of the sums
-                actual, was = actual[..., 3], was[..., 3]
-            elif which == 1:
-                continue
-            assert not np.isfinite(actual[1, 4:]).any()
-            actual[1, 4:] = was[1, 4:]
-            np.testing.assert_array_equal(actual, was)
+        check_broken(which, position, value, COMPILED)
 
     def test_it_is_the_default(self):
         cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_cache())

@@ -11,7 +11,7 @@ from .report import COPY, OURS, Row, first_line
 from .shapes import Shape
 
 # Calls per program on an accelerator, so that the device is timed and not Python.
-REPEATS = 16
+REPEATS = 8
 
 Call = Callable[[], Sequence[Any]]
 

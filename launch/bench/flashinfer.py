@@ -42,7 +42,7 @@ def decode(
     """Its decode wrapper; without tensor cores its kernels for few query heads per KV head."""
     torch, library = _modules(platform, given.shape.dtype)
     wrapper = functools.partial(
-        library.BatchDecodeWithPagedKVCacheWrapper, use_tensor_cores=tensor_cores
+        library.BatchDecodeWithPagedKVCacheWrapper, use_tensor_cores=tensor_cores, backend="fa2"
     )
     workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
     runs = []
@@ -55,11 +55,13 @@ def decode(
     return lambda: Outputs(torch, [run(cache) for run in runs]), _WORKSPACE_BYTES
 
 
-def step(given: StepInputs, platform: str) -> tuple[Callable[..., Outputs], tuple[()]]:
+def step(
+    given: StepInputs, platform: str, backend: str = "auto"
+) -> tuple[Callable[..., Outputs], tuple[()]]:
     """Its wrapper for several queries per sequence."""
     torch, library = _modules(platform, given.shape.dtype)
     workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-    planned = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+    planned = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend=backend)
     shape, tables = given.shape, np.asarray(given.lengths[1])
     pages = _pages(torch, shape.context_lens, tables, shape.page_size)
     bounds = torch.from_dlpack(given.bounds)

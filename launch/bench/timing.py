@@ -111,7 +111,8 @@ def device_copy(num_bytes: int, repeats: int) -> Callable[[], Any]:
     """
     draw = jax.jit(lambda seed: jax.random.normal(jax.random.key(seed), num_bytes // 4, "bfloat16"))
     sources = [draw(seed) for seed in range(_COPIES)]
-    copy = jax.jit(lambda sources: [-x for x in sources])  # unchanged there would be no kernel
+    # The device's own copy: on an H200 XLA's kernels read and write at three quarters of its speed.
+    copy = jax.jit(lambda sources: [jax.numpy.copy(x) for x in sources])
 
     def call():
         result = None

@@ -13,7 +13,7 @@ from ...page_format import PageFormat
 from ...partial import Partial, finish, mark
 from ...plan import Reads
 from ...varying import vary_together
-from . import attend_kernel, merge_kernel
+from . import attend_kernel, merge_kernel, pages
 from .config import Config, configure
 from .mosaic import WARPGROUP, as_kernel, compiler_params, in_place, interpreter
 from .softmax import LOG2E, Logits
@@ -42,9 +42,11 @@ def attend(
     tiles = Tiles(reads.start, reads.stop) if work is None else work.tiles
     rows = _tiled(config, query.astype(cache.format.compute_dtype), work)
     call = as_kernel(functools.partial(_call, config, logits), tuning)
-    out, lse = call(rows, cache.unpacked().arrays, cache.in_layer(reads.ids), tiles)
+    out, lse = call(rows, pages.arrays(cache), cache.in_layer(reads.ids), tiles)
     partial = _partial(config, out, lse, reads, work)
-    return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial
+    if not final:
+        return partial
+    return finish(mark(partial, reads.invalid_in(cache)), query.dtype, by_lse=True)
 
 
 def _tiled(config: Config, query: jax.Array, work: Work | None) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import softmax
 from .config import Config, query_smem_rows, swizzle_bytes
 from .mosaic import MMA_ROWS, WARPGROUP, load
+from .pages import rows_at
 from .share import Segment, Share, first_block, for_each_segment, last_cta, share_of
 from .softmax import Logits
 from .tiles import Tiles
@@ -197,11 +198,8 @@ class Kernel:
         """Keys (0) or values (1) of one piece of a page."""
         page_format, piece = self.config.format, self.config.piece_tokens
         whole = piece == page_format.page_size
-        rows = slice(None) if whole else pl.ds(number * piece, piece)
-        index = page_format.page_at(page, head, rows)
-        if page_format.fused:
-            return self.inputs.arrays[0].at[index[0], which, *index[2:]]
-        return self.inputs.arrays[which].at[index]
+        tokens = slice(None) if whole else pl.ds(number * piece, piece)
+        return rows_at(page_format, self.inputs.arrays, which, page, head, tokens)
 
     # Attending
 

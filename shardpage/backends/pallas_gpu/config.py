@@ -106,11 +106,6 @@ def configure(page_format: PageFormat, num_heads: int, reads: Reads, tuning: Tun
 
 def refuse(page_format: PageFormat, tuning: Tuning) -> None:
     """Refuses caches and options that the kernels do not have."""
-    if page_format.layout.token_major:
-        raise NotImplementedError(
-            f"kv_layout={page_format.layout.label!r} keeps tokens before heads; the kernels fetch "
-            "pages of whole heads: use kv_layout='blocks_first', or backend='xla'"
-        )
     if page_format.dtype.name not in _DTYPES:
         raise NotImplementedError(
             f"a Hopper GPU has no matmul for caches of {page_format.dtype.name}; use bfloat16 or "

@@ -137,9 +137,15 @@ def zero_unread(value_ref: Any, first_token: jax.Array, start: jax.Array, stop: 
 def mean(state: State) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """The weighted mean of values, and lse in base 2: zeros and -inf where no key was seen.
 
-    A total of 0 means that none was. NaN is not 0: it stays.
+    A total of 0 means that none was. NaN is not 0: it stays. A row in which anything is not finite
+    is NaN as a whole.
     """
     none = state.total == 0.0
     inverse = 1.0 / jnp.where(none, 1.0, state.total)
-    sums = tuple(x * lax.broadcast_in_dim(inverse, x.shape, [0]) for x in state.sums)
-    return sums, jnp.where(none, -jnp.inf, state.peak + jnp.log(state.total) * LOG2E)
+    lse = state.peak + jnp.log(state.total) * LOG2E
+    sums = [x * lax.broadcast_in_dim(inverse, x.shape, [0]) for x in state.sums]
+    nan_if_broken = jnp.where(none, 0.0, lse * 0.0)
+    for x in sums:
+        nan_if_broken += (x * 0.0).sum(axis=1)
+    spread = tuple(x + lax.broadcast_in_dim(nan_if_broken, x.shape, [0]) for x in sums)
+    return spread, jnp.where(none, -jnp.inf, lse) + nan_if_broken

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
@@ -11,7 +12,7 @@ from ...options import Tuning
 from ...page_format import PageFormat
 from ...plan import Writes
 from ...varying import vary_together
-from . import write_kernel
+from . import pages, write_kernel
 from .config import refuse
 from .mosaic import as_kernel, compiler_params, in_place, interpreter, num_sms
 
@@ -33,22 +34,28 @@ def write(
     if not len(key):
         return cache
     writes = writes._replace(page=cache.in_layer(writes.page))
-    call = as_kernel(_write, tuning)
-    arrays = call(cache.unpacked(), key, value, writes)
+    if cache.padding:
+        key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, cache.padding))) for x in (key, value))
+    call = as_kernel(functools.partial(_write, cache.format), tuning)
+    arrays = call(pages.arrays(cache), key, value, writes)
     pairs = zip(arrays, cache.arrays, strict=True)
     return cache.replace(array.reshape(shaped.shape) for array, shaped in pairs)
 
 
 def _write(
-    tuning: Tuning, cache: PagedKVCache, key: jax.Array, value: jax.Array, writes: Writes
+    page_format: PageFormat,
+    tuning: Tuning,
+    arrays: tuple[jax.Array, ...],
+    key: jax.Array,
+    value: jax.Array,
+    writes: Writes,
 ) -> list[Any]:
-    cache, key, value, writes = vary_together(cache, key, value, writes)
+    arrays, key, value, writes = vary_together(arrays, key, value, writes)
     num_ctas = write_kernel.num_ctas(len(key), num_sms(tuning))
+    num_pages = arrays[0].shape[page_format.layout.value.pages]
     return in_place(
-        functools.partial(
-            write_kernel.kernel, page_format=cache.format, num_pages=cache.num_array_pages
-        ),
-        cache.arrays,
+        functools.partial(write_kernel.kernel, page_format=page_format, num_pages=num_pages),
+        arrays,
         [key, value, *writes],
         grid=(num_ctas,),
         grid_names=("cta",),

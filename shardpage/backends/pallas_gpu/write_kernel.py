@@ -7,13 +7,13 @@ A token's heads lie a page apart in the cache: one strided copy takes them there
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...page_format import PageFormat
+from .pages import rows_at
 
 _AT_ONCE = 4  # tokens that are on their way together, keys and values each
 _ALIGNED_BYTES = 128  # what a copy to shared memory begins at
@@ -75,22 +75,14 @@ def _copy_all(
 
             @pl.when(kept)
             def _(which=which, page=page, slot=slot, stage=stage):
-                plgpu.copy_smem_to_gmem(stage, _slot(page_format, cache_refs, which, page, slot))
+                # All heads' keys or values of one token, `[heads, dim]`.
+                to = rows_at(page_format, cache_refs, which, page, slice(None), slot, padded=True)
+                plgpu.copy_smem_to_gmem(stage, to)
 
         return 0
 
     lax.fori_loop(0, -(-num_tokens // (_AT_ONCE * ctas)), some, 0)
     plgpu.wait_smem_to_gmem(0)
-
-
-def _slot(
-    page_format: PageFormat, cache_refs: Any, which: int, page: jax.Array, slot: jax.Array
-) -> Any:
-    """All heads' keys (0) or values (1) of one token, `[heads, dim]`."""
-    index = page_format.page_at(page, slice(None), slot)
-    if page_format.fused:
-        return cache_refs[0].at[index[0], which, *index[2:]]
-    return cache_refs[which].at[index]
 
 
 def _aligned_rows(heads: int, dim: int, page_format: PageFormat) -> int:
