@@ -208,6 +208,18 @@ class PageFormat:
         leading[self.layout.value.heads] = self.num_kv_heads
         return (*leading, self.page_rows, self.row_dim)
 
+    def page_at(self, page: Any, heads: Any, rows: Any = slice(None)) -> tuple:
+        """The index of (a part of) one page in a cache array that is not token-major."""
+        match self.layout:
+            case KVLayout.BLOCKS_FIRST:
+                return (page, heads, rows)
+            case KVLayout.HEADS_FIRST:
+                return (heads, page, rows)
+            case KVLayout.FUSED:
+                return (page, slice(None), heads, rows)
+            case _:
+                raise AssertionError(f"heads of {self.layout} pages are not contiguous")
+
     def to_arrays(self, key: Any, value: Any, stack: Any) -> Sequence[Any]:
         """Keys and values, one array each or, fused, as `stack([key, value])`."""
         return (stack([key, value]),) if self.fused else (key, value)
