@@ -19,7 +19,7 @@ from .report import COPY, OURS, Row, speed
 
 FOLDER = Path(__file__).parent
 _LARGEST = 5  # fusions of a step
-MEASURED = ("cpu_decode", "gpu_decode", "gpu_sharded")
+MEASURED = ("cpu_decode", "cpu_steps", "gpu_decode", "gpu_sharded")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -53,6 +53,8 @@ def _decode(report: dict[str, Any]) -> str:
 def _steps(report: dict[str, Any]) -> str:
     """Clock and processor time of each implementation, and its work over this library's."""
     rows = list(map(Row.from_json, report["rows"]))
+    run_here = {row.name for row in rows if row.timing}
+    rows = [row for row in rows if row.name in run_here]
     work = {(row.shape, row.name): row.timing.processor_us for row in rows if row.timing}
     cells = [["step", "by", "ms", "spread", "processor ms", "over ours", "GFLOP/s", "temp MB"]]
     for row in rows:
