@@ -56,7 +56,7 @@ def decode(
 
 
 def step(
-    given: StepInputs, platform: str, backend: str = "auto"
+    given: StepInputs, platform: str, *, backend: str
 ) -> tuple[Callable[..., Outputs], tuple[()]]:
     """Its wrapper for several queries per sequence."""
     torch, library = _modules(platform, given.shape.dtype)
