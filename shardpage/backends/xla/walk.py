@@ -24,7 +24,8 @@ _STEP_BYTES_ELSEWHERE = 64 << 20
 # Tokens of one lane's block, where a step holds several lanes.
 _LANE_TOKENS = 512
 # Sizes of tiles: a row's queries go into the smallest that holds them all, or into the largest.
-_TILES = (1, 8, 64)
+# What a tile has room for besides is computed for nothing: each size is some three times the last.
+_TILES = (1, 8, 24, 64)
 # Tokens of a block that a tile of several queries is worked on with.
 _TILE_TOKENS = 256
 # Where the batch must not matter: tokens of a block, and queries of a tile, one or many in use.
@@ -144,6 +145,8 @@ def _walks(reads: Reads, tiles: Tiles, page_format: PageFormat, tuning: Tuning) 
     pages = max(min(pages, max_pages), 1)
 
     def lanes(pages: int) -> int:
+        if tiles.size > 1 and tuning.platform == "cpu":
+            return 1  # lanes do not share tiles: while one has a long tile, the others work in vain
         wanted = max(step_pages // pages // -(-tiles.size // 8), splits, 1)
         return max(min(wanted, num_tiles * -(-max_pages // pages)), 1)
 
