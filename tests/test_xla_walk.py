@@ -111,3 +111,21 @@ def test_short_and_long_queries_are_walked_over_apart_and_none_twice():
     assert few.block_pages < many.block_pages
     assert not np.any((blocks[0] > 0) & (blocks[1] > 0))
     assert np.array_equal((blocks[0] > 0) | (blocks[1] > 0), stop > 0)
+
+
+@pytest.mark.parametrize(("num_new", "most"), [(5, 1.7), (8, 1.1), (24, 1.1), (100, 1.4)])
+def test_a_chunk_beside_answers_computes_little_for_nothing(num_new, most):
+    """Pairs of a query and a token of the chunk on a CPU, over all steps and lanes."""
+    page_format = PageFormat(KVLayout.BLOCKS_FIRST, 3, PAGE_SIZE, 64, 64, np.dtype(np.float32))
+    stop = np.array([60] * 8 + list(range(1500 - num_new + 1, 1501)), np.int32)
+    row = np.array([*range(8), *[8] * num_new], np.int32)
+    reads = Reads(jnp.zeros((9, 400), jnp.int32), row, jnp.zeros(len(stop), jnp.int32), stop)
+    walks = prepare(jax.tree.map(jnp.asarray, reads), 9, page_format, Tuning(platform="cpu"))
+    pairs = [
+        int(jnp.max(walk.cuts[1:] - walk.cuts[:-1]))
+        * (walk.num_lanes * walk.tiles.size * walk.block_pages * PAGE_SIZE)
+        for walk in walks
+        if walk.tiles.size > 1
+    ]
+    needed = stop[8:].sum()
+    assert needed <= sum(pairs) <= most * needed
