@@ -33,7 +33,7 @@ _INVARIANT_TOKENS = 256
 _INVARIANT_TILE = 8
 
 # From this many queries on, those that fit a block so many times smaller are walked over apart.
-_MANY = 64
+_MANY = 4
 _SMALLER = 16
 
 
