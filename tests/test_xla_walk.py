@@ -87,6 +87,7 @@ def walked(num_blocks, num_lanes, num_splits):
         (4096, 16, 64, 5),  # of a block of 64 pages one would be read
         (256, 1000, 64, 1.1),
         (64, 4096, 256, 1.1),
+        (8, 60, 128, 2.1),
     ],
 )
 def test_pages_fetched_follow_the_pages_in_use(num_seqs, length, max_pages, most):
