@@ -159,7 +159,7 @@ def _walks(reads: Reads, tiles: Tiles, page_format: PageFormat, tuning: Tuning) 
         return (walk(tiles),)
     block_tokens = few * page_size
     short = tiles.stop <= tiles.start // block_tokens * block_tokens + block_tokens  # in one block
-    in_few = make_walk(tiles.only(short), few, page_size, lanes(few))
+    in_few = make_walk(tiles.only(short), few, page_size, min(lanes(few), num_tiles))
     return in_few, walk(tiles.only(~short))
 
 
