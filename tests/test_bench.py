@@ -251,7 +251,7 @@ class TestSteps:
         assert rows["off"].why.startswith("wrong: error 1.0e-03")
         assert rows[OURS].gflops > 0
         assert rows[OURS].timing.processor_us > 0
-        assert Row.from_json(rows[OURS].to_json()) == rows[peers.OURS]
+        assert Row.from_json(rows[OURS].to_json()) == rows[OURS]
 
 
 @pytest.mark.usefixtures("small")

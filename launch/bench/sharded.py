@@ -111,7 +111,7 @@ def measure(split: Split, shape: Shape, repeats: int, roof_gbps: float) -> Itera
         calls[name] = functools.partial(compiled, *given.calls())
         outs[name] = calls[name]()[-1]
     wrong = _wrong(programs, outs, split)
-    timed = timing.in_turn(calls, repeats)
+    timed = timing.in_turn(calls, repeats, queued=timing.QUEUED if repeats > 1 else 1)
     for name, (given, compiled) in programs.items():
         row = functools.partial(Row, "sharded", f"{split.name}: {shape.name}", name)
         if name in wrong:

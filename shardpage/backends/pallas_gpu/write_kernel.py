@@ -1,7 +1,7 @@
 """The write kernel's body: tokens come to shared memory and leave to their slots, all heads at a
 time.
 
-A token's heads lie a page apart in the cache: one strided copy takes them there.
+A token's heads lie a page apart in the cache, or side by side: one copy takes them there.
 """
 
 import math

@@ -24,8 +24,10 @@ _STEP_BYTES_ELSEWHERE = 64 << 20
 # Tokens of one lane's block, where a step holds several lanes.
 _LANE_TOKENS = 512
 # Sizes of tiles: a row's queries go into the smallest that holds them all, or into the largest.
-# What a tile has room for besides is computed for nothing: each size is some three times the last.
-_TILES = (1, 8, 24, 64)
+# What a tile has room for besides is computed for nothing. Each size is a walk, of which a GPU
+# works on one step even if it is empty.
+_TILES = {"cpu": (1, 8, 24, 64)}
+_TILES_ELSEWHERE = (1, 8, 64)
 # Tokens of a block that a tile of several queries is worked on with.
 _TILE_TOKENS = 256
 # Where the batch must not matter: tokens of a block, and queries of a tile, one or many in use.
@@ -121,7 +123,8 @@ def prepare(
     pages are fetched, read or not.
     """
     num_queries = reads.start.shape[0]
-    fitting = tuple(size for size in _TILES if size == 1 or size < 8 * num_queries)
+    sizes = _TILES.get(tuning.platform or "", _TILES_ELSEWHERE)
+    fitting = tuple(size for size in sizes if size == 1 or size < 8 * num_queries)
     tiles = tiles_of(reads, (_INVARIANT_TILE,) if tuning.invariant else fitting)
     return tuple(walk for each in tiles for walk in _walks(reads, each, page_format, tuning))
 
