@@ -34,8 +34,9 @@ _TILE_TOKENS = 256
 _INVARIANT_TOKENS = 256
 _INVARIANT_TILE = 8
 
-# From this many queries on, those that fit a block so many times smaller are walked over apart.
-_MANY = 4
+# Where a block for each tile makes this many tokens, those that fit a block so many times smaller
+# are walked over apart. Fewer would save little, and a second walk has operations of its own.
+_MANY_TOKENS = 8192
 _SMALLER = 16
 
 
@@ -158,7 +159,8 @@ def _walks(reads: Reads, tiles: Tiles, page_format: PageFormat, tuning: Tuning) 
         return make_walk(tiles, pages, page_size, lanes(pages), num_splits, shared=shared)
 
     few = max(pages // _SMALLER, 1)
-    if tuning.platform != "cpu" or tuning.pages_per_block or num_tiles < _MANY or few == pages:
+    many = num_tiles * pages * page_size >= _MANY_TOKENS
+    if tuning.platform != "cpu" or tuning.pages_per_block or not many or few == pages:
         return (walk(tiles),)
     block_tokens = few * page_size
     short = tiles.stop <= tiles.start // block_tokens * block_tokens + block_tokens  # in one block
