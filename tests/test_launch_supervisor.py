@@ -159,10 +159,12 @@ def test_backlog_is_limited_and_the_gap_is_named():
         while not read.endswith(b"the end\n"):
             read += os.read(reader, 1 << 16)
     os.close(reader)
-    (gap,) = (line for line in read.splitlines() if line.startswith(b"=="))
-    left_out = int(gap.split()[1])
+    # one gap, or two: the thread may fill the pipe only after the backlog was full, which makes room
+    gaps = [line for line in read.splitlines() if line.startswith(b"==")]
+    assert 1 <= len(gaps) <= 2
+    left_out = sum(int(gap.split()[1]) for gap in gaps)
     assert 0 < left_out < unread
-    assert gap.endswith(b"bytes were not read in time: see the log files")
+    assert all(gap.endswith(b" bytes were not read in time: see the log files") for gap in gaps)
     assert read.count(b"x" * 9999) * 10_000 + left_out == 1_000_000
 
 
