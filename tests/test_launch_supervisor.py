@@ -159,7 +159,7 @@ def test_backlog_is_limited_and_the_gap_is_named():
         while not read.endswith(b"the end\n"):
             read += os.read(reader, 1 << 16)
     os.close(reader)
-    # one gap, or two: the thread may fill the pipe only after the backlog was full, which makes room
+    # one gap, or two: the thread may fill the pipe only when the backlog is full, which makes room
     gaps = [line for line in read.splitlines() if line.startswith(b"==")]
     assert 1 <= len(gaps) <= 2
     left_out = sum(int(gap.split()[1]) for gap in gaps)

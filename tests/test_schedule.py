@@ -291,36 +291,40 @@ class TestGrid:
             assert {getattr(case, axis) for case in cases} - {None} == set(values) - {None}, axis
         assert collections.Counter(case.op for case in cases)["step"] > 50
 
-    def test_goes_on_where_it_was_stopped(self, tmp_path, monkeypatch):
-        path, done = tmp_path / "grid.json", []
+    def test_keeps_what_it_has_when_it_is_stopped(self, tmp_path, monkeypatch):
+        path, asked = tmp_path / "grid.json", []
 
-        def outcome(case):
-            if len(done) == 7:
+        def result(case, before):
+            asked.append(before)
+            if len(asked) == 8:
                 raise KeyboardInterrupt
-            done.append(case)
-            return grid.COMPILED, ""
+            return grid.Result(grid.COMPILED, program=case.name)
 
-        monkeypatch.setattr(grid, "_outcome", outcome)
+        monkeypatch.setattr(grid, "_result", result)
         with pytest.raises(KeyboardInterrupt):
             grid.run(20, path, lambda _: None)
-        kept = json.loads(path.read_text())["results"]
-        assert len(kept) == 6  # written with every fifth
-        monkeypatch.setattr(grid, "_outcome", lambda case: (grid.REFUSED, "ValueError: 12 of 34"))
+        assert len(json.loads(path.read_text())["results"]) == 6  # written with every fifth
+        del asked[:]
+        refused = grid.Result(grid.REFUSED, "ValueError: 12 of 34")
+        monkeypatch.setattr(grid, "_result", lambda _, before: before or refused)
         found = grid.run(20, path, lambda _: None)
-        assert collections.Counter(o for o, _ in found["results"].values()) == {
+        assert json.loads(path.read_text()) == json.loads(json.dumps(found))
+        assert collections.Counter(outcome for outcome, *_ in found["results"].values()) == {
             grid.COMPILED: 6, grid.REFUSED: 14,
         }  # fmt: skip
         assert "refused 14 of 20: ValueError: ## of ##" in grid.table(found)
 
-    def test_starts_anew_for_other_kernels(self, tmp_path, monkeypatch):
+    def test_starts_anew_for_another_compiler(self, tmp_path, monkeypatch):
         path = tmp_path / "grid.json"
-        monkeypatch.setattr(grid, "_outcome", lambda case: (grid.FAILED, "broken"))
-        monkeypatch.setattr(grid, "_stamp", lambda: {"shardpage": "old"})
-        assert "FAILED topology=v4" in grid.table(grid.run(5, path, lambda _: None))
-        monkeypatch.setattr(grid, "_outcome", lambda case: (grid.COMPILED, ""))
-        monkeypatch.setattr(grid, "_stamp", lambda: {"shardpage": "new"})
+        broken = grid.Result(grid.FAILED, "broken")
+        monkeypatch.setattr(grid, "_result", lambda _, before: before or broken)
         found = grid.run(5, path, lambda _: None)
-        assert {outcome for outcome, _ in found["results"].values()} == {grid.COMPILED}
+        assert "FAILED topology=v4" in grid.table(found)
+        path.write_text(json.dumps(found | {"compiler": {"jax": "0.4.1", "libtpu": "0.0.1"}}))
+        compiled = grid.Result(grid.COMPILED)
+        monkeypatch.setattr(grid, "_result", lambda _, before: before or compiled)
+        found = grid.run(5, path, lambda _: None)
+        assert {outcome for outcome, *_ in found["results"].values()} == {grid.COMPILED}
 
 
 class TestUnits:
@@ -504,5 +508,5 @@ class TestCompiled:
 
     @pytest.mark.parametrize("case", grid.grid(60), ids=range(60))
     def test_defaults_compile(self, case):
-        outcome, why = worker.call(grid.compile_case, case, dumping=False)
-        assert outcome in (grid.COMPILED, grid.REFUSED), why
+        result = worker.call(grid.compile_case, case, dumping=False)
+        assert result.outcome in (grid.COMPILED, grid.REFUSED), result.why

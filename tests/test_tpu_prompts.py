@@ -32,7 +32,7 @@ def page_format(num_kv_heads=8, page_size=16, head_dim=128, dtype="bfloat16", pa
 def a_config(cores=1, tile_tokens=8, block_pages=4, **shape) -> Config:
     return Config(
         page_format(**shape), 2, Cores(cores), num_queries=64, max_pages=40,
-        tile_tokens=tile_tokens, block_pages=block_pages, places=2,
+        tile_tokens=tile_tokens, block_pages=block_pages, places=2, parts_at_once=1,
     )  # fmt: skip
 
 
@@ -159,3 +159,86 @@ def test_a_step_has_two_kernels_more_than_decoding():
         return str(jax.make_jaxpr(step)(query, cache)).count("name=shardpage_prompt")
 
     assert (kernels(16), kernels(24)) == (1, 2)
+
+
+class TestMaxima:
+    """A row's maximum is that of its first tokens, for as long as it serves."""
+
+    # Whole blocks of 4 pages, then one of which the queries see more and more.
+    PAGE, CONTEXT, QUERIES, HEADS, DIM = 16, 154, 24, 4, 128
+
+    def results(self, change=lambda query, key, value: None, dtype=np.float32, **options):
+        """Of the backend, and of another one."""
+        random = np.random.default_rng(0)
+        draw = lambda *shape: random.standard_normal(shape).astype(np.float32)
+        query, *kv = (draw(n, h, self.DIM) for n, h in ((self.QUERIES, 4), (160, 2), (160, 2)))
+        change(query, *kv)
+        found = []
+        for backend in ("pallas_tpu", "xla"):
+            interpret = LOOK_FOR_RACES if backend == "pallas_tpu" else None
+            tuning = Tuning(backend=backend, interpret=interpret, pages_per_block=4)
+            cache = PagedKVCache.zeros(10, 2, self.PAGE, self.DIM, dtype=dtype)
+            tokens, pages = np.arange(160), np.random.default_rng(1).permutation(10)[None]
+            lens = jnp.array([self.CONTEXT])
+            cache = write_kv(cache, *kv, 0 * tokens, tokens, pages)
+            query_lens = jnp.array([self.QUERIES])
+            how = {"query_lens": query_lens, "num_queries": self.QUERIES, "tuning": tuning}
+            plan = make_plan(cache, lens, pages, num_heads=self.HEADS, **how)
+            found.append(attend(jnp.asarray(query, dtype), cache, plan, return_lse=True, **options))
+        return found
+
+    def check(self, *args, **options):
+        (out, lse), (expected, expected_lse) = self.results(*args, **options)
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(lse, expected_lse, rtol=2e-5, atol=2e-5)
+        return np.asarray(out)
+
+    @pytest.mark.parametrize("times", [2, 6, 30, 1e4])
+    @pytest.mark.parametrize("token", [5, 40, 70, 100, 140])
+    def test_grow_by_little_or_by_much(self, token, times):
+        """From what a weight of 1 has room for, past what any could be."""
+
+        def change(query, key, value):
+            key[token] = query[7, ::2] * (times / np.sqrt(self.DIM))
+
+        self.check(change)
+
+    def test_of_the_first_tokens_may_be_far_below(self):
+        def change(query, key, value):
+            key[:64] = -100 * query[:, ::2].mean(0)
+
+        self.check(change)
+
+    @pytest.mark.parametrize("which", [0, 1, 2])
+    @pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("token", [3, 100])
+    def test_what_is_not_finite_is_nan_in_what_reads_it(self, which, what, token):
+        clean = self.check()
+
+        def change(*arrays):
+            arrays[which][token % len(arrays[which]), 1, 9] = what
+
+        out = self.check(change)
+        bad = np.isnan(out).any(-1)
+        heads = slice(1, 2) if which == 0 else slice(2, 4)
+        queries = token % self.QUERIES if which == 0 else slice(None)
+        assert bad[queries, heads].all()
+        bad[queries, heads] = False
+        assert not bad.any()
+        kept = ~np.isnan(out)
+        np.testing.assert_allclose(out[kept], clean[kept], rtol=2e-5, atol=2e-5)
+
+    @pytest.mark.parametrize("token", [3, 100])
+    def test_a_product_that_overflows_is_nan(self, token):
+        def change(query, key, value):
+            query[5, 1], key[token, 0] = 1e25, -1e25
+
+        out = self.check(change)
+        assert np.isnan(out[5, 1]).all()
+        assert np.isfinite(np.delete(out, 5, 0)).all()
+
+    def test_large_elements_whose_products_are_finite(self):
+        def change(query, key, value):
+            query[:, 1], key[100, 0] = 1e-20 * query[:, 1], 1e20 * key[100, 0]
+
+        assert np.isfinite(self.check(change)).all()

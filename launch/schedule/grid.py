@@ -7,7 +7,7 @@ import importlib.metadata
 import pathlib
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -112,8 +112,17 @@ def grid(count: int) -> list[GridCase]:
     return list(drawn)
 
 
-def compile_case(case: GridCase) -> tuple[str, str]:
-    """What comes of a case, and why; in the worker."""
+class Result(NamedTuple):
+    """What came of a case."""
+
+    outcome: str
+    why: str = ""
+    program: str | None = None  # a digest of what the compiler was given
+
+
+def compile_case(case: GridCase, before: Result | None = None) -> Result:
+    """Compiles a case, in the worker; `before` is what is known of its program of then."""
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # lines are no part of a program
     mesh = worker.one_device(case.topology)
     described = lambda shape, dtype: jax.ShapeDtypeStruct(
         shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())
@@ -154,65 +163,66 @@ def compile_case(case: GridCase) -> tuple[str, str]:
         donated = jax.jit(function, donate_argnums=0 if case.op == "write" else ())
         lowered = donated.lower(cache, new, lens, tables)
     except (ValueError, NotImplementedError) as error:
-        return REFUSED, f"{type(error).__name__}: {error}".partition("\n")[0]
+        return Result(REFUSED, f"{type(error).__name__}: {error}".partition("\n")[0])
+    program = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]
+    if before is not None and before.program == program:
+        return before
     try:
         lowered.compile()
     except Exception as error:  # whatever the compiler says is what is asked for
-        return FAILED, f"{error}".partition("\n")[0]
-    return COMPILED, ""
+        return Result(FAILED, f"{error}".partition("\n")[0], program)
+    return Result(COMPILED, program=program)
 
 
 def run(count: int, path: pathlib.Path | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Compiles the grid; goes on from what `path` has of the same kernels, and keeps it there."""
-    stamp = _stamp()
-    results: dict[str, list[str]] = {}
+    """Compiles the grid, and keeps its report in `path`.
+
+    A program that is in the report of the same compiler already is not compiled again: so a run
+    that was stopped goes on, and one after a change takes as long as what the change touches.
+    """
+    compiler = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    before: dict[str, list[Any]] = {}
     if path is not None and path.is_file():
-        before = read_json(path)
-        results = before["results"] if before["stamp"] == stamp else {}
-    cases = grid(count)
+        report = read_json(path)
+        before = report["results"] if report["compiler"] == compiler else {}
+    cases, results = grid(count), {}
     for number, case in enumerate(cases):
-        if case.name not in results:
-            say(f"{number + 1} of {count}: {case.name}")
-            results[case.name] = list(_outcome(case))
-            if path is not None and (number % _SAVED_EVERY == 0 or number + 1 == count):
-                write_json(path, {"stamp": stamp, "results": results})
-    return {"stamp": stamp, "results": {case.name: results[case.name] for case in cases}}
+        say(f"{number + 1} of {count}: {case.name}")
+        known = before.get(case.name)
+        results[case.name] = list(_result(case, known and Result(*known)))
+        if path is not None and (number % _SAVED_EVERY == 0 or number + 1 == count):
+            write_json(path, {"compiler": compiler, "results": before | results})
+    return {"compiler": compiler, "results": results}
 
 
-def _outcome(case: GridCase) -> tuple[str, str]:
+def _result(case: GridCase, before: Result | None) -> Result:
     try:
-        return worker.call(compile_case, case, dumping=False)
+        return worker.call(compile_case, case, before, dumping=False)
     except RuntimeError as error:
-        return FAILED, str(error)
-
-
-def _stamp() -> dict[str, str]:
-    """What the results are of."""
-    folder = pathlib.Path(__file__).parents[2] / "shardpage" / "backends" / "pallas_tpu"
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(file.read_bytes())
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    return versions | {"pallas_tpu": digest.hexdigest()[:16]}
+        return Result(FAILED, str(error))
 
 
 def table(report: dict[str, Any]) -> str:
     """How many compiled on each chip, what was refused and why, and every failure."""
-    results = {name: tuple(result) for name, result in report["results"].items()}
+    results = {name: Result(*result) for name, result in report["results"].items()}
     lines = ["", f"{'chip':<14}{COMPILED:>10}{REFUSED:>10}{FAILED:>10}"]
     for chip in _CHIPS:
         outcomes = collections.Counter(
-            outcome for name, (outcome, _) in results.items() if f"topology={chip} " in name
+            result.outcome for name, result in results.items() if f"topology={chip} " in name
         )
         lines.append(
             f"{chip:<14}" + "".join(f"{outcomes[o]:>10}" for o in (COMPILED, REFUSED, FAILED))
         )
     refused = collections.Counter(
-        _kind(why) for outcome, why in results.values() if outcome == REFUSED
+        _kind(result.why) for result in results.values() if result.outcome == REFUSED
     )
     lines += [f"refused {count} of {len(results)}: {why}" for why, count in refused.most_common()]
-    failures = [(name, why) for name, (outcome, why) in results.items() if outcome == FAILED]
-    return "\n".join([*lines, *(f"FAILED {name}: {why}" for name, why in failures)])
+    failures = (
+        f"FAILED {name}: {result.why}"
+        for name, result in results.items()
+        if result.outcome == FAILED
+    )
+    return "\n".join([*lines, *failures])
 
 
 def _kind(why: str) -> str:

@@ -60,7 +60,7 @@ _BINARY = {
 # Scalars that come out of the vector side, whose values are not known.
 _FROM_VECTORS = ("vpop", "spop")
 # These order memory, guard against programming errors or only describe; they take their place.
-_NO_EFFECT = ("sphi", "sfence", "shalt", "vsyncmov", "vsyncset", "reloc", "vsyncadd.remote")
+_NO_EFFECT = ("sphi", "pphi", "sfence", "shalt", "vsyncmov", "vsyncset", "reloc", "vsyncadd.remote")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,6 +109,9 @@ def attend(
         dtype = query.dtype if by_kernel and query.dtype in _OUTPUTS else jnp.float32
         call = as_kernel(functools.partial(_call, config, logits, by_kernel, dtype), tuning)
         out, lse = call(some.walk, some.ids, rows.query_rows(config, here), cache)
+        if len(work) > 1:
+            # else XLA may join a call with the concatenation, which takes VMEM that the kernel has
+            out, lse = jax.lax.optimization_barrier((out, lse))
         partials.append(rows.merged_partial(config, out, lse))
     partial = Partial(*map(jnp.concatenate, zip(*partials, strict=True)))
     if by_kernel:

@@ -17,11 +17,11 @@ from ..sizes import vmem_page_bytes
 # Rows that a matmul has of each KV head: so many that loading the keys into it is nothing beside.
 _TILE_ROWS = 2048
 _PART_ROWS = 1024
-_STAGE_ROWS = 256  # of small parts together
+_ROWS_AT_ONCE = 2048  # of some parts together
 _MAX_TILE_TOKENS = 256
 _BLOCK_TOKENS = 1024
-_MASKED_TOKENS = 256
-_RESERVE_BYTES = 4 << 20  # what the compiler spills: logits, above all
+_PIECE_TOKENS = 256
+_RESERVE_BYTES = 2 << 20  # what else the compiler takes
 # Blocks that the ring holds: one is worked on, the others are on their way. Powers of two.
 _PLACES, _PLACES_OF_FEW = 2, 4
 
@@ -38,6 +38,7 @@ class Config:
     tile_tokens: int  # a power of two
     block_pages: int  # a power of two, at most 128
     places: int  # in the ring; a power of two
+    parts_at_once: int  # so that each hides what the others wait for; a divisor of `num_parts`
 
     @property
     def num_heads(self) -> int:
@@ -74,12 +75,6 @@ class Config:
     def num_parts(self) -> int:
         return self.format.num_kv_heads * (self.rows // self.part_rows)
 
-    @property
-    def stage_parts(self) -> int:
-        """Parts that are worked on at once, so that each hides what the others wait for."""
-        most = max(1, _STAGE_ROWS // self.part_rows)
-        return max(n for n in range(1, most + 1) if self.num_parts % n == 0)
-
     def part(self, number: Any) -> tuple[Any, Any]:
         """The KV head of a part, and its rows."""
         per_head = self.rows // self.part_rows
@@ -96,9 +91,9 @@ class Config:
         return self.block_pages * self.format.page_rows
 
     @property
-    def masked_pages(self) -> int:
-        """Pages that are worked on at a time in a block that not every query sees whole."""
-        return min(self.block_pages, _power_of_two_within(_MASKED_TOKENS // self.format.page_size))
+    def piece_pages(self) -> int:
+        """Pages that are worked on at a time where not every query sees the whole block."""
+        return min(self.block_pages, _power_of_two_within(_PIECE_TOKENS // self.format.page_size))
 
     @property
     def block_tokens(self) -> int:
@@ -111,16 +106,15 @@ class Config:
 
     @property
     def vmem_bytes(self) -> int:
-        """Vector memory that the kernel takes, its logits included."""
+        """Vector memory that the kernel takes; of logits and keys what the compiler may spill."""
         kv_heads, row = self.format.num_kv_heads, round_up(self.format.row_dim, LANES)
         rows, tokens = kv_heads * self.rows, self.tile_tokens * self.head_rows
         pages = self.places * self.block_pages * vmem_page_bytes(self.format)
         queries = self.format.pack * rows * row * self.format.dtype.itemsize
-        sums = 4 * rows * (2 * LANES + row)
+        sums = 4 * rows * (3 * LANES + 2 * row)
         moved = 2 * 4 * tokens * row
-        scores = 4 * self.format.pack * self.part_rows * round_up(self.block_rows, LANES)
-        logits = 3 * self.stage_parts * (scores + 4 * self.part_rows * LANES)
-        return pages + queries + sums + moved + logits
+        spilled = 4 * round_up(self.block_rows, LANES) * (self.format.pack * self.part_rows + row)
+        return pages + queries + sums + moved + self.parts_at_once * spilled
 
 
 def configure(
@@ -149,11 +143,21 @@ def configure(
     room = chip.vmem_bytes - _RESERVE_BYTES
     config, places = None, _PLACES_OF_FEW if few else _PLACES
     for tokens, pages in _ever_smaller(page_format, queries_per_kv_head, few, tuning):
-        config = Config(
-            page_format, queries_per_kv_head, cores, num_queries, max_pages, tokens, pages, places
+        one = Config(
+            page_format,
+            queries_per_kv_head,
+            cores,
+            num_queries,
+            max_pages,
+            tokens,
+            pages,
+            places,
+            1,
         )
-        if config.vmem_bytes <= room:
-            return config
+        for count in range(max(1, _ROWS_AT_ONCE // one.part_rows), 0, -1):
+            config = dataclasses.replace(one, parts_at_once=count)
+            if one.num_parts % count == 0 and config.vmem_bytes <= room:
+                return config
     assert config is not None
     raise NotImplementedError(
         f"{config.tile_tokens} query tokens of {config.num_heads} heads against blocks of "

@@ -10,6 +10,7 @@ depends on where a tile ends. A tile's queries come while the one before it is w
 results leave while the next is.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Scratch(NamedTuple):
     spans: Any  # [2, tile_tokens, 128]: of two, one is on its way
     queries: Any  # [kv_heads, pack, rows, row_dim] in the caches' dtype
     sums: softmax.Sums
-    stages: softmax.Stages
+    before: softmax.Before
     out: Any  # leaving, [tile_tokens, head_rows, row_dim]
     lse: Any  # leaving, [head_rows, tile_tokens]
     page_semaphores: Any  # [places]
@@ -213,6 +214,8 @@ class Kernel:
         for there, copy in self.queries_of(number):
             pl.when(there)(copy.wait)
         config, arriving = self.config, self.scratch.arriving
+        token = lax.broadcasted_iota(jnp.int32, (config.tile_tokens, 1), 0)
+        own = token < self.tile(number).num_queries  # what others left could be anything
 
         @pl.loop(0, config.head_rows // SUBLANES)
         def _(group):
@@ -222,40 +225,57 @@ class Kernel:
 
                 @pl.when(group * SUBLANES + index < config.num_heads)
                 def _(index=index):
-                    kv_head, own = config.rows_of(group * SUBLANES + index)
+                    kv_head, of_head = config.rows_of(group * SUBLANES + index)
+                    queries = jnp.where(own, by_head[index], 0.0)
                     for copy in range(config.format.pack):
-                        rows = softmax.query_rows(config, by_head[index], copy)
-                        self.scratch.queries[kv_head, copy, own] = rows
+                        rows = softmax.query_rows(config, queries, copy)
+                        self.scratch.queries[kv_head, copy, of_head] = rows
 
         self.start_tile(number + 1)
 
     def work(self, cursor: Cursor) -> None:
-        """Works on a block that has arrived: with masks, without, or not at all."""
+        """Works on a block that has arrived: whole if all queries see all of it, or by pieces."""
         config, place = self.config, cursor.number & (self.config.places - 1)
-        tile, first, low, high = self.columns(cursor)
+        first, low, high = self.columns(cursor)[1:]
         self.wait_pages(high - low, place)
-        token = first * config.format.page_size
-        whole = (tile.all_from <= token) & (token + config.block_tokens <= tile.all_to)
-        begins, spans = cursor.block == 0, self.scratch.spans.at[cursor.tile & 1]
         buffers = [pages.at[place] for pages in self.scratch.pages]
-        scratch = (self.scratch.sums, self.scratch.stages, self.scratch.queries)
+        block, some = softmax.Block(config, buffers, 0, config.block_pages), config.piece_pages
+        begins = cursor.block == 0
+        done = self.add_whole(cursor, block, first, begins)
 
-        @pl.when(whole)
+        @pl.when(~done & (high > low))
         def _():
-            block = softmax.Block(config, buffers)
-            softmax.attend(*scratch, block, self.logits, begins, None)
-
-        @pl.when(~whole & (high > low))
-        def _():
-            some = config.masked_pages
             begin = lax.div(low, some)
 
             @pl.loop(begin, lax.div(high + (some - 1), some))
-            def _(part):
-                block = softmax.Block(config, buffers, part * some, some)
-                seen = spans[...] - (token + part * (some * config.format.page_size))
-                begins_here = begins & (part == begin)
-                softmax.attend(*scratch, block, self.logits, begins_here, seen)
+            def _(number):
+                piece = dataclasses.replace(block, first_page=number * some, num_pages=some)
+                column, begins_here = first + number * some, begins & (number == begin)
+                done = self.add_whole(cursor, piece, column, begins_here)
+
+                @pl.when(~done)
+                def _():
+                    spans = self.scratch.spans[cursor.tile & 1] - column * config.format.page_size
+                    sums, queries = self.scratch.sums, self.scratch.queries
+                    softmax.add_masked(sums, queries, piece, self.logits, begins_here, spans)
+
+    def add_whole(
+        self, cursor: Cursor, block: softmax.Block, column: jax.Array, begins: jax.Array
+    ) -> jax.Array:
+        """Adds a block or a piece if all queries see all of it; says whether it did."""
+        tile, page_size = self.tile(cursor.tile), self.config.format.page_size
+        token, num_tokens = column * page_size, block.num_pages * page_size
+        whole = (tile.all_from <= token) & (token + num_tokens <= tile.all_to)
+        sums, before, queries = self.scratch.sums, self.scratch.before, self.scratch.queries
+
+        def add() -> jax.Array:
+            piece = dataclasses.replace(block, num_pages=self.config.piece_pages)
+            pl.when(begins)(lambda: softmax.begin(sums, queries, piece, self.logits))
+            failed = softmax.add_whole(sums, before, queries, block, self.logits)
+            pl.when(failed)(lambda: softmax.restore(sums, before))
+            return ~failed
+
+        return lax.cond(whole, add, lambda: jnp.bool_(False))
 
     def finish(self, number: jax.Array) -> None:
         """Sends a tile's results on their way."""
@@ -325,11 +345,7 @@ def scratch_shapes(config: Config) -> Scratch:
             float32(kv_heads, rows, LANES),
             float32(kv_heads, rows, row_dim),
         ),
-        stages=softmax.Stages(
-            (float32(config.stage_parts, page_format.pack, config.part_rows, config.block_rows),)
-            * 2,
-            (float32(config.stage_parts, config.part_rows, LANES),) * 2,
-        ),
+        before=softmax.Before(float32(kv_heads, rows, LANES), float32(kv_heads, rows, row_dim)),
         out=float32(tokens, config.head_rows, row_dim),
         lse=float32(config.head_rows, tokens),
         page_semaphores=semaphores(config.places),

@@ -3,13 +3,19 @@
 A KV head at a time: its rows are all tokens of its first query head, then of its second, and so on.
 Logits, and what they are when something is not finite: see `..softmax`.
 
-A block that every query sees whole needs no masks. In any other, a token may be seen by some
-queries of the tile and not by others, and a weight of 0 does not silence a NaN: keys and values
-that are not finite become zeros there, and their logits NaN for those who see them.
+A block that every query sees whole (`add_whole`) needs no masks, and hardly ever new maxima: a
+row's largest logit of its first few tokens (`begin`) serves all others, too, unless one is so much
+larger that its weight might overflow. So weights need not wait for maxima, and go from one matrix
+product into the other. Afterwards two checks say, of all rows at once, whether that was right.
+
+In any other block (`add_masked`) a token may be seen by some queries of the tile and not by others,
+and a weight of 0 does not silence a NaN: keys and values that are not finite become zeros there,
+and their logits NaN for those who see them.
 """
 
 import dataclasses
-import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +27,11 @@ from ..geometry import LANES, SUBLANES
 from ..softmax import FLOAT32_MAX, LOG2_E, Logits, across, dot, finite_or_nan
 from .config import Config
 
+# Maxima serve as long as no weights of a block sum to more. They lose nothing by being large, for
+# bfloat16 has float32's range, but times values they must not overflow. Of 1 each, some 2**15 are
+# added.
+_MOST_WEIGHT = 2.0**20
+
 
 class Sums(NamedTuple):
     """References to the softmax of a tile over what it has seen so far, per KV head."""
@@ -30,36 +41,26 @@ class Sums(NamedTuple):
     out: Any  # [kv_heads, rows, row_dim], not yet divided by the total
 
 
-class Place(NamedTuple):
-    """References to what one part of the rows leaves for the next stage."""
+class Before(NamedTuple):
+    """References to what `add_whole` has changed in the sums, should it have to be undone."""
 
-    scores: Any  # [pack, part_rows, block_rows]
-    largest: Any  # [part_rows, 128], of each row, repeated over the lanes
-
-
-class Stages(NamedTuple):
-    """The places of the parts of two stages, in turn."""
-
-    scores: Any  # of each [stage_parts, pack, part_rows, block_rows]
-    largest: Any  # of each [stage_parts, part_rows, 128]
-
-    def at(self, turn: int, index: int) -> Place:
-        return Place(self.scores[turn].at[index], self.largest[turn].at[index])
+    total: Any
+    out: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Keys and values of a block, in fast memory."""
+    """Keys and values of a block or a piece of one, in fast memory."""
 
     config: Config
     buffers: Any  # of each cache array [block_pages, *page_shape]
-    first_page: Any = 0
-    num_pages: int | None = None  # None: all
+    first_page: Any
+    num_pages: int
 
     @property
     def rows(self) -> int:
         """Cache rows per KV head."""
-        return (self.num_pages or self.config.block_pages) * self.config.format.page_rows
+        return self.num_pages * self.config.format.page_rows
 
     def keys(self, head: Any) -> jax.Array:
         """[block_rows, row_dim]"""
@@ -70,7 +71,7 @@ class Block:
 
     def _elements(self, which: int, head: Any) -> jax.Array:
         page_format = self.config.format
-        pages = pl.ds(self.first_page, self.num_pages or self.config.block_pages)
+        pages = pl.ds(self.first_page, self.num_pages)
         if page_format.fused:
             elements = self.buffers[0][pages, which, head]
         else:
@@ -85,105 +86,190 @@ def query_rows(config: Config, rows: jax.Array, copy: int) -> jax.Array:
     return rows.astype(config.format.compute_dtype)
 
 
-def attend(
+def begin(sums: Sums, queries: Any, block: Block, logits: Logits) -> None:
+    """Sums of nothing, with the maxima of a block that every query sees whole."""
+    config = block.config
+
+    def of_parts(numbers: list[Any], carry: tuple[()]) -> tuple[()]:
+        for head, rows in map(config.part, numbers):
+            keys, largest = block.keys(head), jnp.full((config.part_rows, LANES), -FLOAT32_MAX)
+            for copy in range(config.format.pack):
+                own = queries[head, copy, rows]
+                score = logits.of_scaled(dot(own, keys, over=1) * logits.factor)
+                largest = jnp.maximum(largest, jnp.max(score, axis=1, keepdims=True))
+            sums.maximum[head, rows] = largest
+            sums.total[head, rows], sums.out[head, rows] = (
+                jnp.zeros((config.part_rows, ref.shape[-1])) for ref in (sums.total, sums.out)
+            )
+        return carry
+
+    _of_all_parts(config, of_parts, ())
+
+
+def add_whole(sums: Sums, before: Before, queries: Any, block: Block, logits: Logits) -> jax.Array:
+    """Adds a block that every query sees whole, to sums that have maxima.
+
+    Args:
+      queries: reference, [kv_heads, pack, rows, row_dim].
+
+    Returns:
+      Whether that failed, since a row needs another maximum, or a dot product may have overflowed:
+      then the sums are to be restored.
+    """
+
+    def add(numbers: list[Any], checks: tuple[jax.Array, jax.Array]):
+        return _add_whole(sums, before, queries, block, logits, numbers, checks)
+
+    zeros = jnp.zeros((SUBLANES, LANES), jnp.float32)
+    weight, size = _of_all_parts(block.config, add, (zeros, zeros))
+    most = FLOAT32_MAX
+    if _checks_elements(block):  # below, no dot product and no logit can overflow
+        row_dim = block.config.format.row_dim
+        most = math.sqrt(FLOAT32_MAX / 2 / (row_dim * max(1.0, logits.factor)))
+    good = (weight <= _MOST_WEIGHT) & (size <= most)
+    return jnp.sum(jnp.where(good, 0.0, 1.0)) != 0
+
+
+def _add_whole(
     sums: Sums,
-    stages: Stages,
+    before: Before,
     queries: Any,
     block: Block,
     logits: Logits,
-    begins: jax.Array,
-    spans: Any | None,
-) -> None:
-    """Adds a block to the sums of all KV heads.
+    numbers: list[Any],
+    checks: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Adds a block to some parts; checks weights, and what could make a logit of -inf.
 
-    Scores of some parts of the rows are computed while the weights of those before are: the one
-    keeps the matrix unit busy, the other the vector unit.
+    A matrix unit takes products in the order in which they stand here. So all scores come first:
+    the softmax of one part has the time of the others' products.
+    """
+    config = block.config
+    weight, size = checks
+    parts = [config.part(number) for number in numbers]
+    scores = []
+    for head, rows in parts:
+        keys = block.keys(head)
+        if _checks_elements(block):
+            size += _size(keys)
+        for copy in range(config.format.pack):
+            own = queries[head, copy, rows]
+            score = logits.of_scaled(dot(own, keys, over=1) * logits.factor)
+            size += _size(own if _checks_elements(block) else score)
+            scores.append(score)
+    for head, rows in parts:
+        values = block.values(head)
+        maximum, total, out = (ref[head, rows] for ref in sums)
+        before.total[head, rows], before.out[head, rows] = total, out
+        added, products = jnp.zeros_like(total), []
+        for _ in range(config.format.pack):
+            score = scores.pop(0)
+            weights = jnp.exp2(score - across(maximum, score.shape[1]))
+            added += _lane_sums(weights)
+            products.append(dot(weights.astype(config.format.compute_dtype), values, over=0))
+        sums.total[head, rows] = total + added
+        sums.out[head, rows] = out + _of_copies(config, products)
+        weight += _size(added)
+    return weight, size
+
+
+def _checks_elements(block: Block) -> bool:
+    """Whether a part has fewer queries and keys than logits."""
+    return block.config.format.row_dim * (block.config.part_rows + block.rows) < (
+        block.config.part_rows * block.rows
+    )
+
+
+def restore(sums: Sums, before: Before) -> None:
+    """Makes the sums what they were before `add_whole`."""
+
+    @pl.loop(0, before.total.shape[0])
+    def _(head):
+        sums.total[head], sums.out[head] = before.total[head], before.out[head]
+
+
+def add_masked(
+    sums: Sums, queries: Any, block: Block, logits: Logits, begins: jax.Array, spans: jax.Array
+) -> None:
+    """Adds a block of which each query sees a span.
 
     Args:
       queries: reference, [kv_heads, pack, rows, row_dim].
       begins: whether nothing was seen before, whatever the sums hold.
       spans: [tile_tokens, 128], the tokens `[start, stop)` of each query in its first two lanes,
-        counted from the block's first; None if all see the whole block.
+        counted from the block's first.
     """
-    config = block.config
 
-    def score(number: Any, turn: int) -> None:
-        for index in range(config.stage_parts):
-            part, place = number * config.stage_parts + index, stages.at(turn, index)
-            _score(place, queries, block, part, logits, spans)
+    def add(numbers: list[Any], carry: tuple[()]) -> tuple[()]:
+        _add_masked(sums, queries, block, logits, numbers, begins, spans)
+        return carry
 
-    def add(number: Any, turn: int) -> None:
-        for index in range(config.stage_parts):
-            part, place = number * config.stage_parts + index, stages.at(turn, index)
-            _add(sums, place, block, part, begins, masked=spans is not None)
-
-    num_stages = config.num_parts // config.stage_parts
-    score(0, 0)
-
-    @pl.loop(0, (num_stages - 1) // 2)
-    def _(pair):
-        for turn in range(2):
-            score(2 * pair + turn + 1, 1 - turn)
-            add(2 * pair + turn, turn)
-
-    if num_stages % 2 == 0:
-        score(num_stages - 1, 1)
-        add(num_stages - 2, 0)
-    add(num_stages - 1, 1 - num_stages % 2)
+    _of_all_parts(block.config, add, ())
 
 
-def _score(
-    place: Place, queries: Any, block: Block, number: Any, logits: Logits, spans: Any
+def _add_masked(
+    sums: Sums,
+    queries: Any,
+    block: Block,
+    logits: Logits,
+    numbers: list[Any],
+    begins: jax.Array,
+    spans: jax.Array,
 ) -> None:
-    """Logits of a part of the rows, and the largest of each."""
     config = block.config
-    head, rows = config.part(number)
-    keys, flaws = block.keys(head), []
-    if spans is not None:
-        keys, of_keys = _silenced(config, keys)
-        _, of_values = _silenced(config, block.values(head))
-        flaws = [a + b for a, b in zip(of_keys, of_values, strict=True)]
-    peaks = []
-    for copy in range(config.format.pack):
-        score = logits.of_scaled(dot(queries[head, copy, rows], keys, over=1) * logits.factor)
-        if spans is not None:
-            score = _masked(config, finite_or_nan(score), spans, flaws[copy], copy)
-        place.scores[copy, :, : block.rows] = score
-        peak = jnp.max(score, axis=1, keepdims=True)
-        if spans is None and logits.soft_cap is None:
-            # One of -inf must not pass for one that is masked.
-            peak = jnp.where(jnp.min(score, axis=1, keepdims=True) > -jnp.inf, peak, jnp.nan)
-        peaks.append(peak)
-    largest = functools.reduce(jnp.maximum, peaks)
-    place.largest[...] = jnp.broadcast_to(largest, (config.part_rows, LANES))
+    parts = [config.part(number) for number in numbers]
+    scores, values = [], []
+    for head, rows in parts:
+        keys, of_keys = _silenced(config, block.keys(head))
+        value, of_values = _silenced(config, block.values(head))
+        values.append(value)
+        for copy, (of_key, of_value) in enumerate(zip(of_keys, of_values, strict=True)):
+            score = logits.of_scaled(dot(queries[head, copy, rows], keys, over=1) * logits.factor)
+            scores.append(_masked(config, finite_or_nan(score), spans, of_key + of_value, copy))
+    for (head, rows), value in zip(parts, values, strict=True):
+        own = [scores.pop(0) for _ in range(config.format.pack)]
+        before = jnp.where(begins, -FLOAT32_MAX, sums.maximum[head, rows])
+        maximum = before
+        for score in own:
+            maximum = jnp.maximum(maximum, jnp.max(score, axis=1, keepdims=True))
+        fade = jnp.exp2(before - maximum)
+        total, products = jnp.where(begins, 0.0, sums.total[head, rows]) * fade, []
+        for score in own:
+            weights = jnp.exp2(score - across(maximum, score.shape[1]))
+            total += _lane_sums(weights)
+            products.append(dot(weights.astype(config.format.compute_dtype), value, over=0))
+        out = _of_copies(config, products)
+        before_out = jnp.where(begins, 0.0, sums.out[head, rows])
+        sums.maximum[head, rows], sums.total[head, rows] = maximum, total
+        sums.out[head, rows] = before_out * across(fade, out.shape[1]) + out
 
 
-def _add(
-    sums: Sums, place: Place, block: Block, number: Any, begins: jax.Array, *, masked: bool
-) -> None:
-    """Adds a part's scores to its sums."""
-    config = block.config
-    head, rows = config.part(number)
-    values = block.values(head)
-    if masked:
-        values, _ = _silenced(config, values)
-    before = jnp.where(begins, -FLOAT32_MAX, sums.maximum[head, rows])
-    largest = place.largest[...]
-    maximum = jnp.where(largest == largest, jnp.maximum(before, largest), jnp.nan)
-    fade = jnp.exp2(before - maximum)
-    total = jnp.where(begins, 0.0, sums.total[head, rows]) * fade
-    products = []
-    for copy in range(config.format.pack):
-        score = place.scores[copy, :, : block.rows]
-        weights = jnp.exp2(score - across(maximum, score.shape[1]))
-        total += _lane_sums(weights)
-        products.append(dot(weights.astype(config.format.compute_dtype), values, over=0))
+def _of_all_parts(config: Config, add: Callable[[list[Any], Any], Any], carry: Any) -> Any:
+    """Calls `add` with the numbers of some parts at a time."""
+
+    count = config.parts_at_once
+
+    def some(first: jax.Array, carry: Any) -> Any:
+        return add([first * count + index for index in range(count)], carry)
+
+    return lax.fori_loop(0, config.num_parts // count, some, carry)
+
+
+def _size(elements: jax.Array) -> jax.Array:
+    """In one tile, [8, 128], sums of what elements are without their signs: none is larger.
+
+    A sum keeps a NaN or an infinity, which a maximum may lose.
+    """
+    sizes = jnp.abs(elements.astype(jnp.float32)).reshape(-1, SUBLANES, elements.shape[1])
+    return _lane_sums(jnp.sum(sizes, axis=0))
+
+
+def _of_copies(config: Config, products: list[jax.Array]) -> jax.Array:
+    """Of each copy's product, what is in the lanes of its token."""
     out = products[0]
     for copy, product in enumerate(products[1:], 1):
         out = jnp.where(_copy_lanes(config, product, copy), product, out)
-    before_out = jnp.where(begins, 0.0, sums.out[head, rows])
-    sums.maximum[head, rows], sums.total[head, rows] = maximum, total
-    sums.out[head, rows] = before_out * across(fade, out.shape[1]) + out
+    return out
 
 
 def finish(sums: Sums, kv_head: Any, rows: Any, any_seen: Any) -> tuple[jax.Array, jax.Array]:
@@ -210,13 +296,14 @@ def as_lanes(column: jax.Array) -> jax.Array:
 
 def _lane_sums(weights: jax.Array) -> jax.Array:
     """Sums per lane, [rows, 128]: lanes are added once a tile, at its end."""
-    width = weights.shape[1]
-    if width < LANES:
-        return jnp.pad(weights, ((0, 0), (0, LANES - width)))
-    parts = [weights[:, lane : lane + LANES] for lane in range(0, width, LANES)]
-    if parts[-1].shape[1] < LANES:
-        parts[-1] = jnp.pad(parts[-1], ((0, 0), (0, LANES - parts[-1].shape[1])))
+    parts = _in_lanes(weights)
     return sum(parts[1:], parts[0])
+
+
+def _in_lanes(array: jax.Array) -> list[jax.Array]:
+    """The columns of an array in pieces of 128, zeros behind."""
+    array = jnp.pad(array, ((0, 0), (0, -array.shape[1] % LANES)))
+    return [array[:, lane : lane + LANES] for lane in range(0, array.shape[1], LANES)]
 
 
 def _copy_lanes(config: Config, array: jax.Array, copy: int) -> jax.Array:

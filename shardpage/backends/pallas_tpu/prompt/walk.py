@@ -46,12 +46,10 @@ def schedule(reads: Reads, tiles: Tiles, config: Config) -> Schedule:
     page_size, pages = config.format.page_size, config.block_pages
     index = jnp.arange(config.tile_tokens, dtype=jnp.int32)
     count = tiles.num_queries
-    query = jnp.minimum(tiles.first_query[:, None] + index, config.num_queries - 1)
+    # What lies behind a tile's queries sees what the last of them does.
+    query = tiles.first_query[:, None] + jnp.minimum(index, jnp.maximum(count[:, None] - 1, 0))
     of_query = lambda values: values.at[query].get(mode="clip")
-    own = index < count[:, None]
-    start, stop = (jnp.where(own, of_query(x), 0) for x in (reads.start, reads.stop))
-    last = jnp.maximum(count - 1, 0)[:, None]
-    at_last = lambda x: jnp.take_along_axis(x, last, axis=1)[:, 0]
+    start, stop = of_query(reads.start), of_query(reads.stop)
     row = jnp.zeros_like(count) if reads.row is None else of_query(reads.row)[:, 0]
     row = jnp.minimum(row, reads.ids.shape[0] - 1)
     begin, end = tiles.start // page_size, -(-tiles.stop // page_size)
@@ -63,7 +61,7 @@ def schedule(reads: Reads, tiles: Tiles, config: Config) -> Schedule:
         num_queries=count,
         begin=begin,
         end=jnp.where(tiles.stop > tiles.start, end, begin),
-        all_from=at_last(start),
+        all_from=start[:, -1],
         all_to=stop[:, 0],
         num_blocks=num_blocks,
     )
