@@ -184,7 +184,7 @@ def run(count: int, path: pathlib.Path | None, say: Callable[[str], None]) -> di
     before: dict[str, list[Any]] = {}
     if path is not None and path.is_file():
         report = read_json(path)
-        before = report["results"] if report["compiler"] == compiler else {}
+        before = report["results"] if report.get("compiler") == compiler else {}
     cases, results = grid(count), {}
     for number, case in enumerate(cases):
         say(f"{number + 1} of {count}: {case.name}")
