@@ -32,7 +32,7 @@ def page_format(num_kv_heads=8, page_size=16, head_dim=128, dtype="bfloat16", pa
 def a_config(cores=1, tile_tokens=8, block_pages=4, **shape) -> Config:
     return Config(
         page_format(**shape), 2, Cores(cores), num_queries=64, max_pages=40,
-        tile_tokens=tile_tokens, block_pages=block_pages, places=2, parts_at_once=1,
+        tile_tokens=tile_tokens, block_pages=block_pages, places=2,
     )  # fmt: skip
 
 

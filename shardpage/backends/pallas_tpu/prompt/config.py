@@ -17,7 +17,8 @@ from ..sizes import vmem_page_bytes
 # Rows that a matmul has of each KV head: so many that loading the keys into it is nothing beside.
 _TILE_ROWS = 2048
 _PART_ROWS = 1024
-_ROWS_AT_ONCE = 2048  # of some parts together
+_ROWS_AT_ONCE = 2048  # of some parts
+_ROWS_TOGETHER, _MOST_TOGETHER = 512, 8
 _MAX_TILE_TOKENS = 256
 _BLOCK_TOKENS = 1024
 _PIECE_TOKENS = 256
@@ -38,7 +39,6 @@ class Config:
     tile_tokens: int  # a power of two
     block_pages: int  # a power of two, at most 128
     places: int  # in the ring; a power of two
-    parts_at_once: int  # so that each hides what the others wait for; a divisor of `num_parts`
 
     @property
     def num_heads(self) -> int:
@@ -74,6 +74,18 @@ class Config:
     @property
     def num_parts(self) -> int:
         return self.format.num_kv_heads * (self.rows // self.part_rows)
+
+    @property
+    def parts_at_once(self) -> int:
+        """Parts in one straight piece of code, so that each hides what the others wait for."""
+        return _largest_divisor(self.num_parts, _ROWS_AT_ONCE // self.part_rows)
+
+    @property
+    def parts_together(self) -> int:
+        """Of those, small ones whose scores come first: see `softmax`."""
+        return _largest_divisor(
+            self.parts_at_once, min(_MOST_TOGETHER, _ROWS_TOGETHER // self.part_rows)
+        )
 
     def part(self, number: Any) -> tuple[Any, Any]:
         """The KV head of a part, and its rows."""
@@ -114,7 +126,7 @@ class Config:
         sums = 4 * rows * (3 * LANES + 2 * row)
         moved = 2 * 4 * tokens * row
         spilled = 4 * round_up(self.block_rows, LANES) * (self.format.pack * self.part_rows + row)
-        return pages + queries + sums + moved + self.parts_at_once * spilled
+        return pages + queries + sums + moved + self.parts_together * spilled
 
 
 def configure(
@@ -143,21 +155,11 @@ def configure(
     room = chip.vmem_bytes - _RESERVE_BYTES
     config, places = None, _PLACES_OF_FEW if few else _PLACES
     for tokens, pages in _ever_smaller(page_format, queries_per_kv_head, few, tuning):
-        one = Config(
-            page_format,
-            queries_per_kv_head,
-            cores,
-            num_queries,
-            max_pages,
-            tokens,
-            pages,
-            places,
-            1,
+        config = Config(
+            page_format, queries_per_kv_head, cores, num_queries, max_pages, tokens, pages, places
         )
-        for count in range(max(1, _ROWS_AT_ONCE // one.part_rows), 0, -1):
-            config = dataclasses.replace(one, parts_at_once=count)
-            if one.num_parts % count == 0 and config.vmem_bytes <= room:
-                return config
+        if config.vmem_bytes <= room:
+            return config
     assert config is not None
     raise NotImplementedError(
         f"{config.tile_tokens} query tokens of {config.num_heads} heads against blocks of "
@@ -188,3 +190,7 @@ def _ever_smaller(
 
 def _power_of_two_within(most: int) -> int:
     return 1 << (max(most, 1).bit_length() - 1)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, max(most, 1) + 1) if number % n == 0)

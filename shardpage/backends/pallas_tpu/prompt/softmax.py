@@ -141,8 +141,8 @@ def _add_whole(
 ) -> tuple[jax.Array, jax.Array]:
     """Adds a block to some parts; checks weights, and what could make a logit of -inf.
 
-    A matrix unit takes products in the order in which they stand here. So all scores come first:
-    the softmax of one part has the time of the others' products.
+    A matrix unit takes products in the order in which they stand here. So the scores of small parts
+    come first: the softmax of one has the time of the others' products.
     """
     config = block.config
     weight, size = checks
@@ -246,13 +246,14 @@ def _add_masked(
 
 def _of_all_parts(config: Config, add: Callable[[list[Any], Any], Any], carry: Any) -> Any:
     """Calls `add` with the numbers of some parts at a time."""
-
-    count = config.parts_at_once
+    at_once, together = config.parts_at_once, config.parts_together
 
     def some(first: jax.Array, carry: Any) -> Any:
-        return add([first * count + index for index in range(count)], carry)
+        for index in range(0, at_once, together):
+            carry = add([first * at_once + index + each for each in range(together)], carry)
+        return carry
 
-    return lax.fori_loop(0, config.num_parts // count, some, carry)
+    return lax.fori_loop(0, config.num_parts // at_once, some, carry)
 
 
 def _size(elements: jax.Array) -> jax.Array:
