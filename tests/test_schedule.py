@@ -145,6 +145,19 @@ class TestProgram:
         assert machine.program.unknown == {"vpop.sfrf": 1}
         assert made.guessed == 1
 
+    @pytest.mark.parametrize(("wanted", "guessed"), [(0, 0), (1, 1)])
+    def test_what_is_loaded_instead_of_nothing_does_not_count(self, wanted, guessed):
+        """The compiler's way to load under a predicate: from another place if it is false."""
+        _, made = run(
+            program(
+                f"%p1_p1 = scmp.eq.s32.totalorder {wanted}, 1",
+                "%s1_s1 = scalar_select %p1_p1, [#allocation1], [#allocation2]",
+                "%s2_s2 = sld [smem:%s1_s1]",
+                "%s3_s3 = sld [smem:[#allocation1]]",
+            )
+        )
+        assert made.guessed == guessed + 1
+
 
 class TestMachine:
     def test_cycles_visits_and_copies(self, copies):

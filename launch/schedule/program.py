@@ -11,6 +11,7 @@ A branch takes effect some bundles after it was issued. Vector instructions only
 
 import collections
 import dataclasses
+import functools
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ _OPERAND = re.compile(r"\[shape: (\w+\[[\d,]*\]).*?, index: (\d+), kind: (\w+)",
 _PREDICATE = re.compile(r"\((!?%p\d+_p\d+)(?:, ([^)]*))?\),?\s*")
 _TARGET = re.compile(r"target bundleno = (\d+)")
 _SCALAR = re.compile(r"^%\w+_([sp]\d+)$")
+_ALLOCATION = re.compile(r"\[#(\w+)")
 _LABEL = re.compile(r"^\[?#(\w+)(?: \+ (\S+?))?\]?$")
 _POINTER = re.compile(r"^\[?(%\w+)(?: \+ (\S+?))?\]?$")
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -135,6 +137,15 @@ class Program:
         number = self._bases.setdefault(name, _FIRST_BASE + len(self._bases))
         assert number < 2 * _FIRST_BASE
         return number << BASE_SHIFT
+
+    @functools.cached_property
+    def dummies(self) -> frozenset[int]:
+        """The numbers of allocations from which an unwanted load loads, so that it needs no branch."""
+        selected, others = set[str](), set[str]()
+        for op in (op for bundle in self.bundles for op in bundle.ops):
+            names = _ALLOCATION.findall(" ".join((op.arguments, *op.named.values())))
+            (selected if op.name == "scalar_select" else others).update(names)
+        return frozenset(self._bases[name] for name in selected - others)
 
     def _statements(self, bundle: Bundle) -> Iterator["Statement"]:
         for op in bundle.ops:
