@@ -140,7 +140,7 @@ class Program:
 
     @functools.cached_property
     def dummies(self) -> frozenset[int]:
-        """The numbers of allocations from which an unwanted load loads, so that it needs no branch."""
+        """The numbers of allocations that an unwanted load loads from, instead of a branch."""
         selected, others = set[str](), set[str]()
         for op in (op for bundle in self.bundles for op in bundle.ops):
             names = _ALLOCATION.findall(" ".join((op.arguments, *op.named.values())))
