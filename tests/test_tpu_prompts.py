@@ -201,6 +201,10 @@ class TestMaxima:
         np.testing.assert_allclose(lse, expected_lse, rtol=2e-5, atol=2e-5)
         return np.asarray(out)
 
+    @pytest.fixture(scope="class")
+    def clean(self):
+        return self.check()
+
     @pytest.mark.parametrize("times", [6, 30, 1e4])
     @pytest.mark.parametrize("token", [5, 40, 100, 140])
     def test_grow_by_little_or_by_much(self, token, times):
@@ -220,9 +224,7 @@ class TestMaxima:
     @pytest.mark.parametrize("which", [0, 1, 2])
     @pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("token", [3, 100])
-    def test_what_is_not_finite_is_nan_in_what_reads_it(self, which, what, token):
-        clean = self.check()
-
+    def test_what_is_not_finite_is_nan_in_what_reads_it(self, clean, which, what, token):
         def change(*arrays):
             arrays[which][token % len(arrays[which]), 1, 9] = what
 
