@@ -202,8 +202,9 @@ class TestMaxima:
         return np.asarray(out)
 
     @pytest.fixture(scope="class")
-    def clean(self):
-        return self.check()
+    @classmethod
+    def clean(cls):
+        return cls().check()
 
     @pytest.mark.parametrize("times", [6, 30, 1e4])
     @pytest.mark.parametrize("token", [5, 40, 100, 140])
