@@ -165,14 +165,14 @@ class TestMaxima:
     """A row's maximum is that of its first tokens, for as long as it serves."""
 
     HEADS, DIM = 4, 128
-    # Queries, pages and their size. In tiles of many rows, queries and keys are looked at for an
-    # overflow, and not logits.
-    FEW, MANY = (24, 10, 16), (256, 16, 64)
+    # Queries, pages and their size. In tiles of many rows, queries, keys and values are looked at
+    # for an overflow, and not logits and results.
+    FEW, MANY = (24, 10, 16), (256, 16, 128)
 
     def results(self, change, shape):
         """Of the backend, and of another one.
 
-        Two whole blocks of 4 pages, then one of which the queries see more and more.
+        Whole blocks of 4 pages, then one of which the queries see more and more.
         """
         random = np.random.default_rng(0)
         draw = lambda *shape: random.standard_normal(shape).astype(np.float32)
@@ -222,6 +222,18 @@ class TestMaxima:
 
         self.check(change)
 
+    @pytest.mark.parametrize(("shape", "token"), [(FEW, 100), (MANY, 600)])
+    def test_values_that_only_a_large_weight_makes_overflow(self, shape, token):
+        """Weights of 2**13, which the maximum of the first tokens serves, times 1e36."""
+
+        def change(query, key, value):
+            query[:], key[:] = query[:1] / 16, key / 16
+            own = query[0, ::2]
+            key[token] = own * 9 * np.sqrt(self.DIM) / np.square(own).sum(-1, keepdims=True)
+            value[token] *= 1e36
+
+        assert np.isfinite(self.check(change, shape)).all()
+
     @pytest.mark.parametrize("which", [0, 1, 2])
     @pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("token", [3, 100])
@@ -239,7 +251,7 @@ class TestMaxima:
         kept = ~np.isnan(out)
         np.testing.assert_allclose(out[kept], clean[kept], rtol=2e-5, atol=2e-5)
 
-    @pytest.mark.parametrize(("shape", "token"), [(FEW, 3), (FEW, 100), (MANY, 3), (MANY, 400)])
+    @pytest.mark.parametrize(("shape", "token"), [(FEW, 3), (FEW, 100), (MANY, 3), (MANY, 600)])
     def test_a_product_that_overflows_is_nan(self, shape, token):
         """To -inf, and no other logit is large."""
 
@@ -251,7 +263,7 @@ class TestMaxima:
         assert np.isnan(out[5, 1]).all()
         assert np.isfinite(np.delete(out.reshape(-1, self.DIM), 5 * self.HEADS + 1, 0)).all()
 
-    @pytest.mark.parametrize(("shape", "token"), [(FEW, 100), (MANY, 400)])
+    @pytest.mark.parametrize(("shape", "token"), [(FEW, 100), (MANY, 600)])
     def test_large_elements_whose_products_are_finite(self, shape, token):
         def change(query, key, value):
             query[:, 1], key[token, 0] = 1e-20 * query[:, 1], 1e20 * key[token, 0]

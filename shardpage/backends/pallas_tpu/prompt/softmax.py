@@ -28,8 +28,7 @@ from ..softmax import FLOAT32_MAX, LOG2_E, Logits, across, dot, finite_or_nan
 from .config import Config
 
 # Maxima serve as long as no weights of a block sum to more. They lose nothing by being large, for
-# bfloat16 has float32's range, but times values they must not overflow. Of 1 each, some 2**15 are
-# added.
+# bfloat16 has float32's range. Of 1 each, some 2**15 are added.
 _MOST_WEIGHT = 2.0**20
 
 
@@ -86,6 +85,11 @@ def query_rows(config: Config, rows: jax.Array, copy: int) -> jax.Array:
     return rows.astype(config.format.compute_dtype)
 
 
+def _scores(queries: jax.Array, keys: jax.Array, logits: Logits) -> jax.Array:
+    """Logits, [rows, block_rows]; one may be -inf."""
+    return logits.of_scaled(dot(queries, keys, over=1) * logits.factor)
+
+
 def begin(sums: Sums, queries: Any, block: Block, logits: Logits) -> None:
     """Sums of nothing, with the maxima of a block that every query sees whole."""
     config = block.config
@@ -94,8 +98,7 @@ def begin(sums: Sums, queries: Any, block: Block, logits: Logits) -> None:
         for head, rows in map(config.part, numbers):
             keys, largest = block.keys(head), jnp.full((config.part_rows, LANES), -FLOAT32_MAX)
             for copy in range(config.format.pack):
-                own = queries[head, copy, rows]
-                score = logits.of_scaled(dot(own, keys, over=1) * logits.factor)
+                score = _scores(queries[head, copy, rows], keys, logits)
                 largest = jnp.maximum(largest, jnp.max(score, axis=1, keepdims=True))
             sums.maximum[head, rows] = largest
             sums.total[head, rows], sums.out[head, rows] = (
@@ -113,8 +116,8 @@ def add_whole(sums: Sums, before: Before, queries: Any, block: Block, logits: Lo
       queries: reference, [kv_heads, pack, rows, row_dim].
 
     Returns:
-      Whether that failed, since a row needs another maximum, or a dot product may have overflowed:
-      then the sums are to be restored.
+      Whether that failed, since a row needs another maximum, a result overflowed with this one, or
+      a dot product may have: then the sums are to be restored.
     """
 
     def add(numbers: list[Any], checks: tuple[jax.Array, jax.Array]):
@@ -144,18 +147,18 @@ def _add_whole(
     A matrix unit takes products in the order in which they stand here. So the scores of small parts
     come first: the softmax of one has the time of the others' products.
     """
-    config = block.config
+    config, elements = block.config, _checks_elements(block)
     weight, size = checks
     parts = [config.part(number) for number in numbers]
     scores = []
     for head, rows in parts:
         keys = block.keys(head)
-        if _checks_elements(block):
+        if elements:
             size += _size(keys)
         for copy in range(config.format.pack):
             own = queries[head, copy, rows]
-            score = logits.of_scaled(dot(own, keys, over=1) * logits.factor)
-            size += _size(own if _checks_elements(block) else score)
+            score = _scores(own, keys, logits)
+            size += _size(own if elements else score)
             scores.append(score)
     for head, rows in parts:
         values = block.values(head)
@@ -167,17 +170,18 @@ def _add_whole(
             weights = jnp.exp2(score - across(maximum, score.shape[1]))
             added += _lane_sums(weights)
             products.append(dot(weights.astype(config.format.compute_dtype), values, over=0))
-        sums.total[head, rows] = total + added
-        sums.out[head, rows] = out + _of_copies(config, products)
+        out += _of_copies(config, products)
+        sums.total[head, rows], sums.out[head, rows] = total + added, out
         weight += _size(added)
+        # Values within the bound of queries and keys overflow with no weight that is allowed.
+        size += _size(values if elements else out - out)
     return weight, size
 
 
 def _checks_elements(block: Block) -> bool:
-    """Whether a part has fewer queries and keys than logits."""
-    return block.config.format.row_dim * (block.config.part_rows + block.rows) < (
-        block.config.part_rows * block.rows
-    )
+    """Whether a part has fewer queries, keys and values than logits."""
+    part_rows, rows = block.config.part_rows, block.rows
+    return block.config.format.row_dim * (part_rows + 2 * rows) < part_rows * rows
 
 
 def restore(sums: Sums, before: Before) -> None:
@@ -224,7 +228,7 @@ def _add_masked(
         value, of_values = _silenced(config, block.values(head))
         values.append(value)
         for copy, (of_key, of_value) in enumerate(zip(of_keys, of_values, strict=True)):
-            score = logits.of_scaled(dot(queries[head, copy, rows], keys, over=1) * logits.factor)
+            score = _scores(queries[head, copy, rows], keys, logits)
             scores.append(_masked(config, finite_or_nan(score), spans, of_key + of_value, copy))
     for (head, rows), value in zip(parts, values, strict=True):
         own = [scores.pop(0) for _ in range(config.format.pack)]
