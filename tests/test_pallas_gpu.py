@@ -55,7 +55,7 @@ class TestConfig:
                     got = config.configure(form, 2 * group, reads, COMPILED)
                     assert got.rows <= got.consumers * 64 <= 128
                     assert got.block_tokens % got.piece_tokens == page_size % got.piece_tokens == 0
-                    assert got.value_chunk * got.value_chunks == head_dim
+                    assert head_dim % got.store_chunk == 0
                     assert got.out_rows * head_dim % got.merge_width == 0
                     assert got.num_units % got.fold == 0
 

@@ -21,6 +21,7 @@ from .step_inputs import StepInputs
 
 Build = Callable[[StepInputs, str], tuple[Callable[..., Any], tuple[Any, ...]]]
 MATMULS = "matmuls"
+PLANNED = "shardpage, plan made before"
 _MATMUL_KEYS = 256  # of one piece of the roof's matmuls: logits then stay in a CPU's caches
 _GATHER_BYTES = {"cpu": 2 << 30}
 _GATHER_BYTES_ELSEWHERE = 20 << 30
@@ -37,6 +38,19 @@ def shardpage(given: StepInputs, platform: str, backend: str | None = None):
         return attend(query, cache, plan)
 
     return jax.jit(call), (given.query, given.key, given.value, *given.lengths)
+
+
+def planned(given: StepInputs, platform: str):
+    """Its attention alone, with the step's plan made before, as each layer of a model calls it."""
+    shape = given.shape
+    cache_of = functools.partial(PagedKVCache.of, kv_layout="blocks_first", head_dim=shape.head_dim)
+    sizes = {"num_heads": shape.num_heads, "num_queries": shape.num_queries}
+    plan_of = jax.jit(
+        lambda key, value, *lengths: make_plan(cache_of(key, value), *lengths, **sizes)
+    )
+    plan = plan_of(given.key, given.value, *given.lengths)
+    call = jax.jit(lambda query, key, value, plan: attend(query, cache_of(key, value), plan))
+    return call, (given.query, given.key, given.value, plan)
 
 
 def portable(given: StepInputs, platform: str):
@@ -157,6 +171,7 @@ def _precision(dtype: str) -> str | None:
 
 IMPLEMENTATIONS: dict[str, Build] = {
     OURS: shardpage,
+    PLANNED: planned,
     "shardpage xla": portable,
     MATMULS: matmuls,
     "gather": gather,

@@ -1,6 +1,7 @@
 """`shardpage bench`: how fast, compared with what, and how near to what memory allows?"""
 
 import enum
+import functools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,10 @@ def bench(
         ),
     ] = Kind.all,
     suite: Annotated[Size, typer.Option(help="A few shapes, or all.")] = Size.quick,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this shape of the suite (may be repeated)."),
+    ] = None,
     simulate: options.Simulate = None,
     topology: Annotated[list[str] | None, options.TOPOLOGY] = None,
     json_file: options.Json = None,
@@ -68,7 +73,8 @@ def bench(
     file = JsonOption(json_file)
     with options.stoppable():
         try:
-            _run(kind, suite, simulate, file, plot, old, options.progress(quiet))
+            only = tuple(shape or ())
+            _run(kind, suite, only, simulate, file, plot, old, options.progress(quiet))
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
@@ -78,6 +84,7 @@ def bench(
 def _run(
     kind: Kind,
     suite: Size,
+    only: tuple[str, ...],
     simulate: int | None,
     file: JsonOption,
     plot: pathlib.Path | None,
@@ -93,9 +100,11 @@ def _run(
     if simulate is not None:
         meshes.simulate(simulate)
     platform = jax.devices()[0].platform
+    measured = _measurements(kind, suite, platform, only)
     roof_gbps, roof = timing.copy_roof(platform)
-    simulated = "" if simulate is None else f" --simulate {simulate}"
-    command = f"shardpage bench {kind.value} --suite {suite.value}{simulated}"
+    command = f"shardpage bench {kind.value} --suite {suite.value}"
+    command += "".join(f' --shape "{name}"' for name in only)
+    command += "" if simulate is None else f" --simulate {simulate}"
     about = report.environment(command, roof_gbps, roof)
     print(
         f"{about['num_devices']} x {about['device']}, a copy makes {roof_gbps:.0f} GB/s", flush=True
@@ -103,9 +112,11 @@ def _run(
     rows: list[report.Row] = []
     content = lambda: about | {"rows": [row.to_json() for row in rows]}
     try:
-        for row in _rows(kind, suite, platform, roof_gbps, say):
-            rows.append(row)
-            file.write(content())
+        for name, rows_of in measured:
+            say(f"measuring {name} ...")
+            for row in rows_of(roof_gbps):
+                rows.append(row)
+                file.write(content())
     finally:
         _print(report.table(rows))
         if rows:
@@ -118,29 +129,34 @@ def _run(
         _print(compare.table(compare.changes(old, rows)))
 
 
-def _rows(
-    kind: Kind, suite: Size, platform: str, roof_gbps: float, say: Callable[[str], None]
-) -> "Iterator[Row]":
+def _measurements(
+    kind: Kind, suite: Size, platform: str, only: tuple[str, ...]
+) -> "list[tuple[str, Callable[[float], Iterator[Row]]]]":
+    """What is to be measured: a name, and the rows of it, given the GB/s of a copy."""
     import jax
 
     from ..bench import decode, shapes, sharded, steps, write
 
+    found: list[tuple[str, Callable[[float], Iterator[Row]]]] = []
     if kind in (Kind.decode, Kind.all):
         for shape in shapes.decode_shapes(platform, suite.value):
-            say(f"measuring {shape.name} ...")
-            yield from decode.rows([shape], platform, roof_gbps)
+            found.append((shape.name, functools.partial(decode.rows, [shape], platform)))
     if kind in (Kind.write, Kind.all):
-        for shape in shapes.write_shapes(suite.value):
-            say(f"measuring {shape.name} ...")
-            yield from write.rows([shape], roof_gbps)
+        for tokens in shapes.write_shapes(suite.value):
+            found.append((tokens.name, functools.partial(write.rows, [tokens])))
     if kind in (Kind.steps, Kind.all):
         for step in shapes.step_shapes(platform, suite.value):
-            say(f"measuring {step.name} ...")
-            yield from steps.rows([step], platform, roof_gbps)
+            found.append((step.name, functools.partial(steps.rows, [step], platform)))
     if kind in (Kind.sharded, Kind.all):
-        say(f"measuring splits over {jax.device_count()} devices ...")
         work = shapes.sharded_shapes(platform, suite.value, jax.device_count())
-        yield from sharded.rows(work, suite.value, platform, roof_gbps)
+        rows = functools.partial(sharded.rows, work, suite.value, platform)
+        found.append((f"splits over {jax.device_count()} devices", rows))
+    names = [name for name, _ in found]
+    if unknown := [name for name in only if name not in names]:
+        raise typer.BadParameter(
+            f"{unknown[0]!r} is none of {', '.join(map(repr, names))}", param_hint="--shape"
+        )
+    return [(name, rows) for name, rows in found if name in only or not only]
 
 
 def _read(path: pathlib.Path) -> "list[Row]":

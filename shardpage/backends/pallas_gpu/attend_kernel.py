@@ -1,7 +1,7 @@
 """The kernel's body: one warpgroup fetches pages, one or two others attend.
 
     fetch     K0 V0 K1 V1 | K2 V2 ...           into a ring of blocks, one copy per page and head
-    attend          S0 P0 O0 | S1 P1 O1 ...     products, softmax, weighted values
+    attend          S0 P0 O0 | S1 P1 O1 ...     products, softmax, weighted values (`blocks.py`)
 
 Each CTA walks over its share of all units (`share.py`). Whole units are finished here; the parts of
 cut ones leave as partial softmaxes, which `merge_kernel.py` merges.
@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import softmax
+from .blocks import Blocks
 from .config import Config, query_smem_rows, swizzle_bytes
-from .mosaic import MMA_ROWS, WARPGROUP, load
+from .mosaic import MMA_ROWS, WARPGROUP
 from .pages import rows_at
 from .share import Segment, Share, first_block, for_each_segment, last_cta, share_of
 from .softmax import Logits
@@ -57,7 +58,8 @@ class Scratch(NamedTuple):
     query_free: Any
     key_full: Any
     value_full: Any
-    free: Any
+    key_free: Any
+    value_free: Any
     weights: Any = None
 
 
@@ -91,13 +93,14 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         query=tiled(query_smem_rows(config), page_format.key_dim),
         key=tiled(*blocks, page_format.key_dim),
         value=tiled(*blocks, page_format.value_dim),
-        out=plgpu.SMEM((*wave, config.value_chunk), jnp.float32),
+        out=plgpu.SMEM((*wave, config.store_chunk), jnp.float32),
         lse=plgpu.SMEM(wave, jnp.float32),
         query_full=barrier(1, config.query_slots),
         query_free=barrier(config.consumers, config.query_slots),
         key_full=barrier(pieces, config.stages),
         value_full=barrier(pieces, config.stages),
-        free=barrier(config.consumers, config.stages),
+        key_free=barrier(config.consumers, config.stages),
+        value_free=barrier(config.consumers, config.stages),
         # The interpreter has no matmul of an operand in registers.
         weights=tiled(*wave, config.block_tokens) if interpreted else None,
     )
@@ -122,7 +125,8 @@ class Kernel:
         def _():
             plgpu.set_max_registers(_FETCH_REGISTERS[config.consumers], action="decrease")
             steps, segments = self.for_each_segment(share, self.fetch)
-            self.drain(self.scratch.free, config.stages, steps)
+            self.drain(self.scratch.key_free, config.stages, steps)
+            self.drain(self.scratch.value_free, config.stages, steps)
             self.drain(self.scratch.query_free, config.query_slots, segments)
 
         @pl.when(warpgroup < config.consumers)
@@ -181,14 +185,15 @@ class Kernel:
         ids = [inputs.ids[row, page] for page in pages]
         slot = lax.rem(segment.step + i, jnp.int32(config.stages))
 
-        @pl.when(segment.step + i >= config.stages)
-        def _():
-            plgpu.barrier_wait(scratch.free.at[slot])
-
-        for which, target, full in (
-            (0, scratch.key, scratch.key_full),
-            (1, scratch.value, scratch.value_full),
+        for which, target, free, full in (
+            (0, scratch.key, scratch.key_free, scratch.key_full),
+            (1, scratch.value, scratch.value_free, scratch.value_full),
         ):
+
+            @pl.when(segment.step + i >= config.stages)
+            def _(free=free):
+                plgpu.barrier_wait(free.at[slot])
+
             for j, (page, number) in enumerate(zip(ids, pieces, strict=True)):
                 source = self.piece(which, page, segment.head, lax.rem(number, per_page))
                 part = target.at[slot, pl.ds(j * piece, piece)]
@@ -210,24 +215,25 @@ class Kernel:
         own_row = warpgroup * MMA_ROWS if config.consumers > 1 else 0
         query = scratch.query.at[pl.ds(slot * config.query_rows + own_row, MMA_ROWS)]
         plgpu.barrier_wait(scratch.query_full.at[slot])
-        step = lambda i, state: self.attend_block(segment, i, state, query, warpgroup)
-        state = softmax.nothing(config.value_chunks, config.value_chunk)
-        state = lax.fori_loop(0, segment.length, step, state)
+        blocks = Blocks.of(
+            config, self.logits, self.inputs.tiles, scratch, segment, query, warpgroup
+        )
+        state = blocks.attend()
         plgpu.barrier_arrive(scratch.query_free.at[slot])
 
-        sums, lse = softmax.mean(state)
+        means, lse = softmax.mean(state)
         part = 2 * cta + segment.begins.astype(jnp.int32)
 
         @pl.when(segment.whole)
         def _():
             self.store(
-                self.outputs.out, self.outputs.lse, segment.unit, segment, sums, lse, warpgroup
+                self.outputs.out, self.outputs.lse, segment.unit, segment, means, lse, warpgroup
             )
 
         @pl.when(jnp.logical_not(segment.whole))
         def _():
             self.store(
-                self.outputs.part_out, self.outputs.part_lse, part, segment, sums, lse, warpgroup
+                self.outputs.part_out, self.outputs.part_lse, part, segment, means, lse, warpgroup
             )
 
         @pl.when(segment.begins & (segment.length < segment.num_blocks))
@@ -235,64 +241,32 @@ class Kernel:
             self.outputs.cut[cta, 0] = segment.unit
             self.outputs.cut[cta, 1] = last_cta(config, share, segment)
 
-    def attend_block(
-        self, segment: Segment, i: jax.Array, state: softmax.State, query: Any, warpgroup: jax.Array
-    ) -> softmax.State:
-        config, scratch, tiles = self.config, self.scratch, self.inputs.tiles
-        tile = segment.tile
-        start, stop = tiles.start[tile], tiles.stop[tile]
-        all_start = start if tiles.all_start is None else tiles.all_start[tile]
-        all_stop = stop if tiles.all_stop is None else tiles.all_stop[tile]
-        slot = lax.rem(segment.step + i, jnp.int32(config.stages))
-        first = (first_block(config, start) + segment.block + i) * config.block_tokens
-        sticks_out = lambda start, stop: (first < start) | (first + config.block_tokens > stop)
-
-        plgpu.barrier_wait(scratch.key_full.at[slot])
-        logits = self.logits.in_base_2(softmax.products(query, scratch.key.at[slot]))
-        mask = lambda logits: softmax.seen(logits, first, *self.own_span(tile, warpgroup))
-        logits = lax.cond(sticks_out(all_start, all_stop), mask, lambda logits: logits, logits)
-        state, weights = softmax.weigh(state, logits, self.logits.factor)
-        weights = weights.astype(config.format.dtype)
-        plgpu.barrier_wait(scratch.value_full.at[slot])
-
-        @pl.when(sticks_out(start, stop))
-        def _():
-            softmax.zero_unread(scratch.value.at[slot], first, start, stop)
-
-        stage = None if scratch.weights is None else scratch.weights.at[warpgroup]
-        state = softmax.add_values(state, weights, scratch.value.at[slot], stage)
-        plgpu.barrier_arrive(scratch.free.at[slot])
-        return state
-
-    def own_span(self, tile: jax.Array, warpgroup: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What this warpgroup's queries read: all of them the same, or each row its own."""
-        tiles = self.inputs.tiles
-        if tiles.starts is None or tiles.stops is None:
-            return tiles.start[tile], tiles.stop[tile]
-        own = pl.ds(warpgroup * MMA_ROWS, MMA_ROWS)
-        start, stop = (load(x.at[tile, own], softmax.ROWS) for x in (tiles.starts, tiles.stops))
-        return start, stop
-
     # Storing
 
     def store(
-        self, out: Any, lse_out: Any, at: jax.Array, segment: Segment, sums: Any, lse: jax.Array,
+        self,
+        out: Any,
+        lse_out: Any,
+        at: jax.Array,
+        segment: Segment,
+        means: jax.Array,
+        lse: jax.Array,
         warpgroup: jax.Array,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Copies a unit's rows to `out[at]`, a chunk of columns at a time."""
-        config, chunk = self.config, self.config.value_chunk
+        config, chunk = self.config, self.config.store_chunk
         staged_out, staged_lse = self.scratch.out.at[warpgroup], self.scratch.lse.at[warpgroup]
         first = lax.rem(segment.unit, jnp.int32(config.fold)) * config.rows
         rows, own = (config.rows, 0) if config.consumers == 1 else (MMA_ROWS, warpgroup * MMA_ROWS)
-        for i, values in enumerate(sums):
+        for column in range(0, config.format.value_dim, chunk):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
-            staged_out[...] = values
-            if i == 0:
+            staged_out[...] = means[:, column : column + chunk]
+            if column == 0:
                 staged_lse[...] = lse
             plgpu.commit_smem()
-            target = out.at[at, pl.ds(own, rows), pl.ds(i * chunk, chunk)]
+            target = out.at[at, pl.ds(own, rows), pl.ds(column, chunk)]
             plgpu.copy_smem_to_gmem(staged_out.at[pl.ds(first, rows)], target)
-            if i == 0:
+            if column == 0:
                 plgpu.copy_smem_to_gmem(staged_lse, lse_out.at[at, pl.ds(own, MMA_ROWS)])
 
     def no_part(self, share: Share, cta: jax.Array, warpgroup: jax.Array) -> None:

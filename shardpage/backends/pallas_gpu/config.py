@@ -34,7 +34,7 @@ class Config:
     block_tokens: int  # keys and values of one step
     stages: int  # blocks in shared memory
     query_slots: int  # tiles of queries in shared memory
-    value_chunk: int  # columns of values whose sums are one array of registers
+    store_chunk: int  # columns of a result that are staged, and leave, at a time
     num_splits: int
     num_ctas: int
 
@@ -72,10 +72,6 @@ class Config:
     def piece_tokens(self) -> int:
         """Tokens of one copy: of one page, and of one block."""
         return math.gcd(self.format.page_size, self.block_tokens)
-
-    @property
-    def value_chunks(self) -> int:
-        return self.format.value_dim // self.value_chunk
 
 
 def configure(page_format: PageFormat, num_heads: int, reads: Reads, tuning: Tuning) -> Config:
@@ -178,10 +174,10 @@ def _fit(config: Config, tuning: Tuning) -> Config:
     stage_bytes = block_tokens * (dim + config.format.value_dim) * 2
     stages = max(2, _IN_FLIGHT_BYTES // stage_bytes)
     for query_slots in (2, 1):
-        for value_chunk in _value_chunks(config.format.value_dim):
+        for store_chunk in _store_chunks(config.format.value_dim):
             sized = dataclasses.replace(
                 config, block_tokens=block_tokens, stages=stages, query_slots=query_slots,
-                value_chunk=value_chunk,
+                store_chunk=store_chunk,
             )  # fmt: skip
             if _smem_bytes(sized) <= SMEM_BYTES:
                 return sized
@@ -205,8 +201,8 @@ def _block_tokens(config: Config, tuning: Tuning) -> int:
     return min(most, max(64, 1 << (asked.bit_length() - 1)))
 
 
-def _value_chunks(dim: int) -> list[int]:
-    """Columns that may be summed, and leave, at a time; widest first."""
+def _store_chunks(dim: int) -> list[int]:
+    """Columns that may leave at a time; widest first."""
     columns = swizzle_bytes(dim) // 2
     return [chunk for chunk in range(dim, 0, -columns) if dim % chunk == 0]
 
@@ -221,7 +217,7 @@ def _smem_bytes(config: Config) -> int:
     page_format, rows = config.format, config.consumers * MMA_ROWS
     blocks = config.stages * config.block_tokens * (page_format.key_dim + page_format.value_dim) * 2
     queries = query_smem_rows(config) * page_format.key_dim * 2
-    out = rows * (config.value_chunk + 1) * 4
+    out = rows * (config.store_chunk + 1) * 4
     return blocks + queries + out + _RESERVED_BYTES
 
 

@@ -60,15 +60,15 @@ class State(NamedTuple):
 
     peak: jax.Array  # [64]
     total: jax.Array  # [64]
-    sums: tuple[jax.Array, ...]  # [64, value_chunk] each
+    sums: jax.Array  # [64, value_dim]
 
 
-def nothing(num_chunks: int, chunk: int) -> State:
+def nothing(value_dim: int) -> State:
     """The state before any key."""
     full = lambda shape, value, layout: plgpu.layout_cast(
         jnp.full(shape, value, jnp.float32), layout
     )
-    zeros = tuple(full((MMA_ROWS, chunk), 0.0, WGMMA) for _ in range(num_chunks))
+    zeros = full((MMA_ROWS, value_dim), 0.0, WGMMA)
     return State(full((MMA_ROWS,), LOWEST, ROWS), full((MMA_ROWS,), 0.0, ROWS), zeros)
 
 
@@ -101,7 +101,7 @@ def weigh(state: State, logits: jax.Array, factor: float) -> tuple[State, jax.Ar
     peak = jnp.maximum(state.peak, logits.max(axis=1) * factor)
     weights = jnp.exp2(logits * factor - lax.broadcast_in_dim(peak, logits.shape, [0]))
     shrink = jnp.exp2(state.peak - peak)
-    sums = tuple(x * lax.broadcast_in_dim(shrink, x.shape, [0]) for x in state.sums)
+    sums = state.sums * lax.broadcast_in_dim(shrink, state.sums.shape, [0])
     return State(peak, state.total * shrink + weights.sum(axis=1), sums), weights
 
 
@@ -110,19 +110,31 @@ def add_values(state: State, weights: jax.Array, value_ref: Any, stage_ref: Any)
 
     `stage_ref` is None but in the interpreter, whose matmuls take shared memory and add to nothing.
     """
-    chunk = state.sums[0].shape[1]
     if stage_ref is not None:
         stage_ref[...] = weights
         plgpu.commit_smem()
+        return state._replace(sums=state.sums + _product(stage_ref, value_ref))
+    multiply = lambda sums_ref: plgpu.wgmma(sums_ref, weights, value_ref)
+    sums = pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(state.sums))
+    return state._replace(sums=sums)
 
-    def add(acc: Any, column: int) -> Any:
-        part_ref = value_ref.at[:, pl.ds(column, chunk)]
-        if stage_ref is not None:
-            return acc + _product(stage_ref, part_ref)
-        multiply = lambda acc_ref: plgpu.wgmma(acc_ref, weights, part_ref)
-        return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(acc))
 
-    return state._replace(sums=tuple(add(acc, i * chunk) for i, acc in enumerate(state.sums)))
+def add_values_and_multiply(
+    state: State, weights: jax.Array, value_ref: Any, stage_ref: Any, query_ref: Any, key_ref: Any
+) -> tuple[State, jax.Array]:
+    """`add_values`, and `products` of other keys, as one piece of work for the matrix unit."""
+    if stage_ref is not None:
+        return add_values(state, weights, value_ref, stage_ref), products(query_ref, key_ref)
+
+    def multiply(refs):
+        products_ref, sums_ref = refs
+        plgpu.wgmma(products_ref, query_ref, key_ref.transpose((1, 0)))
+        plgpu.wgmma(sums_ref, weights, value_ref)
+
+    zeros = plgpu.layout_cast(jnp.zeros((MMA_ROWS, key_ref.shape[0]), jnp.float32), WGMMA)
+    init: Any = plgpu.WGMMAAccumulatorRef.init
+    multiplied, sums = pl.run_state(multiply)((init(zeros), init(state.sums)))
+    return state._replace(sums=sums), multiplied
 
 
 def zero_unread(value_ref: Any, first_token: jax.Array, start: jax.Array, stop: jax.Array) -> None:
@@ -134,7 +146,7 @@ def zero_unread(value_ref: Any, first_token: jax.Array, start: jax.Array, stop: 
     plgpu.commit_smem()
 
 
-def mean(state: State) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def mean(state: State) -> tuple[jax.Array, jax.Array]:
     """The weighted mean of values, and lse in base 2: zeros and -inf where no key was seen.
 
     A total of 0 means that none was. NaN is not 0: it stays. A row in which anything is not finite
@@ -143,9 +155,7 @@ def mean(state: State) -> tuple[tuple[jax.Array, ...], jax.Array]:
     none = state.total == 0.0
     inverse = 1.0 / jnp.where(none, 1.0, state.total)
     lse = state.peak + jnp.log(state.total) * LOG2E
-    sums = [x * lax.broadcast_in_dim(inverse, x.shape, [0]) for x in state.sums]
-    nan_if_broken = jnp.where(none, 0.0, lse * 0.0)
-    for x in sums:
-        nan_if_broken += (x * 0.0).sum(axis=1)
-    spread = tuple(x + lax.broadcast_in_dim(nan_if_broken, x.shape, [0]) for x in sums)
-    return spread, jnp.where(none, -jnp.inf, lse) + nan_if_broken
+    rows = lambda x: lax.broadcast_in_dim(x, state.sums.shape, [0])
+    means = state.sums * rows(inverse)
+    nan_if_broken = jnp.where(none, 0.0, lse * 0.0) + (means * 0.0).sum(axis=1)
+    return means + rows(nan_if_broken), jnp.where(none, -jnp.inf, lse) + nan_if_broken
