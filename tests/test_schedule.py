@@ -339,6 +339,14 @@ class TestGrid:
         found = grid.run(5, path, lambda _: None)
         assert {outcome for outcome, *_ in found["results"].values()} == {grid.COMPILED}
 
+    @pytest.mark.parametrize(
+        ("outcome", "exit_code"), [(grid.COMPILED, 0), (grid.REFUSED, 0), (grid.FAILED, 1)]
+    )
+    def test_a_failure_of_the_compiler_is_exit_code_1(self, outcome, exit_code, monkeypatch):
+        monkeypatch.setattr(grid, "_result", lambda case, before: grid.Result(outcome, "why"))
+        done = CliRunner().invoke(app, ["--grid"])
+        assert done.exit_code == exit_code, done.output
+
 
 class TestUnits:
     @pytest.mark.parametrize(

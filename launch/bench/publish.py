@@ -15,7 +15,7 @@ from ..schedule.core import Core
 from ..schedule.execute import Executed
 from ..schedule.report import draw as draw_calls
 from .draw import draw
-from .report import COPY, OURS, Row, speed
+from .report import COPY, OURS, PLANNED, Row, speed
 
 FOLDER = Path(__file__).parent
 _LARGEST = 5  # fusions of a step
@@ -66,6 +66,28 @@ def _steps(report: dict[str, Any]) -> str:
         processor = f"{timing.processor_us / 1e3:.0f}", f"{timing.processor_us / ours:.2f}"
         rate = speed(row.flops / timing.processor_us / 1e3)
         cells.append([row.shape, row.name, *times, *processor, rate, f"{row.temp_bytes / 1e6:.0f}"])
+    return _table(cells)
+
+
+def _before_after(report: dict[str, Any]) -> str:
+    """Calls of two versions of this library, and the rate of the later one's attention alone."""
+    rows = {
+        (which, r["shape"], r["name"]): Row.from_json(r)
+        for which in ("before", "after")
+        for r in report[which]["rows"]
+    }
+    commits = [report[which]["commit"] for which in ("before", "after")]
+    cells = [["", *(f"{c}, us" for c in commits), "plan made before, us", "TFLOP/s", "GB/s"]]
+    for shape in dict.fromkeys(shape for _, shape, _ in rows):
+        old, new = (rows.get((which, shape, OURS)) for which in ("before", "after"))
+        attention = rows.get(("after", shape, PLANNED), new)
+        timed = [f"{r.timing.median_us:.0f}" if r and r.timing else "" for r in (old, new)]
+        assert attention is not None
+        assert attention.timing is not None
+        us = attention.timing.median_us
+        alone = "" if attention is new else f"{us:.0f}"
+        rate = f"{attention.flops / us / 1e6:.0f}" if attention.flops else ""
+        cells.append([shape, *timed, alone, rate, f"{attention.useful_bytes / us / 1e3:.0f}"])
     return _table(cells)
 
 
@@ -206,6 +228,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_decode": ("cpu_decode", _with_source(_decode)),
     "cpu_steps": ("cpu_steps", _with_source(_steps)),
     "gpu_decode": ("gpu_decode", _with_source(_decode)),
+    "gpu_steps_before_after": ("gpu_steps_before_after", _before_after),
     "gpu_sharded": ("gpu_sharded", _with_source(_sharded)),
     "tpu_ratios": ("tpu_schedule", _ratios),
     "tpu_us": ("tpu_schedule", _microseconds),

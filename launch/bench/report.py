@@ -15,6 +15,7 @@ from .timing import Timing
 VERSIONS = ("jax", "jaxlib", "numpy", "ejkernel", "jax-cuda13-plugin", "libtpu")
 VERSIONS += ("flashinfer-python", "torch")
 OURS, COPY = "shardpage", "copy"
+PLANNED = "shardpage, plan made before"
 
 
 @dataclasses.dataclass(frozen=True)

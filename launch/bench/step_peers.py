@@ -16,12 +16,11 @@ from shardpage import PagedKVCache, Tuning, attend, make_plan
 
 from . import flashinfer
 from .peers import Unavailable
-from .report import OURS
+from .report import OURS, PLANNED
 from .step_inputs import StepInputs
 
 Build = Callable[[StepInputs, str], tuple[Callable[..., Any], tuple[Any, ...]]]
 MATMULS = "matmuls"
-PLANNED = "shardpage, plan made before"
 _MATMUL_KEYS = 256  # of one piece of the roof's matmuls: logits then stay in a CPU's caches
 _GATHER_BYTES = {"cpu": 2 << 30}
 _GATHER_BYTES_ELSEWHERE = 20 << 30

@@ -94,6 +94,8 @@ def schedule(
                 kernels = kernel or ["decode"]
                 calls = _calls(topologies, case, kernels, cores or ["off"], subject, say)
                 _executed(calls, phases, json_file, plot)
+    except typer.Exit:  # a RuntimeError
+        raise
     except (ValueError, RuntimeError, NotImplementedError) as error:
         _fail(str(error))
 
@@ -172,5 +174,5 @@ def _grid(json_file: Path | None, say: Callable[[str], None]) -> None:
     """Exit code 1 if the compiler failed."""
     found = grids.run(_GRID_CASES, json_file, say)
     print(grids.table(found))
-    if any(outcome == grids.FAILED for outcome, _ in found["results"].values()):
+    if any(outcome == grids.FAILED for outcome, *_ in found["results"].values()):
         raise typer.Exit(1)
