@@ -24,7 +24,7 @@ from launch.bench import (
     timing,
     write,
 )
-from launch.bench.report import COPY, OURS, Row, table
+from launch.bench.report import COPY, OURS, PLANNED, Row, table
 from launch.bench.shapes import Shape, Step, Tokens
 from launch.bench.timing import Timing
 
@@ -55,6 +55,23 @@ def small(monkeypatch):
 
 def run(*words: str):
     return CliRunner().invoke(app, ["bench", *words], env={"COLUMNS": "200"})
+
+
+def test_one_shape_of_a_suite(tmp_path):
+    path = tmp_path / "rows.json"
+    done = run("steps", "--shape", "8 x 5 guesses on 2048, f32", "--json", str(path))
+    assert done.exit_code == 0, done.output
+    report = json.loads(path.read_text())
+    assert {row["shape"] for row in report["rows"]} == {"8 x 5 guesses on 2048, f32"}
+    assert report["command"].endswith('--shape "8 x 5 guesses on 2048, f32"')
+    alone, whole = (
+        next(r["timing"]["median_us"] for r in report["rows"] if r["name"] == name)
+        for name in (PLANNED, OURS)
+    )
+    assert alone > 0 < whole
+    unknown = run("write", "--shape", "of another suite")
+    assert unknown.exit_code == 2
+    assert "'of another suite' is none of 'append to 64'" in unknown.output
 
 
 class TestShapes:

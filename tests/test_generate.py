@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.generate.engine import Engine
+from launch.generate.engine import Engine, default_step_tokens
 from launch.generate.requests import Pool, Request, num_cached_tokens
 from launch.generate.smollm2 import (
     GGUFFile,
@@ -233,6 +233,11 @@ def test_any_mesh_gives_the_answers_of_a_dense_model(tiny_file, alone, mesh_spec
 )
 def test_page_and_chunk_sizes_do_not_change_answers(tiny_file, alone, options):
     assert tiny_serve(tiny_file, **options)[0] == alone
+
+
+@pytest.mark.parametrize(("num_rows", "tokens"), [(1, 16), (9, 16), (16, 32), (32, 64)])
+def test_a_step_has_room_for_prompts_beside_all_answers(num_rows, tokens):
+    assert default_step_tokens(num_rows) == tokens
 
 
 def test_prompts_wait_for_pages_and_use_them_again(tiny_file, alone):

@@ -88,6 +88,8 @@ def walked(num_blocks, num_lanes, num_splits):
         (256, 1000, 64, 1.1),
         (64, 4096, 256, 1.1),
         (8, 60, 128, 2.1),
+        (8, 150, 128, 1.7),
+        (64, 300, 128, 1.4),
     ],
 )
 def test_pages_fetched_follow_the_pages_in_use(num_seqs, length, max_pages, most):

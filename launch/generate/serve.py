@@ -36,7 +36,7 @@ class Options:
     page_size: int = 16
     num_pages: int | None = None
     batch: int | None = None
-    step_tokens: int = 32
+    step_tokens: int | None = None
     dtype: str = "float32"
     json_file: Path | None = None
     raw: bool = False

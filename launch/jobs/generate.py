@@ -40,14 +40,15 @@ def generate(
         Option(min=1, help="Prompts that run at the same time, rounded up to the data shards."),
     ] = None,
     step_tokens: Annotated[
-        int,
+        int | None,
         Option(
             min=1,
             help="Tokens of a step on each data shard, at most, while answers are made: one for "
             "each of them (always), the rest for prompts. Fewer keep answers steady while a long "
-            "prompt is read, more read it sooner.",
+            "prompt is read, more read it sooner. Default: half as many again as rows, and up to "
+            "the next power of two; at least 16.",
         ),
-    ] = 32,
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16"], Option(help="Dtype of the weights and the cache.")
     ] = "float32",
