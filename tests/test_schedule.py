@@ -527,6 +527,13 @@ class TestCompiled:
         assert not found.collectives
         assert "attention's, in a layer" in step.table(found)
 
+    def test_a_decode_step_whose_context_is_split(self):
+        work = Workload(Model.preset("llama-3-8b"), 64, 4096, 16)
+        found = worker.call(step.analyze, "v6e:2x2", "context=4", work)
+        ours = [op for op in found.ops if op.in_layers and op.maker.startswith(("write", "attend"))]
+        assert sum(op.times for op in ours) + len(found.collectives) <= 25
+        assert not any(op.is_equal for op in ours)
+
     @pytest.mark.parametrize("case", grid.grid(60), ids=range(60))
     def test_defaults_compile(self, case):
         result = worker.call(grid.compile_case, case, dumping=False)
