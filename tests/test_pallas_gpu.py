@@ -307,6 +307,8 @@ READS = {
     "one_long": ([5], [900], None),
     "guesses": ([0, 0, 0, 0, 0, 10, 0], [50, 51, 52, 200, 0, 130, 131], [0, 0, 0, 1, 2, 3, 3]),
     "prompt": ([0] * 33, list(range(110, 143)), [0] * 33),
+    # More blocks of each share than there are in shared memory, for two warpgroups.
+    "long_prompt": ([0] * 33, list(range(610, 643)), [0] * 33),
 }
 
 
@@ -331,6 +333,7 @@ class TestInterpreted:
             ("one_long", 2, {"layout": KVLayout.FUSED, "head_dim": 80, "page_size": 24}),
             ("guesses", 0, {}),
             ("prompt", 0, {"heads": 1, "head_dim": 16}),
+            ("long_prompt", 0, {"heads": 1, "head_dim": 16}),
             ("decode", 0, {"layout": KVLayout.TOKENS_FIRST}),
             ("decode", 0, {"layout": KVLayout.INTERLEAVED, "page_size": 256}),
             ("guesses", 2, {"layout": KVLayout.INTERLEAVED_WORDS}),
