@@ -64,14 +64,18 @@ def test_one_shape_of_a_suite(tmp_path):
     report = json.loads(path.read_text())
     assert {row["shape"] for row in report["rows"]} == {"8 x 5 guesses on 2048, f32"}
     assert report["command"].endswith('--shape "8 x 5 guesses on 2048, f32"')
-    alone, whole = (
-        next(r["timing"]["median_us"] for r in report["rows"] if r["name"] == name)
-        for name in (PLANNED, OURS)
-    )
-    assert alone > 0 < whole
+    assert {OURS, PLANNED} <= {row["name"] for row in report["rows"] if "timing" in row}
     unknown = run("write", "--shape", "of another suite")
     assert unknown.exit_code == 2
     assert "'of another suite' is none of 'append to 64'" in unknown.output
+
+
+def test_a_shape_for_the_compiler(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("launch.jobs.schedule.schedule", lambda **given: asked.update(given))
+    done = run("decode", "--topology", "v6e:2x2", "--shape", "64 x 4096")
+    assert done.exit_code == 0, done.output
+    assert (asked["topology"], asked["case"]) == (["v6e:2x2"], ["64 x 4096"])
 
 
 class TestShapes:

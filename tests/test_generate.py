@@ -275,7 +275,7 @@ def test_a_long_prompt_holds_up_no_answer(tiny_file):
     requests[2].max_new_tokens = 6  # the long one takes its row
     model = Model(tiny_file.config(), build_mesh("data=1"))
     weights = put_weights(tiny_file.weights(), model.split, jnp.float32)
-    engine = make_engine(model, weights, requests, -1, rows=3, step_tokens=16)
+    engine = make_engine(model, weights, requests, -1, rows=3)
     token_steps, read = [], []
     for event in engine.run(requests):
         if event.request is requests[3] and event.kind == "read":

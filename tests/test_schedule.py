@@ -1,6 +1,5 @@
 """`shardpage schedule`: the executor on programs written by hand; what it finds of our kernels."""
 
-import collections
 import dataclasses
 import json
 import pathlib
@@ -293,59 +292,6 @@ def test_what_is_equal_in_all_layers_follows_from_what_the_loop_keeps():
     by_name = {i.name: i for i in body}
     assert by_name["y"].estimated_cycles == 77
     assert by_name["plan"].op_name.endswith("step_attend/plan/add")
-
-
-class TestGrid:
-    def test_has_every_chip_alike_and_every_value_of_every_axis(self):
-        cases = grid.grid(500)
-        assert len(set(cases)) == 500
-        assert {n for n in collections.Counter(c.topology for c in cases).values()} == {100}
-        for axis, values in grid._AXES.items():
-            assert {getattr(case, axis) for case in cases} - {None} == set(values) - {None}, axis
-        assert collections.Counter(case.op for case in cases)["step"] > 50
-
-    def test_keeps_what_it_has_when_it_is_stopped(self, tmp_path, monkeypatch):
-        path, asked = tmp_path / "grid.json", []
-
-        def result(case, before):
-            asked.append(before)
-            if len(asked) == 8:
-                raise KeyboardInterrupt
-            return grid.Result(grid.COMPILED, program=case.name)
-
-        monkeypatch.setattr(grid, "_result", result)
-        with pytest.raises(KeyboardInterrupt):
-            grid.run(20, path, lambda _: None)
-        assert len(json.loads(path.read_text())["results"]) == 6  # written with every fifth
-        del asked[:]
-        refused = grid.Result(grid.REFUSED, "ValueError: 12 of 34")
-        monkeypatch.setattr(grid, "_result", lambda _, before: before or refused)
-        found = grid.run(20, path, lambda _: None)
-        assert json.loads(path.read_text()) == json.loads(json.dumps(found))
-        assert collections.Counter(outcome for outcome, *_ in found["results"].values()) == {
-            grid.COMPILED: 6, grid.REFUSED: 14,
-        }  # fmt: skip
-        assert "refused 14 of 20: ValueError: ## of ##" in grid.table(found)
-
-    def test_starts_anew_for_another_compiler(self, tmp_path, monkeypatch):
-        path = tmp_path / "grid.json"
-        broken = grid.Result(grid.FAILED, "broken")
-        monkeypatch.setattr(grid, "_result", lambda _, before: before or broken)
-        found = grid.run(5, path, lambda _: None)
-        assert "FAILED topology=v4" in grid.table(found)
-        path.write_text(json.dumps(found | {"compiler": {"jax": "0.4.1", "libtpu": "0.0.1"}}))
-        compiled = grid.Result(grid.COMPILED)
-        monkeypatch.setattr(grid, "_result", lambda _, before: before or compiled)
-        found = grid.run(5, path, lambda _: None)
-        assert {outcome for outcome, *_ in found["results"].values()} == {grid.COMPILED}
-
-    @pytest.mark.parametrize(
-        ("outcome", "exit_code"), [(grid.COMPILED, 0), (grid.REFUSED, 0), (grid.FAILED, 1)]
-    )
-    def test_a_failure_of_the_compiler_is_exit_code_1(self, outcome, exit_code, monkeypatch):
-        monkeypatch.setattr(grid, "_result", lambda case, before: grid.Result(outcome, "why"))
-        done = CliRunner().invoke(app, ["--grid"])
-        assert done.exit_code == exit_code, done.output
 
 
 class TestUnits:

@@ -28,28 +28,34 @@ _GATHER_BYTES_ELSEWHERE = 20 << 30
 
 def shardpage(given: StepInputs, platform: str, backend: str | None = None):
     """This library: a plan and its attention in one program."""
-    shape = given.shape
+    plan_of, attend_by = _plan_and_attend(given, backend)
 
-    def call(query, key, value, lens, tables, query_lens):
-        cache = PagedKVCache.of(key, value, kv_layout="blocks_first", head_dim=shape.head_dim)
-        sizes = {"num_heads": shape.num_heads, "num_queries": shape.num_queries}
-        plan = make_plan(cache, lens, tables, query_lens, tuning=Tuning(backend=backend), **sizes)
-        return attend(query, cache, plan)
+    def call(query, key, value, *lengths):
+        return attend_by(query, key, value, plan_of(key, value, *lengths))
 
     return jax.jit(call), (given.query, given.key, given.value, *given.lengths)
 
 
 def planned(given: StepInputs, platform: str):
     """Its attention alone, with the step's plan made before, as each layer of a model calls it."""
+    plan_of, attend_by = _plan_and_attend(given)
+    plan = jax.jit(plan_of)(given.key, given.value, *given.lengths)
+    return jax.jit(attend_by), (given.query, given.key, given.value, plan)
+
+
+def _plan_and_attend(given: StepInputs, backend: str | None = None):
     shape = given.shape
     cache_of = functools.partial(PagedKVCache.of, kv_layout="blocks_first", head_dim=shape.head_dim)
     sizes = {"num_heads": shape.num_heads, "num_queries": shape.num_queries}
-    plan_of = jax.jit(
-        lambda key, value, *lengths: make_plan(cache_of(key, value), *lengths, **sizes)
-    )
-    plan = plan_of(given.key, given.value, *given.lengths)
-    call = jax.jit(lambda query, key, value, plan: attend(query, cache_of(key, value), plan))
-    return call, (given.query, given.key, given.value, plan)
+    tuning = Tuning(backend=backend)
+
+    def plan_of(key, value, *lengths):
+        return make_plan(cache_of(key, value), *lengths, tuning=tuning, **sizes)
+
+    def attend_by(query, key, value, plan):
+        return attend(query, cache_of(key, value), plan)
+
+    return plan_of, attend_by
 
 
 def portable(given: StepInputs, platform: str):

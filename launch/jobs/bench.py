@@ -67,7 +67,7 @@ def bench(
     if topology:
         from .schedule import schedule
 
-        schedule(topology=topology, json_file=json_file, plot=plot, quiet=quiet)
+        schedule(topology=topology, case=shape, json_file=json_file, plot=plot, quiet=quiet)
         return
     old = _read(compare) if compare is not None else None
     file = JsonOption(json_file)
