@@ -1,9 +1,11 @@
 """The parts of the launcher without processes: settings, output, verdicts, the doctor."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from launch import bootstrap, guard
 from launch.__main__ import app
 from launch.processes import doctor, notes
+from launch.processes.signals import Stopped, stop_on_signals
 from launch.processes.supervisor import environment, gang, output, verdict
 from launch.processes.supervisor.verdict import Outcome
 
@@ -314,3 +317,19 @@ def test_rank_that_ends_between_two_looks_at_it(monkeypatch, tmp_path):
 def test_simulate_refuses_other_ranks():
     result = CliRunner().invoke(app, ["simulate", "--ranks", "1", "--", "true"])
     assert result.exit_code == 2
+
+
+def test_a_signal_that_comes_where_exceptions_are_dropped_is_not_lost():
+    class Finalizer:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    @stop_on_signals()
+    def go_on() -> None:
+        Finalizer()
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    with pytest.raises(Stopped, match="SIGTERM"):
+        go_on()
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,13 +38,31 @@ def stop_on_signals(grace_seconds: float = 10.0) -> Iterator[None]:
     An impatient second signal thereby does not cut short the cleaning up after the first. A main
     thread that is stuck outside Python (in a compilation, or a collective that never ends) cannot
     see the exception: the process then ends at once after `grace_seconds`.
+
+    A signal may come while a finalizer or a callback of the garbage collector runs, where Python
+    drops exceptions: it is then sent again a moment later.
     """
     left = threading.Event()
+    main_thread = threading.get_ident()
 
     def stop(number: int, frame: object) -> None:
         for name in EXIT_CODES:
             signal.signal(signal.Signals[name], signal.SIG_IGN)
         raise Stopped(signal.Signals(number).name)
+
+    def listen() -> None:
+        for name in EXIT_CODES:
+            signal.signal(signal.Signals[name], stop)
+
+    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, Stopped):
+            return hook_before(unraisable)
+        listen()
+        threading.Timer(0.01, send, [signal.Signals[unraisable.exc_value.signal_name]]).start()
+
+    def send(number: signal.Signals) -> None:
+        if not left.is_set():
+            signal.pthread_kill(main_thread, number)
 
     def watch() -> None:
         number = os.read(wakeup_read, 1)  # written when a signal comes, even if nobody handles it
@@ -55,7 +74,9 @@ def stop_on_signals(grace_seconds: float = 10.0) -> Iterator[None]:
     wakeup_read, wakeup_write = os.pipe()
     os.set_blocking(wakeup_write, False)
     wakeup_before = signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
-    before = {name: signal.signal(signal.Signals[name], stop) for name in EXIT_CODES}
+    before = {name: signal.getsignal(signal.Signals[name]) for name in EXIT_CODES}
+    hook_before, sys.unraisablehook = sys.unraisablehook, dropped
+    listen()
     watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
     try:
@@ -64,6 +85,7 @@ def stop_on_signals(grace_seconds: float = 10.0) -> Iterator[None]:
         left.set()
         for name, handler in before.items():
             signal.signal(signal.Signals[name], handler)
+        sys.unraisablehook = hook_before
         signal.set_wakeup_fd(wakeup_before)
         os.close(wakeup_write)  # the watcher reads the end of it
         watcher.join()
