@@ -215,6 +215,7 @@ def make(
     placement: Placement = "random",
     poison: bool = True,
     packed: bool = False,
+    in_order: bool = False,
 ) -> Inputs:
     """Draws the arrays of a case.
 
@@ -228,6 +229,7 @@ def make(
         "round_robin", "random", or "lopsided" (all on the last shard).
       poison: put NaN in every slot that must not be read.
       packed: put as many tokens as fit in rows of 128 elements.
+      in_order: let a sequence's pages of a shard follow each other; else they lie anywhere.
 
     Returns:
       The arrays, as NumPy. Page 0 of every shard is never used. What the tokens hold depends on
@@ -236,7 +238,7 @@ def make(
     lens = case.context_lens
     first_tokens = np.maximum(0, lens - case.sliding_window) if case.sliding_window else 0 * lens
     block_tables, pages_per_shard = _page_tables(
-        case, first_tokens, num_seq_shards, num_context_shards, placement, seed
+        case, first_tokens, num_seq_shards, num_context_shards, placement, seed, in_order
     )
     num_pages = pages_per_shard * num_seq_shards * num_context_shards
 
@@ -351,6 +353,7 @@ def _page_tables(
     num_context_shards: int,
     placement: Placement,
     seed: int,
+    in_order: bool,
 ) -> tuple[np.ndarray, int]:
     """Block tables [num_seqs, max_blocks], and how many pages a page shard has."""
     rng = _rng(f"tables of {case.name}/{seed}")
@@ -368,7 +371,7 @@ def _page_tables(
     shards = range(num_seq_shards * num_context_shards)
     pages_per_shard = 2 + max(int(np.sum(shard_of_block == shard)) for shard in shards)
     free = [shard * pages_per_shard + 1 + rng.permutation(pages_per_shard - 1) for shard in shards]
-    free = [list(pages) for pages in free]
+    free = [sorted(pages, reverse=True) if in_order else list(pages) for pages in free]
     num_pages = pages_per_shard * len(shards)
     garbage = np.array([*_GARBAGE, num_pages, *rng.integers(0, num_pages, size=4)], np.int64)
     block_tables = rng.choice(garbage, size=shard_of_block.shape).astype(np.int32)

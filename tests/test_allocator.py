@@ -14,11 +14,11 @@ from shardpage.allocator import CopyPage, OutOfPages, PageAllocator
 
 class TestOnePool:
     def test_allocates_enough_pages_lowest_first(self):
-        allocator = PageAllocator(10, 16)
-        assert allocator.allocate("a", 33) == [0, 1, 2]
+        allocator = PageAllocator(10, 64)
+        assert allocator.allocate("a", 129) == [0, 1, 2]
         assert allocator.allocate("b", 16) == [3]
         assert allocator.allocate("c", 0) == []
-        assert allocator.num_tokens("a") == 33
+        assert allocator.num_tokens("a") == 129
         assert allocator.num_free() == 6
         assert allocator.seq_ids == ["a", "b", "c"]
         assert "a" in allocator
@@ -34,13 +34,35 @@ class TestOnePool:
         assert allocator.num_tokens("a") == 64
 
     def test_reuses_freed_pages_lowest_first(self):
-        allocator = PageAllocator(10, 1)
+        allocator = PageAllocator(10, 64)
         for name in "abcd":
-            allocator.allocate(name, 2)
+            allocator.allocate(name, 128)
         allocator.free("c")
         allocator.free("a")
         assert allocator.num_free() == 6
-        assert allocator.allocate("e", 5) == [0, 1, 4, 5, 8]
+        assert allocator.allocate("e", 5 * 64) == [0, 1, 4, 5, 8]
+
+    def test_sequences_that_grow_in_turn_have_runs_of_64_tokens(self):
+        allocator = PageAllocator(24, 16)
+        for name in "ab" * 6:
+            if name not in allocator:
+                allocator.allocate(name, 0)
+            allocator.extend(name, 16)
+        assert allocator.pages("a") == [0, 1, 2, 3, 8, 9]
+        assert allocator.pages("b") == [4, 5, 6, 7, 12, 13]
+        allocator.free("a")
+        assert allocator.allocate("c", 5 * 16) == [0, 1, 2, 3, 8]
+
+    def test_where_no_run_is_free_the_lowest_page_goes(self):
+        allocator = PageAllocator(10, 16)
+        for name in "abc":  # the third has a place of two pages
+            allocator.allocate(name, 16)
+        assert [allocator.pages(name) for name in "abc"] == [[0], [4], [8]]
+        assert allocator.allocate("d", 3 * 16) == [1, 2, 3]
+        assert allocator.extend("a", 16) == [5]
+        assert allocator.extend("c", 16) == [9]
+        assert allocator.extend("b", 2 * 16) == [6, 7]
+        assert allocator.num_free() == 0
 
     def test_shows_its_state(self):
         allocator = PageAllocator(10, 16)
@@ -67,7 +89,7 @@ class TestBlockTables:
         allocator.allocate("b", 16)
         tables = allocator.block_tables(["b", None, "a"], max_blocks=4)
         assert tables.dtype == np.int32
-        np.testing.assert_array_equal(tables, [[3, -1, -1, -1], [-1] * 4, [0, 1, 2, -1]])
+        np.testing.assert_array_equal(tables, [[4, -1, -1, -1], [-1] * 4, [0, 1, 2, -1]])
 
     def test_width_is_the_longest_sequence_or_the_allocators(self):
         allocator = PageAllocator(10, 16)
@@ -88,17 +110,17 @@ class TestFork:
     def test_shares_full_pages_and_names_the_tail_to_copy(self):
         allocator = PageAllocator(10, 16)
         allocator.allocate("parent", 40)
-        assert allocator.fork("parent", "child") == CopyPage(source=2, target=3)
-        assert allocator.pages("child") == [0, 1, 3]
+        assert allocator.fork("parent", "child") == CopyPage(source=2, target=4)
+        assert allocator.pages("child") == [0, 1, 4]
         assert allocator.num_tokens("child") == 40
-        assert [allocator.refcount(page) for page in range(5)] == [2, 2, 1, 1, 0]
+        assert [allocator.refcount(page) for page in range(5)] == [2, 2, 1, 0, 1]
 
     def test_full_pages_need_no_copy(self):
         allocator = PageAllocator(10, 16)
         allocator.allocate("parent", 32)
         assert allocator.fork("parent", "child") is None
         assert allocator.extend("child", 1) == [2]
-        assert allocator.extend("parent", 1) == [3]
+        assert allocator.extend("parent", 1) == [4]
 
     def test_an_empty_sequence_can_be_forked(self):
         allocator = PageAllocator(10, 16)
@@ -121,7 +143,7 @@ class TestFork:
         allocator.free("parent")
         assert allocator.num_free() == 10 - 4
         allocator.free("grandchild")
-        assert allocator.pages("child") == [0, 1, 3]
+        assert allocator.pages("child") == [0, 1, 4]
         allocator.free("child")
         assert allocator.num_free() == 10
 
@@ -157,7 +179,7 @@ class TestShards:
     def test_round_robin_starts_on_the_shard_with_most_free_pages(self):
         allocator = PageAllocator(40, 16, num_context_shards=4)
         firsts = [allocator.allocate(name, 16)[0] for name in "abcde"]
-        assert firsts == [0, 10, 20, 30, 1]
+        assert firsts == [0, 10, 20, 30, 4]
 
     def test_contiguous_fills_ranges(self):
         allocator = PageAllocator(

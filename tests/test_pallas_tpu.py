@@ -38,7 +38,7 @@ TWO_CORES = Tuning(
 LITTLE_SCALAR_MEMORY = Tuning(
     backend="pallas_tpu", chip=dataclasses.replace(UNKNOWN_CHIP, smem_bytes=(64 << 10) + 9000)
 )
-FLOAT32 = np.dtype(np.float32)
+FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(jnp.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +240,68 @@ class TestPagedTables:
             check_on(self.CASE.replace(pages_per_compute_block=129), LITTLE_SCALAR_MEMORY)
 
 
+RUNS: dict[str, dict] = {
+    "separate": {},
+    "window": {"sliding_window": 77},
+    "splits": {"num_splits": 3},
+    "bf16": {"dtype": "bfloat16", "page_size": 16},
+    "packed": {"head_dim": 64, "page_size": 16},
+    "ragged": {"lens": "ragged", "num_seqs": 16},
+}
+
+
+class TestRuns:
+    """Small pages whose ids follow each other come in one copy; others in the same call do not."""
+
+    CASE = Case(
+        "runs", num_seqs=6, num_heads=4, num_kv_heads=1, head_dim=128, page_size=8, max_blocks=40,
+        lens=(320, 7, 100, 0, 251, 64), pages_per_compute_block=8,
+    )  # fmt: skip
+
+    @staticmethod
+    def inputs(case: Case, layout: str, swapped: bool):
+        """Pages in order; but two of the longest sequence, near its end, which change places."""
+        inputs = make(case, layout, in_order=True, packed=case.head_dim < 128)
+        if swapped:
+            longest = np.argmax(inputs.context_lens)
+            last = inputs.context_lens[longest] // case.page_size - 1
+            pages = inputs.block_tables[longest, [last - 5, last - 4]]
+            inputs.block_tables[longest, [last - 4, last - 5]] = pages
+            for array in (inputs.key_cache, inputs.value_cache):
+                if array is not None:
+                    array[pages] = array[pages[::-1]]
+        return inputs
+
+    @pytest.mark.parametrize("swapped", [False, True])
+    @pytest.mark.parametrize("name", RUNS)
+    def test_match_the_oracle(self, name, swapped):
+        case = self.CASE.replace(**RUNS[name])
+        inputs = self.inputs(case, "blocks_first" if name == "separate" else "fused", swapped)
+        tolerance.assert_within_rounding(inputs, *attend(inputs, "pallas_tpu"))
+
+    @pytest.mark.parametrize("tuning", [LITTLE_SCALAR_MEMORY, TWO_CORES])
+    def test_with_tables_that_are_paged_in_and_on_two_cores(self, tuning):
+        case = self.CASE.replace(max_blocks=300, lens=(2400, 0, 9, 1030, 8, 250))
+        inputs = self.inputs(case, "fused", swapped=True)
+        tolerance.assert_within_rounding(inputs, *attend_as(inputs, tuning))
+
+    @pytest.mark.parametrize(
+        ("page_format", "pages"),
+        [
+            (PageFormat(KVLayout.FUSED, 1, 16, 128, 128, BFLOAT16), 4),
+            (PageFormat(KVLayout.BLOCKS_FIRST, 1, 16, 128, 128, BFLOAT16), 4),
+            (PageFormat(KVLayout.HEADS_FIRST, 1, 16, 128, 128, BFLOAT16), 1),
+            (PageFormat(KVLayout.FUSED, 1, 24, 128, 128, BFLOAT16), 2),
+            (PageFormat(KVLayout.FUSED, 2, 16, 128, 128, BFLOAT16), 2),
+            (PageFormat(KVLayout.FUSED, 8, 16, 128, 128, BFLOAT16), 1),
+            (PageFormat(KVLayout.FUSED, 1, 64, 128, 128, BFLOAT16), 1),
+        ],
+    )
+    def test_make_copies_large_but_no_larger(self, page_format, pages):
+        config = configure(page_format, 8 * page_format.num_kv_heads, 64, 256, TWO_CORES)
+        assert config.sizes.run_pages == pages
+
+
 class TestMegacore:
     LENS = (500, 3, 0, 17, 40, 1, 0, 9)
 
@@ -310,7 +372,8 @@ class TestWalk:
         lengths = walk.Lengths(8, 32, num_splits, num_cores, cls.SIZES)
         spans = (jnp.asarray(x, jnp.int32) for x in (range(len(start)), start, stop))
         is_invalid = np.isin(range(len(start)), invalid)
-        schedule = walk.schedule(*spans, jnp.asarray(is_invalid), lengths)
+        ids = jnp.zeros((len(start), 32), jnp.int32)
+        schedule = walk.schedule(*spans, jnp.asarray(is_invalid), ids, lengths)
         fields = np.transpose(schedule.blocks, (0, 3, 2, 1))  # by core, step and block
         fields = fields.reshape(num_cores, -1, len(walk.Block._fields))
         steps = []
@@ -366,6 +429,35 @@ class TestWalk:
         steps, _ = self.follow([0, 0, 0], [256, 32, 32], num_cores=2)
         assert [core for core, _ in steps].count(0) == 5
         assert {block.segment for core, block in steps if core == 1} == {0, 1, 2}
+
+    @pytest.mark.parametrize("num_cores", [1, 2])
+    @pytest.mark.parametrize("num_splits", [1, 3])
+    def test_steps_in_runs_are_known(self, num_splits, num_cores):
+        rng = np.random.default_rng(num_splits)
+        sizes = dataclasses.replace(self.SIZES, run_pages=2)
+        lengths, seen = walk.Lengths(8, 32, num_splits, num_cores, sizes), set()
+        for _ in range(10):
+            stop = rng.integers(0, 257, size=7) * rng.integers(0, 2, size=7)
+            start = np.minimum(rng.integers(0, 60, size=7), stop)
+            ids = np.arange(7 * 32).reshape(7, 32)
+            ids[rng.integers(0, 7, size=2), rng.integers(0, 32, size=2)] = 500
+            arrays = [jnp.asarray(x, jnp.int32) for x in (range(7), start, stop)]
+            table = jnp.asarray(ids, jnp.int32)
+            schedule = walk.schedule(*arrays, jnp.zeros(7, bool), table, lengths)
+            blocks = walk.Block(*jnp.moveaxis(schedule.blocks, 1, 0))
+            blocks, said = jax.tree.map(np.asarray, (blocks, blocks.in_runs))
+            for core, step in itertools.product(range(num_cores), range(said.shape[-1])):
+                here = [x[core, :, step] for x in (blocks.row, blocks.first_page, blocks.num_pages)]
+                runs = [
+                    ids[row, column : column + 2]
+                    for row, first, count in zip(*here, strict=True)
+                    for column in range(first, first + count - 1, 2)
+                ]
+                in_runs = all(second == first + 1 for first, second in runs)
+                assert said[core, :, step].tolist() == [in_runs] * 2
+                assert (blocks.step_pages[core, :, step] % (1 << 24) == here[2].sum()).all()
+                seen |= {in_runs} if runs else set()
+        assert seen == {False, True}
 
     def test_no_work_at_all(self):
         steps, vacant = self.follow([0, 0], [0, 0], 2, 2)

@@ -19,23 +19,37 @@ from ..bench.shapes import SHAPES, Shape, Step
 from .execute import Subject
 
 
-def _case(num_seqs: int, context: int, queries: int, kv_heads: int, page: int, **rest) -> Shape:
+@dataclasses.dataclass(frozen=True)
+class PlacedShape(Shape):
+    """A shape that says how many pages of a sequence follow each other in memory."""
+
+    run_pages: int = 1
+
+
+def _case(
+    num_seqs: int, context: int, queries: int, kv_heads: int, page: int, **rest
+) -> PlacedShape:
     shape = f"G{queries} K{kv_heads}, page {page}"
     dim = f", dim {rest['head_dim']}" if "head_dim" in rest else ""
+    runs = f", runs of {rest['run_pages']}" if "run_pages" in rest else ""
     lens = f"1..{context}" if "lens" in rest else f"{context}"
     heads = {"num_heads": queries * kv_heads, "num_kv_heads": kv_heads, "page_size": page}
-    return Shape(f"{num_seqs} x {lens}, {shape}{dim}", num_seqs, context, **heads, **rest)
+    name = f"{num_seqs} x {lens}, {shape}{dim}{runs}"
+    return PlacedShape(name, num_seqs, context, **heads, **rest)
 
 
 # G is query heads per KV head, K is KV heads on the device: 8 with one are what tensor parallelism
-# leaves of most models, 4 with 8 the whole of Llama 3 8B.
+# leaves of most models, 4 with 8 the whole of Llama 3 8B. `PageAllocator` hands out runs of 64
+# tokens.
 CASES = (
     _case(64, 4096, 8, 1, 16),
+    _case(64, 4096, 8, 1, 16, run_pages=4),
     _case(64, 4096, 8, 1, 64),
     _case(64, 4096, 4, 8, 64),
     _case(64, 4096, 1, 32, 32),
     _case(64, 4096, 8, 1, 32, head_dim=64),
     _case(256, 256, 8, 1, 16),
+    _case(256, 256, 8, 1, 16, run_pages=4),
     _case(256, 256, 4, 8, 16),
     _case(64, 4096, 8, 1, 16, lens=(1, 4096)),
 )
@@ -90,8 +104,11 @@ def default_cases(kernel: str) -> Sequence[Shape | Step]:
 
 
 def tables(shape: Shape) -> np.ndarray:
-    """[num_seqs, max_blocks] int32: pages of a sequence lie anywhere, as after hours of serving."""
-    ids = np.random.default_rng(0).permutation(shape.num_seqs * shape.max_blocks)
+    """[num_seqs, max_blocks] int32: runs of pages lie anywhere, as after hours of serving."""
+    run = shape.run_pages if isinstance(shape, PlacedShape) else 1
+    num_runs = shape.num_seqs * shape.max_blocks // run
+    first = np.random.default_rng(0).permutation(num_runs) * run
+    ids = first[:, None] + np.arange(run)
     return ids.astype(np.int32).reshape(shape.num_seqs, shape.max_blocks)
 
 

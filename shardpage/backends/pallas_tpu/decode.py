@@ -41,7 +41,7 @@ def prepare(
     for part in _parts(len(row), num_heads, page_format, tuning):
         spans = (row[part], reads.start[part], reads.stop[part], invalid[part])
         config = _configure(page_format, num_heads, len(spans[0]), reads, tuning)
-        schedule = walk.schedule(*spans, config.lengths)
+        schedule = walk.schedule(*spans, reads.ids, config.lengths)
         work.append(_as_in_memory(config, schedule, reads.ids))
     return tuple(work)
 

@@ -121,9 +121,9 @@ class Kernel:
         @pl.loop(0, last)
         def _(place):
             for ring in range(_RINGS):
-                self.fetch(2 * place + ring, ring, place, in_loops=True)
+                self.fetch_in_loops(2 * place + ring, ring, place)
 
-        self.fetch(jnp.int32(2 * last), 0, jnp.int32(last), in_loops=True)
+        self.fetch_in_loops(jnp.int32(2 * last), 0, jnp.int32(last))
 
     def vacate(self) -> None:
         """Says of segments without blocks that they see nothing; NaN of what must not be used."""
@@ -160,29 +160,44 @@ class Kernel:
         step, ahead = 2 * number, 2 * self.sizes.ring_places - 1
         following = jnp.where(place + 1 == self.sizes.ring_places, 0, place + 1)
         for ring, free, next_place in ((0, before, place), (1, place, following)):
-            self.fetch(step + ring + ahead, 1 - ring, free)
-            self.work(step + ring, ring, place)
+
+            def work(in_runs: bool, ring: int = ring, free: jax.Array = free) -> None:
+                self.fetch(step + ring + ahead, 1 - ring, free, in_runs=in_runs)
+                self.work(step + ring, ring, place)
+
+            self.either(step + ring + ahead, work)
             self.wait(step + ring + 1, 1 - ring, next_place)
         return following, place
 
-    def fetch(
-        self, step: jax.Array, ring: int, place: jax.Array, *, in_loops: bool = False
-    ) -> None:
+    def either(self, step: jax.Array, work: Callable[[bool], None]) -> None:
+        """Works with copies of runs where a step's pages come in such, or of pages.
+
+        One branch a step: within it, arithmetic and copies stay one straight piece of code.
+        """
+        if self.sizes.run_pages == 1:
+            work(False)
+        else:
+            in_runs = self.agenda.block(step, 0).in_runs
+            lax.cond(in_runs, lambda: work(True), lambda: work(False))
+
+    def fetch(self, step: jax.Array, ring: int, place: jax.Array, *, in_runs: bool) -> None:
         """Fetches what the blocks of a step need."""
         self.agenda.prefetch(step)
         target = self.rings[ring]
-        start = target.start_in_loop if in_loops else target.start_block
+        start = target.start_runs if in_runs else target.start_block
+        for index in range(self.sizes.step_blocks):
+            self.fetch_block(step, index, place, start)
 
-        def fetch_block(index: jax.Array | int) -> None:
-            block = self.agenda.block(step, index)
-            first_id = self.agenda.first_id(block, step, index)
-            start(block.num_pages, lambda page: self.agenda.ids[first_id + page], index, place)
+    def fetch_in_loops(self, step: jax.Array, ring: int, place: jax.Array) -> None:
+        """The same in less code."""
+        self.agenda.prefetch(step)
+        start = self.rings[ring].start_in_loop
+        pl.loop(0, self.sizes.step_blocks)(lambda i: self.fetch_block(step, i, place, start))
 
-        if in_loops:
-            pl.loop(0, self.sizes.step_blocks)(fetch_block)
-        else:
-            for index in range(self.sizes.step_blocks):
-                fetch_block(index)
+    def fetch_block(self, step: jax.Array, index: Any, place: jax.Array, start: Any) -> None:
+        block = self.agenda.block(step, index)
+        first_id = self.agenda.first_id(block, step, index)
+        start(block.num_pages, lambda page: self.agenda.ids[first_id + page], index, place)
 
     def wait(self, step: jax.Array, ring: int, place: jax.Array) -> None:
         """Waits until the pages of a step have arrived."""

@@ -36,6 +36,14 @@ class Ring:
         for page in range(self.sizes.block_pages):
             self._start(page, num_pages, page_ids, index, place)
 
+    def start_runs(self, num_pages, page_ids: Any, index: Any, place: jax.Array) -> None:
+        """The same where ids follow each other in runs: those that are whole, and single pages."""
+        run = self.sizes.run_pages
+        for page in range(0, self.sizes.block_pages, run):
+            self._start(page, num_pages, page_ids, index, place, count=run)
+        for page in range(run - 1):
+            self._start((num_pages & -run) + page, num_pages, page_ids, index, place)
+
     def start_in_loop(self, num_pages, page_ids: Any, index: Any, place: jax.Array) -> None:
         """The same in less code."""
         unroll = math.gcd(_UNROLL, self.sizes.block_pages)
@@ -45,17 +53,19 @@ class Ring:
             for page in range(unroll):
                 self._start(chunk * unroll + page, num_pages, page_ids, index, place)
 
-    def _start(self, page: jax.Array | int, num_pages, page_ids, index, place) -> None:
-        """Fetches a page if it is one of the first."""
+    def _start(
+        self, page: jax.Array | int, num_pages, page_ids, index, place, count: int = 1
+    ) -> None:
+        """Fetches a page, and those that follow it, if they are among the first."""
         # Read whether it is needed or not: that is one instruction, and predicated it is three.
-        source = self.format.page_at(
-            page_ids(page), pl.ds(self.first_head, self.format.num_kv_heads)
-        )
+        pages = page_ids(page) if count == 1 else pl.ds(page_ids(page), count)
+        source = self.format.page_at(pages, pl.ds(self.first_head, self.format.num_kv_heads))
 
-        @pl.when(page < num_pages)
+        @pl.when(page + (count - 1) < num_pages)
         def _():
             for cache, ring in zip(self.caches, self.pages, strict=True):
-                target = ring.at[place, index * self.sizes.block_pages + page]
+                first = index * self.sizes.block_pages + page
+                target = ring.at[place, first if count == 1 else pl.ds(first, count)]
                 pltpu.make_async_copy(cache.at[source], target, self.semaphores.at[place]).start()
 
     def wait(self, step_pages: jax.Array, place: jax.Array) -> None:

@@ -22,6 +22,9 @@ _MAX_BLOCK_TOKENS = 512
 _STEP_TILES = 64
 _MIN_RING_PLACES = 2
 _MAX_RING_PLACES = 8
+# What one copy may bring, of pages that follow each other: more makes no copy faster.
+_RUN_TOKENS = 64
+_RUN_BYTES = 32 << 10
 # What the compiler takes besides our buffers: spilled registers, its own stack.
 _VMEM_RESERVE_BYTES = 2 * MIB
 _SMEM_RESERVE_BYTES = 64 << 10
@@ -37,6 +40,7 @@ class Sizes:
     step_blocks: int
     ring_places: int  # steps that each of the two rings holds
     paged: bool = False  # whether the agenda comes from HBM, not all at once
+    run_pages: int = 1  # that one copy brings where their ids follow each other
 
     @property
     def step_pages(self) -> int:
@@ -123,6 +127,7 @@ def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> 
             f"{page_bytes:,} B. Use fewer pages per block, "
             "a smaller page_size, or split the KV heads over more devices"
         )
+    sizes = dataclasses.replace(sizes, run_pages=_run_pages(page_format, sizes.block_pages))
     if demand.smem_bytes(sizes) <= chip.smem_bytes - _SMEM_RESERVE_BYTES:
         return sizes
     if sizes.block_pages > LANES:
@@ -173,6 +178,15 @@ def _ever_smaller(sizes: Sizes, *, fixed_block: bool) -> Iterator[Sizes]:
     while sizes.block_pages > 1 and not fixed_block:
         sizes = dataclasses.replace(sizes, block_pages=sizes.block_pages // 2)
         yield sizes
+
+
+def _run_pages(page_format: PageFormat, block_pages: int) -> int:
+    """Pages of a run: as many as make a large copy, a power of two that divides a block."""
+    if page_format.layout.value.pages != 0:
+        return 1  # their heads are far from each other
+    copy_bytes = vmem_page_bytes(page_format) // page_format.num_arrays
+    most = min(_RUN_TOKENS // page_format.page_size, _RUN_BYTES // copy_bytes)
+    return math.gcd(block_pages, 1 << max(most, 1).bit_length() - 1)
 
 
 def _model_block_pages(demand: Demand) -> int:

@@ -18,6 +18,8 @@ from .sizes import Sizes
 
 # Up to here every value is picked by a fused reduction over all segments; beyond, looked up.
 _FEW_PAIRS = 1 << 22
+# Above any number of pages in a step, so that nobody who asks for a digit of it sees this one.
+_IN_RUNS = 1 << 24
 
 
 class Block(NamedTuple):
@@ -31,7 +33,12 @@ class Block(NamedTuple):
     first_page: jax.Array  # column of the table
     begins: jax.Array  # 1 if its segment begins here, on this core
     segment: jax.Array
-    step_pages: jax.Array  # pages of all blocks of its step
+    step_pages: jax.Array  # pages of all blocks of its step; and `_IN_RUNS`
+
+    @property
+    def in_runs(self) -> jax.Array:
+        """Whether the ids of its step's pages follow each other, within each whole run of them."""
+        return self.step_pages >= _IN_RUNS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +77,7 @@ def schedule(
     start: Int[Array, " queries"],
     stop: Int[Array, " queries"],
     invalid: Bool[Array, " queries"],
+    ids: Int[Array, "rows max_pages"],
     lengths: Lengths,
 ) -> Schedule:
     """Lays out the walk.
@@ -79,6 +87,7 @@ def schedule(
       start: first token of each query.
       stop: one past its last token; `start >= stop` reads nothing.
       invalid: queries that read nothing, and of which NaN comes out.
+      ids: the table.
       lengths: sizes. A query's segments get equally many blocks, but for the last.
     """
     num_queries, num_splits, num_cores = start.shape[0], lengths.num_splits, lengths.num_cores
@@ -106,19 +115,51 @@ def schedule(
     pages = jnp.clip(-(-stop // lengths.page_size), 0, lengths.sizes.block_pages)
     there = index < high
     num_pages = jnp.where(there, pages, 0)
+    first_page = of_query(skipped) + block * lengths.sizes.block_pages
     step_pages = num_pages.reshape(shape).sum(axis=1, keepdims=True, dtype=jnp.int32)
+    if lengths.sizes.run_pages > 1:
+        query = jnp.arange(num_queries, dtype=jnp.int32)
+        its_blocks = (of_query(query), first_page, num_pages, lengths.sizes.run_pages)
+        in_runs = _in_runs(ids[row], skipped, *its_blocks).reshape(shape)
+        step_pages += jnp.where(in_runs.all(axis=1, keepdims=True), _IN_RUNS, 0)
     fields = Block(
         start=jnp.where(there, jnp.maximum(start, 0), 0),
         stop=jnp.where(there, stop, 0),
         num_pages=num_pages,
         row=of_query(row),
-        first_page=of_query(skipped) + block * lengths.sizes.block_pages,
+        first_page=first_page,
         begins=(there & (index == jnp.maximum(pick(before), low))).astype(jnp.int32),
         segment=segment,
         step_pages=jnp.broadcast_to(step_pages, shape),
     )
     blocks = jnp.stack([x.reshape(shape) for x in fields], axis=1)
     return Schedule(blocks, (high - low)[:, 0], *_vacant(held, jnp.repeat(invalid, num_splits)))
+
+
+def _in_runs(
+    ids: jax.Array,
+    skipped: jax.Array,
+    query: jax.Array,
+    first_page: jax.Array,
+    num_pages: jax.Array,
+    run_pages: int,
+) -> jax.Array:
+    """Whether the ids of each block's pages follow each other, within each whole run of them.
+
+    Args:
+      ids: `[queries, max_pages]`, each query's row of the table.
+      skipped: `[queries]`, pages before each query's first block, with which its runs begin.
+      query, first_page, num_pages: of each block.
+      run_pages: pages of a run.
+    """
+    column = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    follows = jnp.pad(ids[:, 1:] == ids[:, :-1] + 1, ((0, 0), (1, 0)))
+    begins = (column - skipped[:, None]) % run_pages == 0
+    breaks = jnp.cumsum(~(follows | begins), axis=1, dtype=jnp.int32)
+    breaks = jnp.pad(breaks, ((0, 0), (1, 0)))  # before each column
+    first = query * breaks.shape[1] + first_page
+    before = lambda column: breaks.reshape(-1).at[column].get(mode="clip")
+    return before(first) == before(first + (num_pages & -run_pages))
 
 
 def _vacant(
