@@ -23,6 +23,8 @@ test_pallas_tpu.py::test_packed_rows_with_any_number_of_queries[{64-9,64-71,32-5
 test_pallas_tpu.py::test_many_blocks_of_a_sequence[*]
 test_pallas_tpu.py::test_sequences_that_share_a_step_share_no_nan[*]
 test_pallas_tpu.py::TestPagedTables::test_matches_the_oracle[*]
+test_pallas_tpu.py::TestRuns::{test_match*,test_with_tables*}[*]
+!test_pallas_tpu.py::TestRuns::test_match_the_oracle[bf16-*]
 test_pallas_tpu.py::TestMegacore::{test_two_cores[*],test_one_sequence*,test_splits_and_cores*}
 test_pallas_tpu.py::test_write_puts_what_xla_puts[{float32-128,bfloat16-64,bfloat16-80,float32-192}-*]
 test_pallas_tpu.py::test_write_puts_what_xla_puts[bfloat16-256-*-{random,swapped}]
@@ -94,6 +96,8 @@ test_tpu_aot.py::test_prompts_compile_without_a_copy_of_the_cache[*]
 test_tpu_aot.py::test_write_updates_the_cache_in_place[*]
 !test_tpu_aot.py::test_write_updates_the_cache_in_place[{g4k8-tpu7x,dim64-v5e,dim80-v4}:*]
 test_tpu_aot.py::test_tables_that_do_not_fit_scalar_memory[1024-*]
+test_tpu_aot.py::test_a_step_of_generate*[*]
+!test_tpu_aot.py::test_a_step_of_generate*[v5e:*]
 test_tpu_aot.py::test_megacore_compiles[*]
 test_schedule.py::TestCompiled::*
 !test_schedule.py::TestCompiled::test_the_kernel_fetches_each_page_of_each_sequence_once[v5e*]

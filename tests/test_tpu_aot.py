@@ -1,6 +1,8 @@
 """The TPU kernels compiled ahead of time for every generation: do they fit, and copy nothing?"""
 
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import meshes
 import shardpage
+from launch.generate.smollm2.model import Batch, Config, Layers, Model, Weights
 from shardpage import PagedKVCache
 from shardpage.page_format import KVLayout, PageFormat
 
@@ -187,3 +190,44 @@ def test_write_updates_the_cache_in_place(name, topology, kv):
     cache_bytes = sum(x.size * jnp.dtype(dtype).itemsize for x in caches)
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < 2 * MIB
+
+
+@pytest.mark.parametrize(
+    ("topology", "axes"),
+    [
+        ("v4:2x2x1", {"data": 4}),
+        ("v5e:2x2", {"data": 2, "context": 2}),
+        ("v6e:2x2", {"data": 1}),
+        ("tpu7x:2x2x1", {"context": 4}),
+    ],
+)
+def test_a_step_of_generate_has_all_kernels_and_one_cache(topology, axes):
+    """SmolLM2's shapes, in four layers: prompts and answers in one step."""
+    config = Config(4, 576, 9, 3, 64, 1536, 49152, 1e4, 1e-5, 2048)
+    devices = meshes.topology(topology).devices.flat[: math.prod(axes.values())]
+    mesh = Mesh(np.reshape(devices, tuple(axes.values())), tuple(axes))
+    model = Model(config, mesh)
+
+    def array(split_axis: int | None, *shape: int) -> jax.ShapeDtypeStruct:
+        sharding = model.split.sharding(shape, split_axis)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    every = lambda *of_one: [array(*of_one)] * config.num_layers
+    norms, heads = array(None, config.num_layers, 576), config.num_heads + 2 * config.num_kv_heads
+    layers = Layers(
+        norms, every(0, heads * 64, 576), every(1, 576, 576),
+        norms, every(1, 2, 1536, 576), every(1, 576, 1536),
+    )  # fmt: skip
+    weights = Weights(array(0, config.vocab_size, 576), layers, array(None, 576))
+    cache = PagedKVCache.abstract(
+        1024, config.num_kv_heads, 16, 64, dtype="float32", num_layers=config.num_layers, mesh=mesh
+    )
+    batch = Batch.empty(num_tokens=128, num_rows=8, max_blocks=128)
+    compiled = Model.step.lower(model, weights, cache, batch).compile()
+    kernels = set(re.findall(r"shardpage_[a-z]+", compiled.as_text()))
+    assert kernels == {"shardpage_decode", "shardpage_prompt", "shardpage_write"}
+    memory, cache_bytes = compiled.memory_analysis(), cache.bytes_per_device()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    # What is left is the model's: XLA copies the embedding into another layout.
+    embedding_bytes = 4 * config.vocab_size * 576 // len(devices)
+    assert memory.temp_size_in_bytes < 2 * embedding_bytes + 16 * MIB
