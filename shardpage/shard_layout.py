@@ -10,6 +10,14 @@ from .arguments import instance, shown
 from .page_format import Axis, PageFormat
 
 
+def platform_of_device(device: Any) -> str:
+    """The platform of a device, or of what is known of an abstract mesh's."""
+    if hasattr(device, "platform"):
+        return device.platform
+    kind = device.device_kind  # JAX 0.9 knows no more of an abstract one
+    return "cpu" if kind == "cpu" else "tpu" if kind.startswith("TPU") else "gpu"
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardLayout:
     """Names the mesh axes that split sequences, KV heads and the pages of a sequence.
@@ -118,14 +126,13 @@ class Split:
 
     @property
     def device(self) -> Any:
-        """What the devices are: `platform`, `device_kind`; None of an AbstractMesh that does not
-        say."""
+        """What the devices are: `device_kind` and more; None of a mesh that does not say."""
         return self.mesh.abstract_mesh.abstract_device
 
     @property
     def platform(self) -> str | None:
         """The platform of the devices; None of an AbstractMesh that does not say."""
-        return None if self.device is None else self.device.platform
+        return None if self.device is None else platform_of_device(self.device)
 
     def check_rows(self, name: str, count: int, padding: str) -> None:
         """Checks that sequences, or tokens, split evenly; `padding` is what to pad them with."""

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from . import backends
 from .cache import PagedKVCache
 from .options import Tuning
-from .shard_layout import Split
+from .shard_layout import Split, platform_of_device
 
 
 def resolve(tuning: Tuning, split: Split | None, cache: PagedKVCache) -> Tuning:
@@ -31,11 +31,12 @@ def resolve(tuning: Tuning, split: Split | None, cache: PagedKVCache) -> Tuning:
       NotImplementedError: if the named backend does not have what is asked for.
     """
     device = _device_of(split, cache.key)
-    known = tuning.platform or (None if device is None else device.platform)
+    known = tuning.platform or (None if device is None else platform_of_device(device))
     platform = known or jax.default_backend()
     kind = (device or jax.devices()[0]).device_kind
     default = "xla" if tuning.invariant else backends.default_for(platform, kind, cache.format)
     backend = tuning.backend or default
+    backends.check_jax(backend)
     if tuning.invariant and backend != "xla":
         raise NotImplementedError(
             f"invariant=True: in which order {backend} adds up depends on the batch; use "
@@ -53,11 +54,11 @@ def platform_of(split: Split | None, array: Any) -> str | None:
     """The platform of the mesh, of the array, or of the mesh around the call; None where none is
     known, as inside a `jax.jit` on one device."""
     device = _device_of(split, array)
-    return None if device is None else device.platform
+    return None if device is None else platform_of_device(device)
 
 
 def _device_of(split: Split | None, array: Any) -> Any:
-    """A device, or what is known of an abstract mesh's: its `platform` and `device_kind`."""
+    """A device, or what is known of an abstract mesh's."""
     if split is not None and split.device is not None:
         return split.device
     if split is None and isinstance(array, jax.Array) and not isinstance(array, Tracer):

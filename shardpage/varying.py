@@ -5,6 +5,8 @@ from typing import Any
 import jax
 from jax import lax
 
+_OLD = jax.__version_info__ < (0, 10)  # which has another name for it
+
 
 def vary_together(*arrays: Any) -> tuple[Any, ...]:
     """Marks pytrees as varying over the union of their varying manual axes.
@@ -18,12 +20,21 @@ def vary_together(*arrays: Any) -> tuple[Any, ...]:
 
 def varying_axes(*arrays: Any) -> frozenset[str]:
     """The union of the varying manual axes of all leaves."""
-    return frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays))
-    )
+    return frozenset().union(*map(_axes_of, jax.tree.leaves(arrays)))
 
 
 def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Marks an array as varying over `axes`, in addition to its own."""
-    missing = tuple(sorted(axes - jax.typeof(array).manual_axis_type.varying))
+    missing = tuple(sorted(axes - _axes_of(array)))
     return lax.pcast(array, missing, to="varying") if missing else array
+
+
+def result_as(array: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A kernel's result that varies as one of its arguments does."""
+    if _OLD:
+        return jax.ShapeDtypeStruct(shape, dtype, vma=jax.typeof(array).vma)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
+
+
+def _axes_of(array: Any) -> frozenset[str]:
+    return jax.typeof(array).vma if _OLD else jax.typeof(array).manual_axis_type.varying

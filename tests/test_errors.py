@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import shardpage
+from shardpage.backends import default_for
 
 from .cases import build_mesh, cache_shape, named
 
@@ -295,3 +296,12 @@ class TestTables:
         self.check("num_seqs=4 must be divisible by num_seq_shards=3", num_seq_shards=3)
         self.check("num_pages=15 must be divisible by num_seq_shards=2", num_pages=15,
                    num_seq_shards=2)  # fmt: skip
+
+
+def test_an_old_jax_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 9, 2))
+    page_format = shardpage.PagedKVCache.abstract(8, 4, 16, 128).format
+    assert default_for("tpu", "TPU v6e", page_format) == "xla"
+    for backend in ("pallas_tpu", "pallas_gpu"):
+        with pytest.raises(NotImplementedError, match=r"needs JAX 0\.10 or .*backend='xla'"):
+            call(backend=backend)

@@ -23,6 +23,7 @@ _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 # Backends whose kernels can run in an interpreter, which they do everywhere but on this platform.
 INTERPRETABLE = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+_KERNELS_NEED = (0, 10)  # of JAX's version
 
 
 @runtime_checkable
@@ -73,6 +74,8 @@ class Backend(Protocol):
 def default_for(platform: str, device_kind: str, page_format: PageFormat) -> BackendName:
     """The backend that such devices ("cpu", "gpu", "tpu"; what JAX calls them) get for such pages
     when none is named."""
+    if jax.__version_info__ < _KERNELS_NEED:
+        return "xla"
     if platform == "tpu":
         return "xla" if page_format.layout.token_major else "pallas_tpu"
     if platform == "gpu" and any(name in device_kind.split() for name in _HOPPER):
@@ -82,6 +85,15 @@ def default_for(platform: str, device_kind: str, page_format: PageFormat) -> Bac
             return "xla"
         return "pallas_gpu" if module.has(page_format) else "xla"
     return "xla"
+
+
+def check_jax(backend: BackendName) -> None:
+    """Refuses kernels that the installed JAX cannot compile."""
+    if backend != "xla" and jax.__version_info__ < _KERNELS_NEED:
+        raise NotImplementedError(
+            f"backend={backend!r} needs JAX {'.'.join(map(str, _KERNELS_NEED))} or later, this is "
+            f"{jax.__version__}; use backend='xla', or None"
+        )
 
 
 def load(tuning: Tuning) -> Backend:

@@ -12,7 +12,7 @@ from ...options import Attention, Tuning
 from ...page_format import PageFormat
 from ...partial import Partial, finish, mark
 from ...plan import Reads
-from ...varying import vary_together
+from ...varying import result_as, vary_together
 from . import attend_kernel, merge_kernel, pages
 from .config import Config, configure
 from .mosaic import WARPGROUP, as_kernel, compiler_params, in_place, interpreter
@@ -95,9 +95,8 @@ def _call(
 ) -> tuple[jax.Array, jax.Array]:
     inputs = attend_kernel.Inputs(query, arrays, ids, tiles)
     inputs, structure = jax.tree.flatten(vary_together(*inputs))
-    varying = jax.typeof(inputs[0]).manual_axis_type
-    of = lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=varying)
-    out_type = tuple(map(of, attend_kernel.outputs(config)))
+    outputs = attend_kernel.outputs(config)
+    out_type = tuple(result_as(inputs[0], each.shape, each.dtype) for each in outputs)
     scratch = attend_kernel.scratch(config, bool(tuning.interpret))
     scratch = {name: x for name, x in scratch._asdict().items() if x is not None}
     params = compiler_params(exact_math=logits.soft_cap is not None)

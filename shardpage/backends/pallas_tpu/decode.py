@@ -13,7 +13,7 @@ from ...options import Tuning
 from ...page_format import PageFormat
 from ...partial import Partial, finish, mark
 from ...plan import Reads
-from ...varying import vary_together
+from ...varying import result_as, vary_together
 from . import decode_kernel, rows, walk
 from .chip import chip_of, interpreter
 from .config import Config, configure, queries_per_call
@@ -136,7 +136,6 @@ def _call(
     agenda = hbm if config.sizes.paged else scalar
     layer = jnp.zeros(1, jnp.int32) if cache.layer is None else cache.layer.reshape(1)
     inputs = vary_together(schedule, ids, layer, query_rows, cache.arrays)
-    varying = jax.typeof(inputs[1]).manual_axis_type
     whole = lambda shape, by_core=True: pl.BlockSpec(
         (1, *shape),
         lambda core: (core if by_core else 0, *(0,) * len(shape)),
@@ -146,9 +145,7 @@ def _call(
         (config.num_segments, geometry.rows, geometry.format.row_dim),
         (config.num_segments, geometry.lse_tiles, LANES),
     ]
-    output = lambda shape, dtype: jax.ShapeDtypeStruct(
-        (cores.count, *shape), dtype, manual_axis_type=varying
-    )
+    output = lambda shape, dtype: result_as(inputs[1], (cores.count, *shape), dtype)
     layers = {"num_layers": cache.num_layers or 1, "num_pages": cache.num_pages}
     how = decode_kernel.How(logits, functools.partial(first_page, **layers), final)
     specs = decode_kernel.Inputs(

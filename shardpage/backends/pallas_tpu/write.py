@@ -14,7 +14,7 @@ from ...cache import PagedKVCache, first_page
 from ...options import Tuning
 from ...page_format import PageFormat
 from ...plan import Writes
-from ...varying import vary_together
+from ...varying import result_as, vary_together
 from . import write_kernel
 from .chip import chip_of, interpreter
 from .config import check_format
@@ -86,9 +86,7 @@ def _write(
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     hbm_arrays, num_before = (hbm,) * len(arrays), len(schedule) + 2
-    shape_of = lambda array: jax.ShapeDtypeStruct(
-        array.shape, array.dtype, manual_axis_type=jax.typeof(array).manual_axis_type
-    )
+    shape_of = lambda array: result_as(array, array.shape, array.dtype)
     return pl.pallas_call(
         functools.partial(write_kernel.kernel, tiles=tiles, first_page=begin),
         in_specs=[

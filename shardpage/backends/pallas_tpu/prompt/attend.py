@@ -14,7 +14,7 @@ from ....options import Tuning
 from ....partial import Partial
 from ....plan import Reads, rank
 from ....tiles import Tiles
-from ....varying import vary_together
+from ....varying import result_as, vary_together
 from ..chip import chip_of, interpreter
 from ..geometry import LANES, round_up
 from ..softmax import Logits
@@ -116,7 +116,6 @@ def _call(
         (hbm,) * len(cache.arrays), (hbm,) * len(before),
     )  # fmt: skip
     inputs = vary_together(*inputs)
-    varying = jax.typeof(inputs[1]).manual_axis_type
     lse_shape = (query.shape[0], walk.spans.shape[0], config.head_rows, config.tile_tokens)
     count = config.cores.count
     return pl.pallas_call(
@@ -126,8 +125,7 @@ def _call(
         out_specs=(hbm, hbm),
         scratch_shapes=kernel.scratch_shapes(config),
         out_shape=tuple(
-            jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying)
-            for shape in (query.shape, lse_shape)
+            result_as(inputs[1], shape, jnp.float32) for shape in (query.shape, lse_shape)
         ),
         input_output_aliases={len(jax.tree.leaves(inputs)) - 1: 0} if before else {},
         compiler_params=pltpu.CompilerParams(
