@@ -23,7 +23,8 @@ test_pallas_tpu.py::test_packed_rows_with_any_number_of_queries[{64-9,64-71,32-5
 test_pallas_tpu.py::test_many_blocks_of_a_sequence[*]
 test_pallas_tpu.py::test_sequences_that_share_a_step_share_no_nan[*]
 test_pallas_tpu.py::TestPagedTables::test_matches_the_oracle[*]
-test_pallas_tpu.py::TestRuns::{test_match*,test_with_tables*}[*]
+test_pallas_tpu.py::TestRuns::test_match*[*]
+test_pallas_tpu.py::TestRuns::{test_with_tables*,test_ids_that*}
 !test_pallas_tpu.py::TestRuns::test_match_the_oracle[bf16-*]
 test_pallas_tpu.py::TestMegacore::{test_two_cores[*],test_one_sequence*,test_splits_and_cores*}
 test_pallas_tpu.py::test_write_puts_what_xla_puts[{float32-128,bfloat16-64,bfloat16-80,float32-192}-*]

@@ -293,6 +293,15 @@ class TestRuns:
         outputs = attend_as(inputs, self.with_short_rings(tuning))
         tolerance.assert_within_rounding(inputs, *outputs)
 
+    def test_ids_that_are_read_and_not_used_are_there(self):
+        """A block of all that two windows of ids hold, up to the last of them."""
+        case = self.CASE.replace(
+            max_blocks=300, lens=(0, 9, 0, 8, 8, 2400), pages_per_compute_block=128,
+            sliding_window=2400 - 127 * 8,
+        )  # fmt: skip
+        outputs = attend_as(inputs := self.inputs(case, "fused", False), LITTLE_SCALAR_MEMORY)
+        tolerance.assert_within_rounding(inputs, *outputs)
+
     @pytest.mark.parametrize(
         ("page_format", "pages"),
         [

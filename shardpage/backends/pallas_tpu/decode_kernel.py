@@ -56,7 +56,7 @@ class Scratch(NamedTuple):
     sums: softmax.Sums  # of the segment at work
     suspect: Any  # [8, row_dim]: NaN if any result has been
     steps: Any  # [agenda_steps * step_lanes] in scalar memory, if it is paged
-    ids: Any  # [agenda_steps * step_blocks * 256], likewise
+    ids: Any  # [agenda_steps * step_blocks * 256], likewise; and a few that are not used
     page_semaphores: Any  # for each ring [places]
     step_semaphores: Any  # [agenda_steps]
     id_semaphores: Any  # [agenda_steps]
@@ -285,13 +285,14 @@ def scratch_shapes(config: Config) -> Scratch:
     # Scalars and semaphores of a paged agenda; each semaphore costs a few cycles at the end.
     if_paged = lambda count: count if sizes.paged else 1
     scalars = lambda count: pltpu.SMEM((if_paged(count),), jnp.int32)
+    not_used = sizes.run_pages - 1  # ids that are read behind the last
     pages = pltpu.VMEM((sizes.ring_places, sizes.step_pages, *page_format.page_shape), dtype)
     return Scratch(
         pages=twice((pages,) * page_format.num_arrays),
         sums=softmax.Sums(float32(rows, LANES), float32(rows, LANES), float32(rows, row_dim)),
         suspect=float32(SUBLANES, row_dim),
         steps=scalars(sizes.agenda_steps * sizes.step_lanes),
-        ids=scalars(sizes.agenda_steps * sizes.step_blocks * 2 * LANES),
+        ids=scalars(sizes.agenda_steps * sizes.step_blocks * 2 * LANES + not_used),
         page_semaphores=twice(semaphores(sizes.ring_places)),
         step_semaphores=semaphores(if_paged(sizes.agenda_steps)),
         id_semaphores=semaphores(if_paged(sizes.agenda_steps)),
