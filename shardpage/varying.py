@@ -31,10 +31,11 @@ def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 def result_as(array: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A kernel's result that varies as one of its arguments does."""
-    if _OLD:
-        return jax.ShapeDtypeStruct(shape, dtype, vma=jax.typeof(array).vma)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
+    kind: Any = jax.typeof(array)
+    varying = {"vma": kind.vma} if _OLD else {"manual_axis_type": kind.manual_axis_type}
+    return jax.ShapeDtypeStruct(shape, dtype, **varying)
 
 
 def _axes_of(array: Any) -> frozenset[str]:
-    return jax.typeof(array).vma if _OLD else jax.typeof(array).manual_axis_type.varying
+    kind: Any = jax.typeof(array)
+    return kind.vma if _OLD else kind.manual_axis_type.varying
