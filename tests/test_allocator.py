@@ -2,6 +2,8 @@
 
 import collections
 import copy
+import itertools
+import random
 
 import numpy as np
 import pytest
@@ -63,6 +65,41 @@ class TestOnePool:
         assert allocator.extend("c", 16) == [9]
         assert allocator.extend("b", 2 * 16) == [6, 7]
         assert allocator.num_free() == 0
+
+    @pytest.mark.parametrize(
+        ("num_pages", "fill", "in_runs"),
+        [(16384, 0.83, 1.0), (14894, 0.91, 0.72), (13000, 0.96, 0.0)],
+    )
+    def test_steps_of_a_kernel_are_in_runs_while_the_pool_has_room(self, num_pages, fill, in_runs):
+        """64 sequences of up to 8192 tokens that come, grow by a page a turn, and go.
+
+        A step is 8 blocks of 512 tokens; where the pool is full, newcomers wait and runs break.
+        """
+        rng, allocator = random.Random(0), PageAllocator(num_pages, 16)
+        wanted: dict[int, int] = {}
+        whole, fills, names = [], [], itertools.count()
+        for turn in range(3000):
+            for _ in range(64 - len(wanted)):
+                prompt = rng.randint(1, 4096)
+                total = prompt + rng.randint(1, 4096)
+                if allocator.num_free() * 16 >= total:
+                    wanted[name := next(names)] = total
+                    allocator.allocate(name, prompt)
+            for name, total in list(wanted.items()):
+                more = min(16, total - allocator.num_tokens(name))
+                if not more or not allocator.num_free():
+                    allocator.free(name)
+                    del wanted[name]
+                else:
+                    allocator.extend(name, more)
+            if turn > 500 and turn % 50 == 0:
+                pages = [allocator.pages(name) for name in wanted]
+                blocks = [p[i : i + 32] for p in pages for i in range(0, len(p), 32)]
+                runs = [all(b[j + 3] == b[j] + 3 for j in range(0, len(b) - 3, 4)) for b in blocks]
+                whole += [all(runs[i : i + 8]) for i in range(0, len(runs), 8)]
+                fills.append(1 - allocator.num_free() / num_pages)
+        assert np.mean(fills) == pytest.approx(fill, abs=0.01)
+        assert np.mean(whole) == pytest.approx(in_runs, abs=0.01)
 
     def test_shows_its_state(self):
         allocator = PageAllocator(10, 16)
