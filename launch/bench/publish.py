@@ -228,6 +228,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_decode": ("cpu_decode", _with_source(_decode)),
     "cpu_steps": ("cpu_steps", _with_source(_steps)),
     "gpu_decode": ("gpu_decode", _with_source(_decode)),
+    "gpu_decode_h200": ("gpu_decode_h200", _with_source(_decode)),
     "gpu_steps_before_after": ("gpu_steps_before_after", _before_after),
     "gpu_sharded": ("gpu_sharded", _with_source(_sharded)),
     "tpu_ratios": ("tpu_schedule", _ratios),
