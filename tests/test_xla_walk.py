@@ -116,6 +116,20 @@ def test_short_and_long_queries_are_walked_over_apart_and_none_twice():
     assert np.array_equal((blocks[0] > 0) | (blocks[1] > 0), stop > 0)
 
 
+@pytest.mark.parametrize(("num_rows", "num_new"), [(1, 2048), (1, 65536), (64, 128), (512, 32)])
+def test_a_gpu_holds_as_many_logits_however_many_prompts_there_are(num_rows, num_new):
+    """32 query heads over 8 KV heads of 128 in bfloat16: 64 MiB in float32 for any batch."""
+    page_format = PageFormat(KVLayout.BLOCKS_FIRST, 8, PAGE_SIZE, 128, 128, np.dtype(jnp.bfloat16))
+    stop = jnp.tile(jnp.arange(1, num_new + 1, dtype=jnp.int32), num_rows)
+    row = jnp.repeat(jnp.arange(num_rows, dtype=jnp.int32), num_new)
+    ids = jnp.zeros((num_rows, 4096), jnp.int32)
+    walks = prepare(
+        Reads(ids, row, jnp.zeros_like(stop), stop), 32, page_format, Tuning("xla", "gpu")
+    )
+    logits = [walk.num_lanes * walk.tiles.size * walk.block_pages * PAGE_SIZE for walk in walks]
+    assert 4 * 32 * max(logits) <= 64 << 20
+
+
 @pytest.mark.parametrize(("num_new", "most"), [(5, 1.7), (8, 1.1), (24, 1.1), (100, 1.4)])
 def test_a_chunk_beside_answers_computes_little_for_nothing(num_new, most):
     """Pairs of a query and a token of the chunk on a CPU, over all steps and lanes."""
