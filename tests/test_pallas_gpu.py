@@ -216,6 +216,7 @@ class TestLowersForCuda:
         exported = jax.export.export(jax.jit(call), platforms=["cuda"])
         text = exported(query, cache, reads_of(400, rows)).mlir_module()
         assert text.count("mosaic_gpu_v2") == 2  # attend, merge
+        assert ("optimization_barrier" in text) == (rows is not None)  # tiles are made once
 
     @pytest.mark.parametrize("layout", KV_LAYOUTS + TOKEN_LAYOUTS)
     def test_write(self, layout):
