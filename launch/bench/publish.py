@@ -69,6 +69,36 @@ def _steps(report: dict[str, Any]) -> str:
     return _table(cells)
 
 
+def _gpu_steps(report: dict[str, Any]) -> str:
+    """Times on an accelerator: with the plan, without, and how many times as long peers take."""
+    rows = {(row.shape, row.name): row for row in map(Row.from_json, report["rows"])}
+    own = (OURS, PLANNED)
+    shown = (n for (_, n), row in rows.items() if row.timing and n not in (*own, "jax reference"))
+    peers = dict.fromkeys(shown)
+    heads = ("step", "us", "plan made before, us", "TFLOP/s", "of copy")
+    cells = [[*heads, *(f"x {p}" for p in peers)]]
+    for shape in dict.fromkeys(shape for shape, _ in rows):
+        whole, alone = (rows[shape, name] for name in own)
+        assert whole.timing is not None
+        assert alone.timing is not None
+        assert alone.gbps is not None
+        assert alone.gflops is not None
+        times = f"{whole.timing.median_us:.0f}", f"{alone.timing.median_us:.0f}"
+        rates = f"{alone.gflops / 1e3:.0f}", f"{alone.gbps / alone.roof_gbps:.0%}"
+        versus = [_versus(alone, rows.get((shape, peer))) for peer in peers]
+        cells.append([shape, *times, *rates, *versus])
+    return _table(cells)
+
+
+def _made_once(report: dict[str, Any]) -> str:
+    """Calls with their plan before and after its tiles were made once, and without it."""
+    names = list(report["rows"][0]["us"])
+    cells = [["step", *(f"{name}, us" for name in names)]]
+    for row in report["rows"]:
+        cells.append([row["step"], *(f"{row['us'][name]['median']:.0f}" for name in names)])
+    return _table(cells)
+
+
 def _before_after(report: dict[str, Any]) -> str:
     """Calls of two versions of this library, and the rate of the later one's attention alone."""
     rows = {
@@ -229,6 +259,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_steps": ("cpu_steps", _with_source(_steps)),
     "gpu_decode": ("gpu_decode", _with_source(_decode)),
     "gpu_decode_h200": ("gpu_decode_h200", _with_source(_decode)),
+    "gpu_steps_h200": ("gpu_steps_h200", _with_source(_gpu_steps)),
+    "gpu_plan_h200": ("gpu_plan_h200", _made_once),
     "gpu_steps_before_after": ("gpu_steps_before_after", _before_after),
     "gpu_sharded": ("gpu_sharded", _with_source(_sharded)),
     "tpu_ratios": ("tpu_schedule", _ratios),

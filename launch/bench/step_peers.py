@@ -124,6 +124,8 @@ def gather(given: StepInputs, platform: str):
 
 def reference(given: StepInputs, platform: str):
     """JAX's `ref_ragged_paged_attention`, op by op: it reads lengths on the host."""
+    if platform != "cpu":
+        raise Unavailable("op by op, with a program for each length: measured on CPUs only")
     name = "jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel"
     try:
         module = importlib.import_module(name)

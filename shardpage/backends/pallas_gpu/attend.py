@@ -23,7 +23,10 @@ from .tiles import Tiles, Work, tile
 def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Work | None:
     """Tiles the queries, where a row may have several; see `shardpage.backends`."""
     config = configure(page_format, num_heads, reads, tuning)
-    return None if reads.row is None else tile(reads, config)
+    if reads.row is None:
+        return None
+    # Else XLA finds each element's tile anew where it gathers elements: 400 us of 3764 on an H200.
+    return jax.lax.optimization_barrier(tile(reads, config))
 
 
 def attend(
