@@ -12,6 +12,7 @@ import pytest
 from shardpage.adapters import ejkernel, jax_pallas, sglang_jax, tpu_inference
 
 from . import cases, reference
+from .backends import needs_kernels
 from .peers_batch import assert_attends, assert_written, batch
 from .steps import Step
 
@@ -227,8 +228,6 @@ class TestTpuInference:
             call(debug_mode=True)
         with pytest.raises(ValueError, match="skip_kv_mask=True is for use_causal_mask=False"):
             call(skip_kv_mask=True)
-        with pytest.raises(NotImplementedError, match="'interleaved_words' keeps tokens before"):
-            call(backend="pallas_tpu")
         with pytest.raises(ValueError, match="sm_scale=inf must be a finite number"):
             call(sm_scale=float("inf"))
         with pytest.raises(ValueError, match="m_block_sizes=0 must be a positive"):
@@ -244,6 +243,14 @@ class TestTpuInference:
             tpu_inference.ragged_paged_attention(*made.tokens, cache[:, :, :2], *lists)
         with pytest.raises(ValueError, match=r"pass \[pages, page_size, rows / n, n, 128\]"):
             tpu_inference.ragged_paged_attention(*made.tokens, cache[..., 0, :], *lists)
+
+    @needs_kernels
+    def test_the_tpu_kernels_refuse_such_pages(self):
+        made = batch(DECODING)
+        (cache,) = made.cache("", shared=False)
+        arrays = (*made.tokens, cache, *made.lists)
+        with pytest.raises(NotImplementedError, match="'interleaved_words' keeps tokens before"):
+            tpu_inference.ragged_paged_attention(*arrays, backend="pallas_tpu")
 
 
 class TestSglangJax:
@@ -386,7 +393,13 @@ class TestEjkernel:
             call(None, slopes)
         with pytest.raises(NotImplementedError, match="platform='triton' is a kernel of ejkernel"):
             call(platform="triton")
-        with pytest.raises(NotImplementedError, match="'tokens_first' keeps tokens before heads"):
-            call(platform="pallas")
         with pytest.raises(ValueError, match="mesh, in_specs and out_specs go together"):
             call(in_specs=())
+
+    @needs_kernels
+    def test_the_tpu_kernels_refuse_such_pages(self):
+        made = batch(DECODING)
+        arrays = (made.tokens[0], *made.cache("tokens_first", written=True))
+        lists = map(jnp.asarray, (made.kv_lens, made.tables, made.cu_q_lens))
+        with pytest.raises(NotImplementedError, match="'tokens_first' keeps tokens before heads"):
+            ejkernel.unified_attention(*arrays, *lists, platform="pallas")
