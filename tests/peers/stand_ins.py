@@ -1,0 +1,21 @@
+"""What a peer's tests need beside its attention, and runs on TPUs only: in plain JAX."""
+
+import jax.numpy as jnp
+
+
+def sglang_jax_cache_update(
+    new_kv, slices, kv_cache, num_kv_update_slices, page_size, num_slices_per_block
+):
+    """sglang-jax's `kv_cache_update_impl`, for slices of one token or none, as its pool makes them.
+
+    Args:
+      new_kv: `[tokens, 1, words, packing, dim]`.
+      slices: `[3, num_slices]`: a slot of the cache, a token of new_kv, how many tokens.
+      kv_cache: `[pages, page_size, words, packing, dim]`.
+      num_kv_update_slices, page_size, num_slices_per_block: blocks of their kernel; not used.
+    """
+    del num_kv_update_slices, page_size, num_slices_per_block
+    slot, token, length = slices
+    tokens, slots = (x.reshape(-1, *x.shape[2:]) for x in (new_kv, kv_cache))
+    slot = jnp.where(length > 0, slot, len(slots))
+    return slots.at[slot].set(tokens[token], mode="drop").reshape(kv_cache.shape)
