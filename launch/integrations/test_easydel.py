@@ -3,6 +3,8 @@
 Opt-in, in an environment of its own: see the README beside this file.
 """
 
+# pyright: reportMissingImports=false
+
 import jax
 import jax.numpy as jnp
 import numpy as np
