@@ -1,5 +1,6 @@
 """What a peer's tests need beside its attention, and runs on TPUs only: in plain JAX."""
 
+import jax
 import jax.numpy as jnp
 
 
@@ -16,6 +17,10 @@ def sglang_jax_cache_update(
     """
     del num_kv_update_slices, page_size, num_slices_per_block
     slot, token, length = slices
-    tokens, slots = (x.reshape(-1, *x.shape[2:]) for x in (new_kv, kv_cache))
-    slot = jnp.where(length > 0, slot, len(slots))
-    return slots.at[slot].set(tokens[token], mode="drop").reshape(kv_cache.shape)
+    # As integers: on CPUs JAX 0.10 scatters bfloat16 through a float32 copy of the whole pool.
+    words = jnp.dtype(f"uint{8 * kv_cache.dtype.itemsize}")
+    tokens, slots = (
+        jax.lax.bitcast_convert_type(x.reshape(-1, *x.shape[2:]), words) for x in (new_kv, kv_cache)
+    )
+    slots = slots.at[jnp.where(length > 0, slot, len(slots))].set(tokens[token], mode="drop")
+    return jax.lax.bitcast_convert_type(slots, kv_cache.dtype).reshape(kv_cache.shape)
