@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,6 +33,11 @@ IN_ALL_LAYOUTS = ("plain", "bf16", "page1", "window", "one_long_sequence", "ever
 _TOKEN_MAJOR = {"bf16": "tokens_first", "everything": "interleaved", "page1": "interleaved_words"}
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+
+# Tests of what the kernels say themselves; before, they say which JAX they need.
+needs_kernels = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="the Pallas kernels need JAX 0.10"
+)
 
 
 def refusal(backend: str, inputs: Inputs) -> str | None:

@@ -10,6 +10,7 @@ from .steps import Step, StepInputs
 from .tolerance import assert_close
 
 SPARE = 2  # sequences that are not real
+ROUNDING = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-22}
 
 
 @dataclasses.dataclass
@@ -125,8 +126,7 @@ def assert_attends(made: Batch, out, *, dtype=None, v_scale=1.0, query=None, **o
     out = np.asarray(out)
     assert out.dtype == (dtype or inputs.query.dtype)
     # Weights are rounded to the cache's dtype before the second matmul, outputs after it.
-    narrow = "bfloat16" in (inputs.step.dtype, str(out.dtype))
-    rounding = 2.0**-7 if narrow else 2.0**-22
+    rounding = max(ROUNDING[inputs.step.dtype], ROUNDING[str(out.dtype)])
     assert_close("out", out, exact, exact + rounding * np.abs(exact).max())
 
 

@@ -82,6 +82,9 @@ test_adapters.py::TestSglangJax::test_matches_the_oracle[*]
 !test_adapters.py::TestSglangJax::test_matches_the_oracle[pages_of_one_token]
 test_adapters.py::TestEjkernel::{test_v2[window],test_v3[sinks],test_v3[padded_rows]}
 test_adapters.py::TestEjkernel::{test_v2[decoding],test_v3[window],test_unified[window]}
+test_adapters.py::TestEjkernel::{test_v2[cap_and*],test_v3[float16],test_v3[shared_with*],test_v3[dim80]}
+test_adapters.py::TestEjkernel::test_unified[all_options]
+test_adapters_gradients.py::*[{jax,ejkernel_v2,tpu_inference,hd64,sglang}]
 test_layers.py::test_layers_of_a_scan_are_caches_of_their_own[*]
 !test_layers.py::test_layers_of_a_scan_are_caches_of_their_own[None-blocks_first]
 test_layers.py::test_a_scan_copies_no_cache_and_plans_nothing[*-mixed-*]

@@ -12,6 +12,7 @@ import pytest
 from shardpage.adapters import ejkernel, jax_pallas, sglang_jax, tpu_inference
 
 from . import cases, reference
+from .backends import needs_kernels
 from .peers_batch import assert_attends, assert_written, batch
 from .steps import Step
 
@@ -227,8 +228,6 @@ class TestTpuInference:
             call(debug_mode=True)
         with pytest.raises(ValueError, match="skip_kv_mask=True is for use_causal_mask=False"):
             call(skip_kv_mask=True)
-        with pytest.raises(NotImplementedError, match="'interleaved_words' keeps tokens before"):
-            call(backend="pallas_tpu")
         with pytest.raises(ValueError, match="sm_scale=inf must be a finite number"):
             call(sm_scale=float("inf"))
         with pytest.raises(ValueError, match="m_block_sizes=0 must be a positive"):
@@ -245,6 +244,14 @@ class TestTpuInference:
         with pytest.raises(ValueError, match=r"pass \[pages, page_size, rows / n, n, 128\]"):
             tpu_inference.ragged_paged_attention(*made.tokens, cache[..., 0, :], *lists)
 
+    @needs_kernels
+    def test_the_tpu_kernels_refuse_such_pages(self):
+        made = batch(DECODING)
+        (cache,) = made.cache("", shared=False)
+        arrays = (*made.tokens, cache, *made.lists)
+        with pytest.raises(NotImplementedError, match="'interleaved_words' keeps tokens before"):
+            tpu_inference.ragged_paged_attention(*arrays, backend="pallas_tpu")
+
 
 class TestSglangJax:
     @pytest.mark.parametrize(
@@ -255,8 +262,17 @@ class TestSglangJax:
             (small(head_dim=64, window=7), {"sm_scale": 0.1, "sliding_window": 7, "soft_cap": 1.5}),
             (small(causal=False), {"sm_scale": 0.1, "causal": 0}),
             (small(sinks=True), {"sm_scale": 0.1, "out_dtype": jnp.float32}),
+            (small(sinks=True, num_heads=1, num_kv_heads=1), {"sm_scale": 0.1}),
+            (small(sinks=True, num_kv_heads=1, dtype="bfloat16"), {"sm_scale": 0.1}),
+            (
+                small(num_kv_heads=4, head_dim=256, window=7, dtype="bfloat16"),
+                {"sm_scale": 0.1, "sliding_window": 7, "soft_cap": 1.5},
+            ),
         ],
-        ids=["mixed", "pages_of_one_token", "window", "bidirectional", "sinks"],
+        ids=[
+            *("mixed", "pages_of_one_token", "window", "bidirectional", "sinks", "one_head"),
+            *("one_kv_head", "all_kv_heads_dim256"),
+        ],
     )
     def test_matches_the_oracle(self, step, options):
         made = batch(step)
@@ -320,8 +336,12 @@ class TestEjkernel:
             (small(sinks=True), {}),
             (small(dtype="bfloat16", window=7), {"softmax_scale": 0.3, "sliding_window": 7}),
             (DECODING, {"logits_soft_cap": 1.5, "platform": "xla", "optimized": True}),
+            (
+                small(num_kv_heads=4, head_dim=8),
+                {"logits_soft_cap": 1e4, "sliding_window": 1000, "mask_value": -1e10},
+            ),
         ],
-        ids=["sinks", "window", "decoding"],
+        ids=["sinks", "window", "decoding", "cap_and_window_beyond_all"],
     )
     def test_v2(self, step, options):
         made = batch(step)
@@ -340,8 +360,18 @@ class TestEjkernel:
             (small(dtype="bfloat16", head_dim=64), True, {"softmax_scale": 0.1}),
             (small(dtype="bfloat16", head_dim=64), False, {"softmax_scale": 0.1, "v_scale": 0.5}),
             (small(window=7), False, {"softmax_scale": 0.1, "sliding_window": 7, "k_scale": 2.0}),
+            (
+                small(dtype="float16", head_dim=64, window=7),
+                False,
+                {"softmax_scale": 0.1, "sliding_window": 7, "logits_soft_cap": 1.5},
+            ),
+            (small(head_dim=64, sinks=True, window=7), True, {"sliding_window": 7}),
+            (small(dtype="bfloat16", head_dim=80, num_kv_heads=4), False, {"softmax_scale": 0.1}),
         ],
-        ids=["sinks", "shared_rows", "padded_rows", "window"],
+        ids=[
+            *("sinks", "shared_rows", "padded_rows", "window", "float16", "shared_with_sinks"),
+            "dim80",
+        ],
     )
     def test_v3(self, step, shared, options):
         made = batch(step)
@@ -350,7 +380,8 @@ class TestEjkernel:
             *made.tokens, cache, *made.lists, made.sinks, **options
         )
         scale = options.get("softmax_scale", 1.0) * options.get("k_scale", 1.0)
-        assert_attends(made, out, v_scale=options.get("v_scale", 1.0), scale=scale)
+        how = {"scale": scale, "soft_cap": options.get("logits_soft_cap")}
+        assert_attends(made, out, v_scale=options.get("v_scale", 1.0), **how)
         assert_written(made, new, shared=shared)
         assert cache.is_deleted()
 
@@ -360,8 +391,12 @@ class TestEjkernel:
             (small(sinks=True), {"sliding_window": 0, "logits_soft_cap": 0.0}),
             (small(dtype="bfloat16", window=7), {"softmax_scale": 0.3, "sliding_window": 7}),
             (small(causal=False), {"causal": False, "logits_soft_cap": 1.5}),
+            (
+                small(sinks=True, head_dim=32, window=8, dtype="bfloat16"),
+                {"sliding_window": 8, "logits_soft_cap": 10.0, "seq_threshold_3d": 8},
+            ),
         ],
-        ids=["sinks", "window", "bidirectional"],
+        ids=["sinks", "window", "bidirectional", "all_options"],
     )
     def test_unified(self, step, options):
         made = batch(step)
@@ -386,7 +421,13 @@ class TestEjkernel:
             call(None, slopes)
         with pytest.raises(NotImplementedError, match="platform='triton' is a kernel of ejkernel"):
             call(platform="triton")
-        with pytest.raises(NotImplementedError, match="'tokens_first' keeps tokens before heads"):
-            call(platform="pallas")
         with pytest.raises(ValueError, match="mesh, in_specs and out_specs go together"):
             call(in_specs=())
+
+    @needs_kernels
+    def test_the_tpu_kernels_refuse_such_pages(self):
+        made = batch(DECODING)
+        arrays = (made.tokens[0], *made.cache("tokens_first", written=True))
+        lists = map(jnp.asarray, (made.kv_lens, made.tables, made.cu_q_lens))
+        with pytest.raises(NotImplementedError, match="'tokens_first' keeps tokens before heads"):
+            ejkernel.unified_attention(*arrays, *lists, platform="pallas")

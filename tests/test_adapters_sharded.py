@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardpage import ShardLayout
-from shardpage.adapters import ejkernel, tpu_inference
+from shardpage.adapters import ejkernel, sglang_jax, tpu_inference
 
 from .cases import build_mesh
 from .peers_batch import Batch, assert_attends, assert_written, batch, laid_out
@@ -150,3 +150,48 @@ def test_ejkernel_maps_over_a_mesh(which):
         out, new = out
         assert_written(made, new, shared=False)
     assert_attends(made, out, scale=0.1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "seqs", "options"),
+    [
+        ("data=4,tensor=2", (*[(0, 0)] * 2, (21, 1), (30, 1), *[(0, 0)] * 2, (9, 1), (1, 1)), {}),
+        (
+            "data=2,tensor=2",
+            ((30, 30), (13, 13), (10, 10), (32, 32)),
+            {"sliding_window": 7, "soft_cap": 1.5},
+        ),
+    ],
+    ids=["shards_without_sequences", "prompts"],
+)
+def test_sglang_jax_maps_over_a_mesh(spec, seqs, options):
+    """As its attention layer calls it: in a shard_map of its own, each shard with lists from 0."""
+    mesh = build_mesh(spec)
+    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    per_shard = np.array([new for _, new in seqs]).reshape(data, -1).sum(axis=1).max()
+    step = STEP.replace(seqs=seqs, num_queries=int(per_shard), sinks=True, dtype="bfloat16")
+    step = step.replace(window=options.get("sliding_window"), soft_cap=options.get("soft_cap"))
+    made = batch(step, num_seq_shards=data)
+    inputs = made.inputs
+    (cache,) = laid_out(inputs.key_cache_before, inputs.value_cache_before, False, shards=tensor)
+    cache = jax.device_put(cache, NamedSharding(mesh, P("data", None, "tensor")))
+    kv_lens, tables, cu_q_lens, _ = (np.asarray(x) for x in lists(made, data, len(cache)))
+    pages = -(-kv_lens.reshape(data, -1) // step.page_size)
+    starts = np.pad(np.cumsum(pages, axis=1), ((0, 0), (1, 0))) * step.page_size
+    rows = tables.reshape(data, pages.shape[1], -1)
+    flat = [[*np.concatenate([r[:n] for r, n in zip(*x, strict=True)]), *[-7] * 16][:16] for x in
+            zip(rows, pages, strict=True)]  # fmt: skip
+    real = (kv_lens.reshape(data, -1) > 0).sum(axis=1)
+    tokens, metadata = P("data", "tensor"), P("data")
+    call = functools.partial(sglang_jax.ragged_paged_attention, sm_scale=0.1, **options)
+    mapped = jax.shard_map(
+        call,
+        mesh=mesh,
+        in_specs=(*[tokens] * 3, P("data", None, "tensor"), *[metadata] * 5, None, P("tensor")),
+        out_specs=(tokens, P("data", None, "tensor")),
+    )
+    arrays = (kv_lens, np.array(flat), cu_q_lens, starts, np.repeat(real, 3))
+    arrays = [jnp.asarray(x.reshape(-1), jnp.int32) for x in arrays]
+    out, new = jax.jit(mapped)(*made.tokens, cache, *arrays, None, made.sinks)
+    assert_attends(made, out, scale=0.1, soft_cap=step.soft_cap)
+    assert_written(made, new, shared=False, shards=tensor)

@@ -13,7 +13,13 @@ from launch.bench.report import Row
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-DOCUMENTS = ("README.md", "meshes/README.md", "shardpage/MIGRATE.md")
+DOCUMENTS = (
+    "README.md",
+    "meshes/README.md",
+    "shardpage/MIGRATE.md",
+    "launch/README.md",
+    "launch/integrations/README.md",
+)
 LINKS = [
     (document, link)
     for document in (*DOCUMENTS, *(str(path) for path in publish.DOCUMENTS))

@@ -8,9 +8,11 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from .hooks import PEERS, Hooks
+from .hooks import Hooks
+from .peers import PEERS
 
 
 def main() -> int:
@@ -23,7 +25,8 @@ def main() -> int:
     if missing := [name for name in files if not Path(name).exists()]:
         print(f"{checkout} has no {', '.join(missing)}; is it a checkout of {sys.argv[1]}?")
         return 2
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", peer.devices)
     rest, sys.argv[1:] = sys.argv[3:], []  # absl reads what is left
     options = ["-c", os.devnull, f"--rootdir={checkout}", "-p", "no:cacheprovider", "--noconftest"]
     options += ["--import-mode=importlib"]

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Runs EasyDeL 0.3.0's attention operation on shardpage, against the tests' oracle, on eight simulated
+# devices. The first time it makes an environment of its own, with the JAX that EasyDeL pins (minutes).
+# Arguments go to pytest.
+#
+#   bash launch/integrations/easydel.sh -k dp2_tp3
+set -euo pipefail
+VENV=${VENV:-.venv-easydel}
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+
+cd "$ROOT"
+export PIP_CONSTRAINT=.ci/oldest.txt # jax 0.9.2; relative, since pip splits it at spaces
+install_project test
+if [[ ! -f $VENV/.easydel ]]; then
+  say "adding EasyDeL (minutes)"
+  pip_install "$VENV/install.log" easydel==0.3.0 ejkernel==0.0.78 pillow
+  touch "$VENV/.easydel"
+fi
+# Its imports warn, and it mixes dtypes: without the settings of the suite.
+exec "$VENV/bin/python" -m pytest -c /dev/null --rootdir . launch/integrations/test_easydel.py "$@"

@@ -1,0 +1,26 @@
+"""What a peer's tests need beside its attention, and runs on TPUs only: in plain JAX."""
+
+import jax
+import jax.numpy as jnp
+
+
+def sglang_jax_cache_update(
+    new_kv, slices, kv_cache, num_kv_update_slices, page_size, num_slices_per_block
+):
+    """sglang-jax's `kv_cache_update_impl`, for slices of one token or none, as its pool makes them.
+
+    Args:
+      new_kv: `[tokens, 1, words, packing, dim]`.
+      slices: `[3, num_slices]`: a slot of the cache, a token of new_kv, how many tokens.
+      kv_cache: `[pages, page_size, words, packing, dim]`.
+      num_kv_update_slices, page_size, num_slices_per_block: blocks of their kernel; not used.
+    """
+    del num_kv_update_slices, page_size, num_slices_per_block
+    slot, token, length = slices
+    # As integers: on CPUs JAX 0.10 scatters bfloat16 through a float32 copy of the whole pool.
+    words = jnp.dtype(f"uint{8 * kv_cache.dtype.itemsize}")
+    tokens, slots = (
+        jax.lax.bitcast_convert_type(x.reshape(-1, *x.shape[2:]), words) for x in (new_kv, kv_cache)
+    )
+    slots = slots.at[jnp.where(length > 0, slot, len(slots))].set(tokens[token], mode="drop")
+    return jax.lax.bitcast_convert_type(slots, kv_cache.dtype).reshape(kv_cache.shape)
