@@ -47,7 +47,7 @@ def attend(
     """
     refuse_kernel_options(tuning)
     rows = query.astype(cache.format.compute_dtype)
-    arrays = vary_together(rows, cache.unpacked(), reads, work)
+    arrays = vary_together(rows, cache, reads, work)
     how = How(attention, tuning.platform, query.dtype if final else jnp.float32)
     partial = cast(Partial, _attend(how, *arrays))
     return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial
@@ -92,11 +92,11 @@ def _attend(
     page_size, on_gpu = cache.format.page_size, platform == "gpu"
 
     def attend_block(items: Items, state: State) -> State:
-        key, value = fetch(cache, items)
+        tokens = fetch(cache, items)
         # As `fetch` does it, lest a bfloat16 array be widened whole, before the loop.
         queries, rows = lax.optimization_barrier((query, items.query))
         queries = queries.at[rows].get(mode="clip")
-        block = block_attention(queries, key, value, items.valid, attention, platform)
+        block = block_attention(queries, tokens, items.valid, attention, platform)
         begins = items.begins[:, None, None]
         out, lse = state.current
         before = Partial(jnp.where(begins[..., None], 0.0, out), jnp.where(begins, -jnp.inf, lse))
@@ -137,6 +137,11 @@ def _words(out: jax.Array) -> jax.Array:
 
 
 def _forward(how, query, cache, reads, work):
+    if cache.format.quantised:
+        raise NotImplementedError(
+            f"gradients through a cache of {cache.format.dtype.name}: rounding has none; use a "
+            "cache of float32, bfloat16 or float16"
+        )
     exactly = how._replace(out_dtype=jnp.float32)
     partial = cast(Partial, _attend(exactly, query, cache, reads, work))
     return _as(how.out_dtype, partial), (query, cache, reads, work, partial)

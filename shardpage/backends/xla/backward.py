@@ -12,7 +12,7 @@ from ...partial import Partial, finite
 from ...plan import Reads
 from ...varying import vary_over, varying_axes
 from .block import fetch, join_heads, masked_logits, split_heads
-from .pages import scatter_add
+from .pages import Tokens, scatter_add
 from .walk import Items, Walk, walk_blocks
 
 
@@ -38,13 +38,13 @@ def gradients(
 
     def add_block(items: Items, state: tuple[jax.Array, PagedKVCache]):
         d_query, d_cache = state
+        read = jnp.any(items.valid, 1)[:, None, :, None]
         key, value = (
-            jnp.where(jnp.any(items.valid, 1)[:, None, :, None], x, jnp.zeros((), x.dtype))
-            for x in fetch(cache, items)
+            jnp.where(read, x, jnp.zeros((), x.dtype)) for x in fetch(cache, items)[:2]
         )
         by_head = lambda x: split_heads(x.at[items.query].get(mode="clip"), key)
         queries = by_head(query)
-        capped = masked_logits(queries, key, items.valid, attention, platform)
+        capped = masked_logits(queries, Tokens(key, value), items.valid, attention, platform)
         valid = items.valid[:, None, :, None]
         weights = jnp.where(valid, jnp.exp(capped - by_head(lse)[..., None]), 0.0)
         key, value, queries = (x.astype(jnp.float32) for x in (key, value, queries))

@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
 from ...options import Tuning
 from ...page_format import KVLayout, PageFormat
 from ...plan import Writes
+from ...quantise import Stored
 from .attend import refuse_kernel_options
 
 
@@ -21,28 +21,34 @@ def prepare_writes(writes: Writes, num_pages: int, page_format: PageFormat, tuni
 
 def write(
     cache: PagedKVCache,
-    key: Float[Array, "tokens num_kv_heads key_dim"],
-    value: Float[Array, "tokens num_kv_heads value_dim"],
+    tokens: Stored,
     writes: Writes,
     work: None,
     tuning: Tuning,
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
     writes = writes._replace(page=cache.in_layer(writes.page))
-    if key.shape[0] == 1:
+    if tokens.key.shape[0] == 1:
         # XLA makes a dynamic_update_slice of a scatter of one token, and on CPUs copies the cache
         # of all layers around it. Written twice, it stays a scatter.
         twice = functools.partial(jnp.repeat, repeats=2, axis=0)
-        key, value, writes = jax.tree.map(twice, (key, value, writes))
+        tokens, writes = jax.tree.map(twice, (tokens, writes))
     # A write through a view of words would, before an `attend` in one program, copy the cache.
     rows = cache if cache.layout.token_major else cache.unpacked()
+    key, value, scales = tokens
     if rows.layout.token_major:
-        tokens = rows.format.join_tokens(key, value)
+        arrivals = rows.format.join_tokens(key, value)
     else:
-        tokens = rows.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
-    arrays = zip(cache.arrays, rows.arrays, tokens, strict=True)
-    return cache.replace(
-        _put(rows.layout, before, new, writes).reshape(array.shape) for array, before, new in arrays
+        arrivals = rows.format.to_arrays(key, value, lambda both: jnp.stack(both, axis=1))
+    put = lambda array, before, new: _put(rows.layout, before, new, writes).reshape(array.shape)
+    written = cache.replace(map(put, cache.arrays, rows.arrays, arrivals))
+    if scales is None:
+        return written
+    lane = cache.format.scale_lane(writes.slot)[:, None] + jnp.array([0, cache.format.page_size])
+    at = (writes.page[:, None], slice(None), 0, lane)
+    by_lane = scales.swapaxes(1, 2)
+    return written.replace(
+        written.arrays, (array.at[at].set(by_lane, mode="drop") for array in cache.scales)
     )
 
 
