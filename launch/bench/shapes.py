@@ -123,6 +123,11 @@ def decode_shapes(platform: str, suite: Suite) -> tuple[Shape, ...]:
     return QUICK if suite == "quick" else {"gpu": GPU_FULL}.get(platform, FULL)
 
 
+def quantised_shapes(platform: str, suite: Suite) -> tuple[Shape, ...]:
+    """Those of them that are bfloat16, which caches of other dtypes are compared with."""
+    return tuple(s for s in decode_shapes(platform, suite) if s.dtype == "bfloat16")
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A whole step: several query tokens per sequence, the last of its context.
