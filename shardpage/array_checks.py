@@ -141,11 +141,16 @@ def _cache(cache: Any) -> None:
     what = "a PagedKVCache: make one with .zeros(), or with .of() from arrays of your own"
     arguments.instance("cache", cache, PagedKVCache, what)
     cache_arrays(cache.key, cache.value)
+    cache_scales(cache)
+
+
+def cache_scales(cache: PagedKVCache) -> None:
+    """Checks that a cache has scales if, and only if, it is quantised."""
     if cache.format.quantised != bool(cache.scales):
         has = "needs scales" if cache.format.quantised else "has no scales"
         raise ValueError(
-            f"a cache of {cache.format.dtype} {has}; make it with PagedKVCache.zeros(dtype=), or of "
-            "arrays of your own with PagedKVCache.of(..., scales=)"
+            f"a cache of {cache.format.dtype} {has}; make it with PagedKVCache.zeros(dtype=), or "
+            "of arrays of your own with PagedKVCache.of(..., scales=)"
         )
 
 

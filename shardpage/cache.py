@@ -19,6 +19,7 @@ from .page_format import (
     PACKED_ROW,
     QUANTISED,
     SCALE_DTYPE,
+    SMALLEST_SCALE,
     Axis,
     KVLayout,
     KVLayoutName,
@@ -267,7 +268,7 @@ class PagedKVCache:
         return _spec(self.layout, self.num_layers, layout)
 
     def specs(self, layout: ShardLayout) -> "PagedKVCache":
-        """The splits of all its arrays, each in its place: what `in_specs` of a `shard_map` take."""
+        """The splits of all arrays, each in its place: what `in_specs` of a `shard_map` take."""
         arrays = (self.spec(layout),) * len(self.arrays)
         scales = (_scales_spec(self.scale, self.num_layers, layout),) * len(self.scales)
         return dataclasses.replace(self, arrays=arrays, scales=scales)
@@ -318,17 +319,20 @@ class PagedKVCache:
         return jax.tree.map(lambda array: array.format, self)
 
     def unpacked(self) -> "PagedKVCache":
-        """The same with one token, or one key, per row; outside of TPUs this moves nothing."""
+        """The same with one token, or one key, per row; outside of TPUs this moves nothing but the
+        scales of tokens, which lie as the tokens do."""
         if self.layout is KVLayout.INTERLEAVED_WORDS:
             rows = self.key.reshape(*self.key.shape[:-3], -1, self.head_dim + self.padding)
             return dataclasses.replace(self, arrays=(rows,), layout=KVLayout.INTERLEAVED)
         if self.layout.token_major or self.key.shape[-1] == self.head_dim:
             return self
-        return self.replace(x.reshape(*x.shape[:-2], -1, self.head_dim) for x in self.arrays)
+        arrays = [x.reshape(*x.shape[:-2], -1, self.head_dim) for x in self.arrays]
+        if self.scale != "token":
+            return self.replace(arrays)
+        by_token, unpacked = self.format.scales_by_token, dataclasses.replace(self.format, pack=1)
+        return self.replace(arrays, [unpacked.scales_in_pages(*by_token(x)) for x in self.scales])
 
-    def replace(
-        self, arrays: Iterable[Any], scales: Iterable[Any] | None = None
-    ) -> "PagedKVCache":
+    def replace(self, arrays: Iterable[Any], scales: Iterable[Any] | None = None) -> "PagedKVCache":
         """The same with other arrays, and other scales if some are given."""
         scales = self.scales if scales is None else tuple(scales)
         return dataclasses.replace(self, arrays=tuple(arrays), scales=scales)
@@ -392,8 +396,13 @@ def _head_scales(cache: PagedKVCache, pair: Any) -> Any:
                 f"{name} scales are {x.dtype}{list(x.shape)}; this cache takes one of each KV "
                 f"head, floating point: {wanted}"
             )
-        if not isinstance(x, Tracer) and not (np.isfinite(x).all() and np.all(x > 0)):
-            raise ValueError(f"{name} scales must be above 0 and finite; got {shown(x)}")
+        if not isinstance(x, Tracer):
+            held = np.asarray(x).astype(SCALE_DTYPE)
+            if not (np.isfinite(held) & (held >= SMALLEST_SCALE)).all():
+                raise ValueError(
+                    f"{name} scales must be at least {SMALLEST_SCALE:.3g}, float32's smallest, "
+                    f"and finite; got {shown(x)}"
+                )
     return jnp.stack([jnp.asarray(x, SCALE_DTYPE) for x in scales], axis=-1)
 
 
@@ -401,7 +410,7 @@ def _checked_scales(cache: PagedKVCache, scales: Any) -> tuple[Any, ...]:
     """The scales of a cache of a caller's arrays."""
     dtype = cache.key.dtype
     if dtype.name not in QUANTISED:
-        if scales is not None and scales != ():
+        if scales is not None and not (isinstance(scales, tuple) and not scales):
             raise ValueError(f"scales of a cache of {dtype.name}, which has none; leave them out")
         return ()
     page_format, pages = dataclasses.replace(cache.format, scale="token"), cache.num_pages

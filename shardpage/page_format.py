@@ -28,6 +28,7 @@ ScaleOf = Literal["none", "head", "token"]
 # Stored with scales; all of them are exact in bfloat16, which matmuls take.
 QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 SCALE_DTYPE = np.dtype(np.float32)
+SMALLEST_SCALE = float(np.finfo(SCALE_DTYPE).smallest_normal)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .cache import PagedKVCache
-from .page_format import SCALE_DTYPE
+from .page_format import SCALE_DTYPE, SMALLEST_SCALE
 
 # What no number is stored as: int8's lowest, in the first element of a key, says that its token is
 # NaN, where no scale of its own could say so.
 INT8_NAN = -128
-_SMALLEST_SCALE = float(jnp.finfo(SCALE_DTYPE).smallest_normal)
 
 
 class Stored(NamedTuple):
@@ -36,7 +35,8 @@ def store(
     """Tokens as this cache keeps them; `cache` is of the layer that they go to.
 
     Rounds to the nearest, to even between two, and clips. A token's own scale is its largest
-    element over the largest number that is stored, so that nothing of it is clipped.
+    element over the largest number that is stored (times its float32 reciprocal), so that nothing
+    of it is clipped by more than a rounding.
     """
     dtype = cache.format.dtype
     match cache.scale:
@@ -58,7 +58,9 @@ def _by_token(dtype: np.dtype, key: jax.Array, value: jax.Array) -> Stored:
     both = jnp.stack([key, value], axis=2).astype(SCALE_DTYPE)
     finite = jnp.isfinite(both)
     both = jnp.where(finite, both, 0)
-    scales = jnp.maximum(jnp.max(jnp.abs(both), axis=-1) / largest(dtype), _SMALLEST_SCALE)
+    # Compilers make this product of a quotient, some of them: written so, all have the same bits.
+    scales = jnp.max(jnp.abs(both), axis=-1) * np.float32(1 / largest(dtype))
+    scales = jnp.maximum(scales, SMALLEST_SCALE)
     stored = _rounded(dtype, both / scales[..., None])
     scales = jnp.where(jnp.all(finite, axis=(2, 3))[..., None], scales, jnp.nan)
     return Stored(stored[:, :, 0], stored[:, :, 1], scales)

@@ -28,6 +28,7 @@ from ...plan import Reads
 from ...varying import vary_over, vary_together, varying_axes
 from .backward import gradients
 from .block import block_attention, fetch
+from .pages import scales_of_layers
 from .walk import Items, Walk, walk_blocks
 
 
@@ -47,7 +48,7 @@ def attend(
     """
     refuse_kernel_options(tuning)
     rows = query.astype(cache.format.compute_dtype)
-    arrays = vary_together(rows, cache, reads, work)
+    arrays = vary_together(rows, scales_of_layers(cache), reads, work)
     how = How(attention, tuning.platform, query.dtype if final else jnp.float32)
     partial = cast(Partial, _attend(how, *arrays))
     return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial

@@ -39,9 +39,7 @@ def gradients(
     def add_block(items: Items, state: tuple[jax.Array, PagedKVCache]):
         d_query, d_cache = state
         read = jnp.any(items.valid, 1)[:, None, :, None]
-        key, value = (
-            jnp.where(read, x, jnp.zeros((), x.dtype)) for x in fetch(cache, items)[:2]
-        )
+        key, value = (jnp.where(read, x, jnp.zeros((), x.dtype)) for x in fetch(cache, items)[:2])
         by_head = lambda x: split_heads(x.at[items.query].get(mode="clip"), key)
         queries = by_head(query)
         capped = masked_logits(queries, Tokens(key, value), items.valid, attention, platform)

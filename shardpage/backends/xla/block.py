@@ -31,11 +31,13 @@ def fetch(cache: PagedKVCache, items: Items) -> Tokens:
         value = jnp.where(read[:, None, :, None], value, jnp.zeros((), value.dtype))
     key_scale, value_scale = fetched.key_scale, fetched.value_scale
     if value_scale is not None:
-        # A token that is NaN is so in the logits of who reads it: both its scales are NaN.
-        value_scale = jnp.where(jnp.isfinite(value_scale), value_scale, 0.0)
+        # A token that is NaN, in whichever of its scales, is so in the logits of who reads it.
+        finite_scale = jnp.isfinite(value_scale)
+        key_scale = jnp.where(finite_scale, key_scale, jnp.nan)
+        value_scale = jnp.where(finite_scale, value_scale, 0.0)
     elif dtype == np.int8:
         key_scale = jnp.where(fetched.key[..., 0] == INT8_NAN, jnp.nan, 1.0)
-    return Tokens(key, value, key_scale, value_scale)
+    return Tokens(key, value, key_scale, value_scale, dtype != np.int8)
 
 
 def masked_logits(
@@ -82,7 +84,7 @@ def block_attention(
     rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
     if tokens.value_scale is not None:
         rows *= tokens.value_scale[:, :, None]
-    elif query.shape[1] > 1:
+    if query.shape[1] > 1 and tokens.may_be_nan:
         value, broken = _finite_values(value, valid)
         total = jnp.where(broken[..., None], jnp.nan, total)
     out = weight_value(rows, value, platform).reshape(*queries.shape[:-1], -1)

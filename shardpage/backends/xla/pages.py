@@ -17,6 +17,7 @@ class Tokens(NamedTuple):
     value: Any
     key_scale: Any = None  # [items, kv_heads, tokens] float32
     value_scale: Any = None
+    may_be_nan: bool = True  # whether an element of a value may be
 
 
 def gather(cache: PagedKVCache, page_ids: Int[Array, "items pages"]) -> Tokens:
@@ -35,9 +36,25 @@ def gather(cache: PagedKVCache, page_ids: Int[Array, "items pages"]) -> Tokens:
         key, value = fetched[0] if cache.format.fused else fetched
     if cache.scale != "token":
         return Tokens(key, value)
-    pages = cache.scales[0].at[page_ids].get(mode="clip").swapaxes(1, 2)
+    pages = cache.scales[0].at[scale_at(cache, page_ids)].get(mode="clip").swapaxes(1, 2)
     scales = cache.format.scales_by_token(pages)
     return Tokens(key, value, *(x.reshape(*x.shape[:2], -1) for x in scales))
+
+
+def scales_of_layers(cache: PagedKVCache) -> PagedKVCache:
+    """The same with the axis of layers in its array of tokens' scales, if it has layers.
+
+    Around a reshape of an array with an axis of one, XLA's CPU and GPU compilers copy all of it.
+    """
+    if cache.layer is None or cache.scale != "token":
+        return cache
+    (scales,) = cache.scales
+    return cache.replace(cache.arrays, [scales.reshape(cache.num_layers, -1, *scales.shape[1:])])
+
+
+def scale_at(cache: PagedKVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
+    """Where pages, numbered over all layers, are in an array of `scales_of_layers`."""
+    return (page_ids,) if cache.layer is None else jnp.divmod(page_ids, cache.num_pages)
 
 
 def scatter_add(
