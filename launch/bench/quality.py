@@ -4,6 +4,7 @@ SmolLM2-135M in float32 reads and writes the same texts with caches of each dtyp
 same. Takes some minutes on two cores.
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -44,6 +45,14 @@ class Kind(NamedTuple):
 
 EXACT = Kind("float32")
 KINDS = (EXACT, Kind("bfloat16"), *(Kind(d, s) for d in QUANTISED for s in ("token", "head")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader(Model):
+    """Gives the logits of every token, where a model gives those of each row's last."""
+
+    def _last_tokens(self, batch: Batch) -> jax.Array:
+        return jnp.arange(len(batch.tokens))
 
 
 class Served(NamedTuple):
@@ -140,10 +149,11 @@ def _compare(logits: jax.Array, exact: jax.Array, targets: jax.Array) -> tuple[j
 def _read(served: Served, kinds: Sequence[Kind], tokens: Sequence[int]) -> dict[Kind, Read]:
     """Reads a text with each kind of cache, some tokens at a time, in step."""
     read = {kind: Read(served.cache(kind, len(tokens))) for kind in kinds}
+    reader = Reader(served.model.config, served.model.mesh)
     for batch, targets in _steps(tokens, read[kinds[0]].cache.num_pages):
         exact = None
         for of_kind in read.values():
-            result = served.model.step(served.weights, of_kind.cache, batch)
+            result = reader.step(served.weights, of_kind.cache, batch)
             of_kind.cache, exact = result.cache, result.logits if exact is None else exact
             of_kind.add(result.logits, exact, targets)
         print(".", end="", file=sys.stderr, flush=True)
@@ -151,14 +161,14 @@ def _read(served: Served, kinds: Sequence[Kind], tokens: Sequence[int]) -> dict[
 
 
 def _steps(tokens: Sequence[int], num_pages: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Steps through a text, and the token that follows each: one row per token on the same pages,
-    since a step gives the logits of each row's last token alone."""
+    """Steps through a text, as many rows as tokens of which the first has all; and the token that
+    follows each."""
     size = TOKENS_PER_STEP
     for first in range(0, len(tokens) - size, size):
         batch = Batch.empty(size, size, num_pages)
-        batch.tokens[:], batch.query_lens[:] = tokens[first : first + size], 1
-        batch.context_lens[:] = np.arange(first, first + size) + 1
-        batch.tables[:] = np.arange(num_pages)
+        batch.tokens[:], batch.query_lens[0] = tokens[first : first + size], size
+        batch.context_lens[0] = first + size
+        batch.tables[0] = np.arange(num_pages)
         yield batch, np.array(tokens[first + 1 : first + size + 1])
 
 
