@@ -52,9 +52,10 @@ def masked_logits(
     NaN where a NaN or an infinity was read: it must not look like a masked logit.
     """
     rows = query.reshape(*query.shape[:2], -1, query.shape[-1])
-    logits = query_key(rows, tokens.key, platform) * attention.scale_of(query.shape[-1])
+    factor = attention.scale_of(query.shape[-1])
     if tokens.key_scale is not None:
-        logits *= tokens.key_scale[:, :, None]
+        factor = tokens.key_scale[:, :, None] * factor
+    logits = query_key(rows, tokens.key, platform) * factor
     logits = jnp.where(jnp.isfinite(logits), logits, jnp.nan)
     if attention.soft_cap is not None:
         logits = _soft_capped(logits, attention.soft_cap)
