@@ -48,6 +48,11 @@ def store(
             return _refuse_gradients(_by_head, dtype, key, value, cache.scales[0])
 
 
+def mark(dtype: np.dtype) -> np.ndarray:
+    """What the first element of a key is where its token is NaN and has no scale of its own."""
+    return np.array(INT8_NAN if dtype == np.int8 else np.nan, dtype)
+
+
 def largest(dtype: np.dtype) -> float:
     """The largest number that is stored."""
     return float(jnp.iinfo(dtype).max if dtype == np.int8 else jnp.finfo(dtype).max)
@@ -67,15 +72,12 @@ def _by_token(dtype: np.dtype, key: jax.Array, value: jax.Array) -> Stored:
 
 
 def _by_head(dtype: np.dtype, key: jax.Array, value: jax.Array, scales: jax.Array) -> Stored:
-    elements = [x.astype(SCALE_DTYPE) / scales[:, i, None] for i, x in enumerate((key, value))]
-    stored = [_rounded(dtype, x) for x in elements]
-    finite = [jnp.isfinite(x) for x in elements]
-    if dtype == np.int8:
-        broken = ~jnp.all(jnp.stack(finite), axis=(0, -1))
-        first = jnp.where(broken, jnp.int8(INT8_NAN), stored[0][..., 0])
-        return Stored(stored[0].at[..., 0].set(first), stored[1])
-    nan = jnp.asarray(jnp.nan, dtype)
-    return Stored(*(jnp.where(ok, x, nan) for ok, x in zip(finite, stored, strict=True)))
+    both = jnp.stack([key, value], axis=2).astype(SCALE_DTYPE)
+    finite = jnp.isfinite(both)
+    stored = _rounded(dtype, jnp.where(finite, both, 0) / scales[..., None])
+    broken, first = ~jnp.all(finite, axis=(2, 3)), jnp.arange(key.shape[-1]) == 0
+    marked = jnp.where(broken[..., None] & first, mark(dtype), stored[:, :, 0])
+    return Stored(marked, stored[:, :, 1])
 
 
 def _rounded(dtype: np.dtype, elements: jax.Array) -> jax.Array:
