@@ -291,6 +291,19 @@ class TestIssue:
         assert bounds.times is not None
         assert bounds.times.issue is not None
 
+    def test_quantised_caches_are_executed_and_pages_that_do_not_fit_refused(self):
+        model = Model("one", 8, 1, 128, (LayerKind(1),))
+        work = Workload(model, batch=16, context=1024, page_size=64, dtype="int8")
+        mesh = meshes.topology("v6e:2x2", "data=4")
+        bounds = estimate(work, mesh)
+        assert bounds.issue.schedule is not None
+        assert bounds.memory.cache == 4 * 1024 * 2 * (128 + 4)
+        assert bounds.times is not None
+        assert bounds.times.issue is not None
+        assert bounds.memory.cache / 1.64e12 < bounds.times.hbm < bounds.times.issue
+        with pytest.raises(NotImplementedError, match="tiles of 32 rows; use page_size=32"):
+            estimate(dataclasses.replace(work, page_size=16), mesh)
+
     def test_chunks_of_prompts(self):
         """Bound by the matrix units at least, and executed; the chunk that fits is the context."""
         model = Model("one", 8, 1, 128, (LayerKind(2),))
