@@ -23,11 +23,12 @@ _UNROLL = 8  # page copies issued between two branches, in loops
 
 def hbm_arrays(cache: PagedKVCache) -> tuple[jax.Array, ...]:
     """What pages are fetched from: the cache's arrays, and the scales of tokens."""
-    if cache.scale != "token":
-        return cache.arrays
-    # Left to itself, the compiler copies scales of some megabytes to fast memory, all of them.
-    stay = lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM)
-    return cache.arrays + tuple(map(stay, cache.scales))
+    return cache.arrays + (kept_in_hbm(cache.scales) if cache.scale == "token" else ())
+
+
+def kept_in_hbm(scales: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Scales where they are: some megabytes the compiler would copy to fast memory, all of them."""
+    return tuple(pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in scales)
 
 
 def parts_of_page(page_format: PageFormat, caches: Sequence[Any], page: Any, heads: Any):
