@@ -119,7 +119,7 @@ class PagedKVCache:
         Takes the arguments of `abstract`, and raises its errors.
         """
         given = options.get("scales")
-        if given == "head":
+        if isinstance(given, str) and given == "head":
             raise ValueError(
                 "scales='head' says that there is one of each KV head; pass them: "
                 "scales=(key_scales, value_scales), arrays [num_kv_heads], largest element / "

@@ -166,7 +166,9 @@ def _write_here(
     at = page_ids - PageRange.here(cache.num_pages, split).first
     if cache.scale == "head":
         elements = _unless_of_other_scales(cache, elements, scales)
-    pairs = zip(cache.arrays, _from_canonical(cache, elements), strict=True)
+    dtype = cache.format.dtype
+    pages = [lax.bitcast_convert_type(x, dtype) for x in _from_canonical(cache, _bits(elements))]
+    pairs = zip(cache.arrays, pages, strict=True)
     written = cache.replace(_put(x, new, at, _pages_axis(cache)) for x, new in pairs)
     if cache.scale != "token":
         return written
@@ -180,7 +182,7 @@ def _taken(array: jax.Array, at: jax.Array, axis: int) -> jax.Array:
 
 
 def _bits(array: jax.Array) -> jax.Array:
-    """As integers: a sum of floats keeps neither -0 nor the bits of a NaN."""
+    """As integers: floats that are added, or widened, keep neither -0 nor the bits of a NaN."""
     return lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
 
 

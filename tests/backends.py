@@ -10,7 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 import shardpage
 from shardpage.attention import attend_once
-from shardpage.backends.pallas_tpu.config import check_format
 from shardpage.options import Attention, Mask, Tuning
 from shardpage.shard_layout import Split
 
@@ -52,6 +51,8 @@ def refusal(backend: str, inputs: Inputs) -> str | None:
 
 def _refused_by_kernels(inputs: Inputs) -> str | None:
     """What the TPU kernels themselves say of these pages."""
+    from shardpage.backends.pallas_tpu.config import check_format  # imports Pallas
+
     try:
         check_format(cache_of(inputs).format)
     except NotImplementedError as error:

@@ -152,7 +152,8 @@ def test_in_a_shard_map_of_ones_own(scale):
 @pytest.mark.parametrize("spec", [None, "data=2,context=2,kv=2"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_page_attention_takes_its_scales(scale, spec):
-    mesh, step = spec and build_mesh(spec), quantised("decoding", "int8", scale)
+    mesh = spec and build_mesh(spec)
+    step = quantised("decoding", "int8", scale, num_queries=4 if mesh else 8)
     inputs = on(mesh, step) if mesh else steps.make(step)
     cache = inputs.cache()
     arrays = (inputs.query, cache.key, cache.value, inputs.context_lens, inputs.block_tables)

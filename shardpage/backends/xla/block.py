@@ -10,13 +10,13 @@ from ...cache import PagedKVCache
 from ...options import HUGE_SOFT_CAP, UNCAPPED, Attention
 from ...partial import Partial, finite, normalize
 from ...quantise import INT8_NAN
-from .pages import Tokens, gather
+from .pages import Tokens, gather, together
 from .products import query_key, weight_value
 from .walk import Items
 
 
 def fetch(cache: PagedKVCache, items: Items) -> Tokens:
-    """Gathers the items' keys and values, as matmuls take them.
+    """Gathers the items' keys and values, as matmuls take them, of a cache that is `apart`.
 
     What no query of a tile reads is zero in values that could be NaN: a masked logit cannot undo
     that, since 0 * NaN = NaN in the second matmul.
@@ -24,6 +24,7 @@ def fetch(cache: PagedKVCache, items: Items) -> Tokens:
     # Without the barrier XLA's CPU compiler widens a bfloat16 cache to float32 *before* the loop:
     # a hidden copy of twice its size.
     cache, ids = lax.optimization_barrier((cache, items.ids))
+    cache = together(cache)
     fetched, dtype = gather(cache, ids), cache.format.dtype
     key, value = (x.astype(cache.format.compute_dtype) for x in fetched[:2])
     if dtype != np.int8:

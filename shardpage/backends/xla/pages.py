@@ -23,8 +23,9 @@ class Tokens(NamedTuple):
 def gather(cache: PagedKVCache, page_ids: Int[Array, "items pages"]) -> Tokens:
     """Fetches pages as contiguous tokens, heads outermost, whatever the layout.
 
-    One XLA gather per array that writes its result in the order the matmuls want: no transpose of
-    what was fetched, and none of a cache. Of token-major pages what was fetched is transposed.
+    Scales of tokens are `apart`. One XLA gather per array that writes its result in the order the
+    matmuls want: no transpose of what was fetched, and none of a cache. Of token-major pages what
+    was fetched is transposed.
     """
     page_ids, dim = cache.in_layer(page_ids), cache.head_dim
     if cache.layout.token_major:
@@ -41,19 +42,32 @@ def gather(cache: PagedKVCache, page_ids: Int[Array, "items pages"]) -> Tokens:
     return Tokens(key, value, *(x.reshape(*x.shape[:2], -1) for x in scales))
 
 
-def scales_of_layers(cache: PagedKVCache) -> PagedKVCache:
-    """The same with the axis of layers in its array of tokens' scales, if it has layers.
+def apart(cache: PagedKVCache) -> PagedKVCache:
+    """The same with the axis of layers in each array again, if it has layers.
 
-    Around a reshape of an array with an axis of one, XLA's CPU and GPU compilers copy all of it.
+    So it is handed to a loop. Around a reshape of an array with an axis of one, as scales have it,
+    XLA copies all of it; and it writes an array once more for who takes it in another shape.
     """
-    if cache.layer is None or cache.scale != "token":
+    if cache.layer is None:
         return cache
-    (scales,) = cache.scales
-    return cache.replace(cache.arrays, [scales.reshape(cache.num_layers, -1, *scales.shape[1:])])
+    axis, layers = cache.layout.value.pages, cache.num_layers
+    split = lambda x, axis: x.reshape(*x.shape[:axis], layers, -1, *x.shape[axis + 1 :])
+    by_token = cache.scale == "token"
+    scales = [split(x, 0) if by_token else x for x in cache.scales]
+    return cache.replace([split(x, axis) for x in cache.arrays], scales)
+
+
+def together(cache: PagedKVCache) -> PagedKVCache:
+    """One of `apart` with its pages in one range, as `gather` takes it; scales stay apart."""
+    if cache.layer is None:
+        return cache
+    axis = cache.layout.value.pages
+    merge = lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return cache.replace(map(merge, cache.arrays))
 
 
 def scale_at(cache: PagedKVCache, page_ids: jax.Array) -> tuple[jax.Array, ...]:
-    """Where pages, numbered over all layers, are in an array of `scales_of_layers`."""
+    """Where pages, numbered over all layers, are in an array of scales that is `apart`."""
     return (page_ids,) if cache.layer is None else jnp.divmod(page_ids, cache.num_pages)
 
 
