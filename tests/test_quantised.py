@@ -183,8 +183,9 @@ def test_a_traced_layer_that_there_is_not(scale, number):
     )
     before = jax.tree.map(bits, cache)
     plan, number = steps.planned(inputs, "xla", None, cache), jnp.int32(number)
-    assert np.isnan(np.asarray(attend(inputs.query, cache, plan, layer=number))).all()
-    written = write_kv(cache, inputs.key, inputs.value, plan, layer=number)
+    query, key, value = map(jnp.asarray, (inputs.query, inputs.key, inputs.value))
+    assert np.isnan(np.asarray(attend(query, cache, plan, layer=number))).all()
+    written = write_kv(cache, key, value, plan, layer=number)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(bits, written), before)
 
 
@@ -196,9 +197,8 @@ def test_splits_change_rounding_alone(scale, spec, num_splits):
     step = step.replace(num_queries=2)
     inputs = on(mesh, step) if mesh else steps.make(step)
     cache = inputs.cache()
-    plan = make_plan(
-        cache, inputs.context_lens, inputs.block_tables, num_heads=step.num_heads, mesh=mesh,
-        tuning=Tuning(backend="xla", num_splits=num_splits, pages_per_block=3),
-    )  # fmt: skip
+    lists = map(jnp.asarray, (inputs.context_lens, inputs.block_tables))
+    tuning = Tuning(backend="xla", num_splits=num_splits, pages_per_block=3)
+    plan = make_plan(cache, *lists, num_heads=step.num_heads, mesh=mesh, tuning=tuning)
     out, lse = attend(jnp.asarray(inputs.query), cache, plan, return_lse=True)
     steps.assert_exact(inputs, np.asarray(out), np.asarray(lse))
