@@ -99,20 +99,24 @@ def _versus(ours: Row, peer: Row | None) -> str:
 
 
 def _quantised(report: dict[str, Any]) -> str:
-    """Time and GB/s of each cache, and its bytes and time over bfloat16's."""
+    """Time and GB/s of each cache, and its bytes and times over bfloat16's."""
     rows = list(map(Row.from_json, report["rows"]))
     exact = {row.shape: row for row in rows if row.name == UNQUANTISED}
-    cells = [["shape", "cache", "us", "spread", "GB/s as stored", "its bytes", "its time"]]
+    ratios = ["its bytes", "its time", "its processor time"]
+    cells = [["shape", "cache", "us", "spread", "GB/s as stored", *ratios]]
     for row in rows:
         reference = exact[row.shape]
         assert row.timing is not None
         assert row.gbps is not None
         assert reference.timing is not None
+        assert row.timing.processor_us is not None
+        assert reference.timing.processor_us is not None
         num_bytes = row.useful_bytes / reference.useful_bytes
         time = row.timing.median_us / reference.timing.median_us
-        ratios = ("", "") if row is reference else (f"{num_bytes:.3f}", f"{time:.2f}")
+        work = row.timing.processor_us / reference.timing.processor_us
+        versus = f"{num_bytes:.3f}", f"{time:.2f}", f"{work:.2f}"
         times = f"{row.timing.median_us:.0f}", f"{row.timing.spread:.0%}", speed(row.gbps)
-        cells.append([row.shape, row.name, *times, *ratios])
+        cells.append([row.shape, row.name, *times, *(versus if row is not reference else [""] * 3)])
     return _table(cells)
 
 
