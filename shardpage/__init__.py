@@ -15,6 +15,7 @@ from .step import make_plan as make_plan
 from .table_checks import validate_step as validate_step
 from .table_checks import validate_tables as validate_tables
 from .table_checks import validate_writes as validate_writes
+from .transfer import QuantisedPages as QuantisedPages
 from .transfer import read_pages as read_pages
 from .transfer import write_pages as write_pages
 from .write import write_kv as write_kv

@@ -20,7 +20,7 @@ def rank(name: str, array: Any, dims: str) -> None:
 
 
 def cache_arrays(key_cache: Any, value_cache: Any) -> None:
-    """Checks that the arrays of a cache have a supported dtype and belong together."""
+    """Checks that the arrays of keys and of values have a supported dtype and belong together."""
     arguments.array("key_cache", key_cache)
     check_dtype("key_cache.dtype", key_cache.dtype)
     if value_cache is None:
@@ -141,6 +141,17 @@ def _cache(cache: Any) -> None:
     what = "a PagedKVCache: make one with .zeros(), or with .of() from arrays of your own"
     arguments.instance("cache", cache, PagedKVCache, what)
     cache_arrays(cache.key, cache.value)
+    cache_scales(cache)
+
+
+def cache_scales(cache: PagedKVCache) -> None:
+    """Checks that a cache has scales if, and only if, it is quantised."""
+    if cache.format.quantised != bool(cache.scales):
+        has = "needs scales" if cache.format.quantised else "has no scales"
+        raise ValueError(
+            f"a cache of {cache.format.dtype} {has}; make it with PagedKVCache.zeros(dtype=), or "
+            "of arrays of your own with PagedKVCache.of(..., scales=)"
+        )
 
 
 def write(

@@ -157,11 +157,15 @@ def _attend_and_merge(
     """Attends over this device's pages; merges with the others' of the same sequences."""
     (reads, work), (tuning, attention, out_split) = planned, how
     context = axis_names(split.layout.context) if split is not None else ()
-    final = not context and sinks is None
+    by_head = cache.scale == "head"
+    final = not context and sinks is None and not by_head
+    rows = _times_of_heads(query, cache, 0) if by_head else query
     with jax.named_scope("attend"):
         partial = backends.load(tuning).attend(
-            query, cache, reads, work, attention, tuning, final=final
+            rows, cache, reads, work, attention, tuning, final=final
         )
+        if by_head:
+            partial = partial._replace(out=_times_of_heads(partial.out, cache, 1))
     if final:
         return partial.out, partial.lse
     with jax.named_scope("merge"):
@@ -175,6 +179,13 @@ def _attend_and_merge(
             partial = add_sinks(partial, sinks)
         partial = finish(partial, query.dtype)
         return partial.out, partial.lse
+
+
+def _times_of_heads(rows: jax.Array, cache: PagedKVCache, which: int) -> jax.Array:
+    """Rows `[queries, num_heads, dim]` times the scale of their KV head's keys, or values."""
+    scales = cache.scales[0][:, which]
+    by_query_head = jnp.repeat(scales, rows.shape[1] // scales.shape[0], axis=0)
+    return rows.astype(jnp.float32) * by_query_head[:, None]
 
 
 def _own_heads(sinks: jax.Array | None, axes: tuple[str, ...]) -> jax.Array | None:

@@ -9,17 +9,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from . import descriptor
 from .arguments import array, integer, shown
-from .page_format import PACKED_ROW, Axis, KVLayout, KVLayoutName, PageFormat
+from .page_format import (
+    PACKED_ROW,
+    QUANTISED,
+    SCALE_DTYPE,
+    SMALLEST_SCALE,
+    Axis,
+    KVLayout,
+    KVLayoutName,
+    PageFormat,
+    ScaleOf,
+)
 from .shard_layout import ShardLayout, Split
 
 # XLA counts bytes in 63 bits, and ends the process where they are more.
 _MAX_ELEMENTS = 2**60
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", *QUANTISED)
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +43,10 @@ class PagedKVCache:
 
     Attributes:
       arrays: pages of keys and pages of values, or one array of both.
-      scales: of quantised caches; none so far.
+      scales: of a quantised cache, float32: one array `[pages, kv_heads, 1, 2 * page_size]`, per
+        page and KV head the scales of its keys, then those of its values (with an axis of layers
+        before that of pages); or one `[kv_heads, 2]`, of the keys and of the values of a KV head
+        (with an axis of layers before that of heads). An element is what is stored times its scale.
       layout: order of the arrays' axes; static.
       head_dim: elements per token and head; static. Rows of a packed cache hold several tokens.
       num_layers: layers that it holds; None of a cache of one layer, without such an axis; static.
@@ -57,16 +71,27 @@ class PagedKVCache:
         kv_layout: KVLayoutName,
         head_dim: int,
         padding: int = 0,
+        scales: Any = None,
     ) -> "PagedKVCache":
         """A cache of one's own arrays; `value` is None where `key` holds both.
 
         Arrays of one axis more than the layout has are of several layers: an axis of layers stands
         before that of pages. In a token-major one each key and each value may have `padding`
-        elements behind its `head_dim` that hold nothing (and may be NaN).
+        elements behind its `head_dim` that hold nothing (and may be NaN). Quantised ones have
+        float32 `scales`: the array of an equal cache's `scales`, or a pair of arrays `[kv_heads]`
+        (of several layers: `[layers, kv_heads]`), of keys and of values.
 
         Raises:
-          ValueError: if a row of theirs neither is one token's head nor packed with several.
+          ValueError: if a row of theirs neither is one token's head nor packed with several, or
+            scales are missing, too many, or of another shape or dtype.
         """
+        cache = cls._unscaled(key, value, kv_layout, head_dim, padding)
+        return dataclasses.replace(cache, scales=_checked_scales(cache, scales))
+
+    @classmethod
+    def _unscaled(
+        cls, key: Any, value: Any, kv_layout: KVLayoutName, head_dim: int, padding: int
+    ) -> "PagedKVCache":
         array("key", key)
         integer("head_dim", head_dim)
         kv = KVLayout.named(kv_layout)
@@ -93,7 +118,22 @@ class PagedKVCache:
 
         Takes the arguments of `abstract`, and raises its errors.
         """
+        given = options.get("scales")
+        if isinstance(given, str) and given == "head":
+            raise ValueError(
+                "scales='head' says that there is one of each KV head; pass them: "
+                "scales=(key_scales, value_scales), arrays [num_kv_heads], largest element / "
+                "largest that is stored"
+            )
+        by_head = given is not None and not isinstance(given, str)
+        if by_head:
+            options |= {"scales": "head"}
         abstract = cls.abstract(num_pages, num_kv_heads, page_size, head_dim, **options)
+        if by_head and abstract.scales:
+            scales = (_head_scales(abstract, given),)
+            arrays, wanted = (dataclasses.replace(abstract, scales=()), abstract.scales[0])
+            cache = jax.tree.map(lambda x: _zeros(x.shape, x.dtype, x.format)(), arrays)
+            return dataclasses.replace(cache, scales=jax.device_put(scales, wanted.sharding))
         return jax.tree.map(lambda x: _zeros(x.shape, x.dtype, x.format)(), abstract)
 
     @classmethod
@@ -108,6 +148,7 @@ class PagedKVCache:
         kv_layout: KVLayoutName | None = None,
         packed: bool | None = None,
         num_layers: int | None = None,
+        scales: Any = None,
         mesh: Mesh | None = None,
         layout: ShardLayout | None = None,
     ) -> "PagedKVCache":
@@ -118,7 +159,7 @@ class PagedKVCache:
           num_kv_heads: KV heads over all devices.
           page_size: tokens per page.
           head_dim: elements per token and head.
-          dtype: float32, bfloat16 or float16.
+          dtype: float32, bfloat16 or float16; or quantised: int8, float8_e4m3fn or float8_e5m2.
           kv_layout: "blocks_first", "heads_first" or "fused"; None for what suits the mesh's
             devices: "fused" on TPU (half as many DMAs), "blocks_first" elsewhere. "tokens_first",
             "interleaved" or "interleaved_words" for pages as other libraries keep them.
@@ -129,6 +170,10 @@ class PagedKVCache:
             share one; None does so where head_dim is 64.
           num_layers: layers to hold, each of `num_pages` pages; None for a cache of one layer,
             without an axis of layers.
+          scales: of a quantised cache. None or "token": one of each token and KV head, found when
+            it is written. "head": one of each KV head, which `zeros` is given as a pair of
+            arrays `[num_kv_heads]` (or `[num_layers, num_kv_heads]`), of keys and of values:
+            calibrated, the largest element that there will be over the largest that is stored.
           mesh: devices to split it over; None for one device.
           layout: which mesh axis splits what; None for `ShardLayout.of(mesh)`.
 
@@ -145,24 +190,34 @@ class PagedKVCache:
         on_tpu = ((split and split.platform) or jax.default_backend()) == "tpu"
         best = "fused" if on_tpu else "blocks_first"
         kv = KVLayout.named(best if kv_layout is None else kv_layout)
+        dtype = np.dtype(dtype)
+        scale = _scale_of(scales, dtype)
         page_format = PageFormat(
-            kv, num_kv_heads, page_size, head_dim, head_dim, np.dtype(dtype)
+            kv, num_kv_heads, page_size, head_dim, head_dim, dtype, scale=scale
         ).packed(packed, on_tpu)
         shape = page_format.array_shape(num_pages)
         if num_layers is not None:
             layers = integer("num_layers", num_layers, "layers, or None", most=_MAX_ELEMENTS)
             shape = (*shape[: kv.value.pages], layers, *shape[kv.value.pages :])
+        integer("the cache's number of elements", math.prod(shape), most=_MAX_ELEMENTS)
         if split is not None:
             split.check_cache(page_format, num_pages)
-            spec = _spec(kv, num_layers, split.layout)
-            sharding = NamedSharding(split.mesh, spec)
-        integer("the cache's number of elements", math.prod(shape), most=_MAX_ELEMENTS)
-        # Left to itself, a TPU keeps rows that are no multiple of 128 transposed, and every kernel
-        # call would begin with a copy of the cache into row-major order.
-        order = Layout(tuple(range(len(shape)))) if on_tpu else None
-        pages = jax.ShapeDtypeStruct(shape, page_format.dtype, sharding=Format(order, sharding))
-        arrays = (pages,) * page_format.num_arrays
-        return cls(arrays, (), kv, head_dim, num_layers, padding=page_format.padding)
+
+        def array(shape: tuple[int, ...], dtype: Any, spec: Any) -> Any:
+            # Left to itself, a TPU keeps rows that are no multiple of 128 transposed, and every
+            # kernel call would begin with a copy of the cache into row-major order.
+            order = Layout(tuple(range(len(shape)))) if on_tpu else None
+            where = sharding if split is None else NamedSharding(split.mesh, spec(split.layout))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=Format(order, where))
+
+        pages = array(shape, dtype, functools.partial(_spec, kv, num_layers))
+        arrays, scale_arrays = (pages,) * page_format.num_arrays, ()
+        if scale != "none":
+            shape = page_format.scales_shape(num_pages)
+            shape = shape if num_layers is None else (num_layers, *shape)
+            spec = functools.partial(_scales_spec, scale, num_layers)
+            scale_arrays = (array(shape, SCALE_DTYPE, spec),)
+        return cls(arrays, scale_arrays, kv, head_dim, num_layers, padding=page_format.padding)
 
     @property
     def key(self) -> Any:
@@ -193,7 +248,15 @@ class PagedKVCache:
     def format(self) -> PageFormat:
         """What a page is; of this device's part of the KV heads, inside a `shard_map`."""
         array = jax.ShapeDtypeStruct(self._layer_shape, self.key.dtype)
-        return PageFormat.of(self.layout, array, self.head_dim, self.padding)
+        return PageFormat.of(self.layout, array, self.head_dim, self.padding, self.scale)
+
+    @property
+    def scale(self) -> ScaleOf:
+        """What a scale covers: a KV head, or one token of it; "none" if there are none."""
+        if not self.scales:
+            return "none"
+        has_layers = self.num_layers is not None and self.layer is None
+        return "head" if self.scales[0].ndim - has_layers == 2 else "token"
 
     @property
     def num_pages(self) -> int:
@@ -201,8 +264,14 @@ class PagedKVCache:
         return self._layer_shape[self.layout.value.pages]
 
     def spec(self, layout: ShardLayout) -> PartitionSpec:
-        """The split of (each of) the array(s)."""
+        """The split of (each of) the array(s) of keys and values."""
         return _spec(self.layout, self.num_layers, layout)
+
+    def specs(self, layout: ShardLayout) -> "PagedKVCache":
+        """The splits of all arrays, each in its place: what `in_specs` of a `shard_map` take."""
+        arrays = (self.spec(layout),) * len(self.arrays)
+        scales = (_scales_spec(self.scale, self.num_layers, layout),) * len(self.scales)
+        return dataclasses.replace(self, arrays=arrays, scales=scales)
 
     def of_layer(self, layer: Any) -> "PagedKVCache":
         """All layers' pages as one range, of which those of `layer` are meant.
@@ -210,9 +279,13 @@ class PagedKVCache:
         Moves nothing: backends add `first_page` to page ids, and see one long cache.
         """
         axis = self.layout.value.pages
-        merge = lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-        arrays = tuple(map(merge, self.arrays))
-        return dataclasses.replace(self, arrays=arrays, layer=layer)
+        merge = lambda x, axis: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        arrays = tuple(merge(x, axis) for x in self.arrays)
+        scales = tuple(
+            merge(x, 0) if self.scale == "token" else jnp.take(x, layer, axis=0, mode="clip")
+            for x in self.scales
+        )
+        return dataclasses.replace(self, arrays=arrays, scales=scales, layer=layer)
 
     @property
     def first_page(self) -> Any:
@@ -246,24 +319,30 @@ class PagedKVCache:
         return jax.tree.map(lambda array: array.format, self)
 
     def unpacked(self) -> "PagedKVCache":
-        """The same with one token, or one key, per row; outside of TPUs this moves nothing."""
+        """The same with one token, or one key, per row; outside of TPUs this moves nothing but the
+        scales of tokens, which lie as the tokens do."""
         if self.layout is KVLayout.INTERLEAVED_WORDS:
             rows = self.key.reshape(*self.key.shape[:-3], -1, self.head_dim + self.padding)
             return dataclasses.replace(self, arrays=(rows,), layout=KVLayout.INTERLEAVED)
         if self.layout.token_major or self.key.shape[-1] == self.head_dim:
             return self
-        return jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1, self.head_dim), self)
+        arrays = [x.reshape(*x.shape[:-2], -1, self.head_dim) for x in self.arrays]
+        if self.scale != "token":
+            return self.replace(arrays)
+        by_token, unpacked = self.format.scales_by_token, dataclasses.replace(self.format, pack=1)
+        return self.replace(arrays, [unpacked.scales_in_pages(*by_token(x)) for x in self.scales])
 
-    def replace(self, arrays: Iterable[Any]) -> "PagedKVCache":
-        """The same with other arrays."""
-        return dataclasses.replace(self, arrays=tuple(arrays))
+    def replace(self, arrays: Iterable[Any], scales: Iterable[Any] | None = None) -> "PagedKVCache":
+        """The same with other arrays, and other scales if some are given."""
+        scales = self.scales if scales is None else tuple(scales)
+        return dataclasses.replace(self, arrays=tuple(arrays), scales=scales)
 
     def describe(self) -> dict[str, Any]:
         """Where the bytes of each page are, as JSON takes it; see `shardpage.descriptor`."""
         return descriptor.describe(self)
 
     def bytes_per_device(self) -> int:
-        """Bytes of keys and values on each device."""
+        """Bytes of keys, values and scales on each device."""
         size = lambda x: x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
         return sum(map(size, jax.tree.leaves(self)))
 
@@ -284,6 +363,80 @@ def check_dtype(name: str, dtype: Any) -> None:
         named = shown(dtype)
     if named not in DTYPES:
         raise ValueError(f"{name}={named} is no cache's; choose one of {DTYPES}")
+
+
+def _scale_of(scales: Any, dtype: np.dtype) -> ScaleOf:
+    """What one scale of a new cache covers, from the option that says so."""
+    if dtype.name not in QUANTISED:
+        if scales is not None:
+            raise ValueError(
+                f"scales={shown(scales)} of a cache of {dtype.name}, which has none; leave them "
+                f"out, or choose dtype of {QUANTISED}"
+            )
+        return "none"
+    if scales is None or (isinstance(scales, str) and scales == "token"):
+        return "token"
+    if isinstance(scales, str) and scales == "head":
+        return "head"
+    raise ValueError(f"scales={shown(scales)} must be 'token', 'head' or, of zeros, a pair")
+
+
+def _head_scales(cache: PagedKVCache, pair: Any) -> Any:
+    """`[kv_heads, 2]` of a pair of arrays `[kv_heads]`; of several layers `[layers, ...]`."""
+    wanted = (cache.format.num_kv_heads,)
+    wanted = wanted if cache.num_layers is None else (cache.num_layers, *wanted)
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(
+            f"scales={shown(pair)} must be a pair of arrays {wanted}: of keys and of values"
+        )
+    scales = [x if isinstance(x, jax.Array) else np.asarray(x) for x in pair]
+    for name, x in zip(("key", "value"), scales, strict=True):
+        if x.shape != wanted or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} scales are {x.dtype}{list(x.shape)}; this cache takes one of each KV "
+                f"head, floating point: {wanted}"
+            )
+        if not isinstance(x, Tracer):
+            held = np.asarray(x).astype(SCALE_DTYPE)
+            if not (np.isfinite(held) & (held >= SMALLEST_SCALE)).all():
+                raise ValueError(
+                    f"{name} scales must be at least {SMALLEST_SCALE:.3g}, float32's smallest, "
+                    f"and finite; got {shown(x)}"
+                )
+    return jnp.stack([jnp.asarray(x, SCALE_DTYPE) for x in scales], axis=-1)
+
+
+def _checked_scales(cache: PagedKVCache, scales: Any) -> tuple[Any, ...]:
+    """The scales of a cache of a caller's arrays."""
+    dtype = cache.key.dtype
+    if dtype.name not in QUANTISED:
+        if scales is not None and not (isinstance(scales, tuple) and not scales):
+            raise ValueError(f"scales of a cache of {dtype.name}, which has none; leave them out")
+        return ()
+    page_format, pages = dataclasses.replace(cache.format, scale="token"), cache.num_pages
+    shape = page_format.scales_shape(pages)
+    shape = shape if cache.num_layers is None else (cache.num_layers, *shape)
+    if scales is None:
+        raise ValueError(
+            f"a cache of {dtype.name} has scales; pass scales=, an array {shape} of each token's, "
+            "or a pair of arrays of each KV head's"
+        )
+    if isinstance(scales, tuple | list) and len(scales) == 2:
+        return (_head_scales(cache, scales),)
+    scales = scales[0] if isinstance(scales, tuple) and len(scales) == 1 else scales
+    array("scales", scales)
+    by_head = (*(() if cache.num_layers is None else (cache.num_layers,)), *shape[-3:-2], 2)
+    if scales.dtype != SCALE_DTYPE or scales.shape not in (shape, by_head):
+        raise ValueError(
+            f"scales are {scales.dtype}{list(scales.shape)}; this cache takes float32 {shape}, of "
+            f"each token, or {by_head}, of each KV head"
+        )
+    return (scales,)
+
+
+def _scales_spec(scale: ScaleOf, num_layers: int | None, layout: ShardLayout) -> PartitionSpec:
+    axes = [layout.heads, None] if scale == "head" else [layout.pages, layout.heads, None, None]
+    return PartitionSpec(*(axes if num_layers is None else [None, *axes]))
 
 
 def _num_layers(kv: KVLayout, key: Any) -> int | None:

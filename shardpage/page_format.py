@@ -23,6 +23,13 @@ KVLayoutName = Literal[
 # Elements of a row that a TPU does not pad; rows of fewer may hold several tokens instead.
 PACKED_ROW = 128
 
+# What one scale of a quantised cache covers.
+ScaleOf = Literal["none", "head", "token"]
+# Stored with scales; all of them are exact in bfloat16, which matmuls take.
+QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
+SCALE_DTYPE = np.dtype(np.float32)
+SMALLEST_SCALE = float(np.finfo(SCALE_DTYPE).smallest_normal)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
@@ -89,9 +96,17 @@ class PageFormat:
     pack: int = 1  # tokens per row of a cache array
     padding: int = 0  # elements behind each key and each value that hold nothing; token-major only
     word: tuple[int, int] | None = None  # the last two axes of INTERLEAVED_WORDS
+    scale: ScaleOf = "none"  # what one scale covers, of keys and of values
 
     @classmethod
-    def of(cls, layout: KVLayout, array: Any, key_dim: int, padding: int = 0) -> "PageFormat":
+    def of(
+        cls,
+        layout: KVLayout,
+        array: Any,
+        key_dim: int,
+        padding: int = 0,
+        scale: ScaleOf = "none",
+    ) -> "PageFormat":
         """Reads the format off a cache array, packed if its rows are wider than `key_dim`."""
         dtype = np.dtype(array.dtype)
         if layout.token_major:
@@ -99,10 +114,11 @@ class PageFormat:
             num_kv_heads = math.prod(token) // (key_dim + padding) // (1 + layout.interleaved)
             word = tuple(token[1:]) if layout is KVLayout.INTERLEAVED_WORDS else None
             sizes = (num_kv_heads, page_size, key_dim, key_dim)
-            return cls(layout, *sizes, dtype, padding=padding, word=word)
+            return cls(layout, *sizes, dtype, padding=padding, word=word, scale=scale)
         rows, row_dim = array.shape[-2:]
         pack, num_kv_heads = row_dim // key_dim, array.shape[layout.value.heads]
-        return cls(layout, num_kv_heads, rows * pack, key_dim, key_dim, dtype, pack)
+        sizes = (num_kv_heads, rows * pack, key_dim, key_dim)
+        return cls(layout, *sizes, dtype, pack, scale=scale)
 
     def packed(self, wanted: bool | None, on_tpu: bool) -> "PageFormat":
         """The same with as many tokens per row as fit, or in words; None packs where that pays."""
@@ -158,7 +174,12 @@ class PageFormat:
     @property
     def compute_dtype(self) -> np.dtype:
         """Of the matmul operands."""
-        return self.dtype
+        return np.dtype(jnp.bfloat16) if self.quantised else self.dtype
+
+    @property
+    def quantised(self) -> bool:
+        """Whether elements are multiples of a scale."""
+        return self.dtype.name in QUANTISED
 
     @property
     def page_rows(self) -> int:
@@ -195,9 +216,45 @@ class PageFormat:
 
     @property
     def page_bytes(self) -> int:
-        """Keys and values of one page, without padding."""
+        """Keys and values of one page, and the scales of its tokens, without padding."""
         elements = self.num_kv_heads * self.page_size * (self.key_dim + self.value_dim)
-        return elements * self.dtype.itemsize
+        scales = math.prod(self.page_scales_shape) if self.scale == "token" else 0
+        return elements * self.dtype.itemsize + scales * SCALE_DTYPE.itemsize
+
+    @property
+    def page_scales_shape(self) -> tuple[int, ...]:
+        """Scales of one page's tokens: per KV head those of its keys, then those of its values.
+
+        Tokens lie along the last axis, which a TPU pads to 128, alone in rows, which it does not
+        pad then.
+        """
+        return (self.num_kv_heads, 1, 2 * self.page_size)
+
+    def scales_shape(self, num_pages: int) -> tuple[int, ...]:
+        """The shape of the array of scales: of pages, or of key and value of each KV head."""
+        if self.scale == "head":
+            return (self.num_kv_heads, 2)
+        return (num_pages, *self.page_scales_shape)
+
+    def scale_lane(self, slot: Any) -> Any:
+        """Where the scale of a key is among those of its page's keys; a value's is as far behind.
+
+        Like tokens in packed rows: first those that begin a row, then those that follow them.
+        """
+        return slot if self.pack == 1 else slot % self.pack * self.page_rows + slot // self.pack
+
+    def scales_by_token(self, scales: Any) -> tuple[Any, Any]:
+        """Scales `[..., 1, 2 * page_size]` of pages as those of keys and of values, `[..., tokens]`
+        in the order of tokens."""
+        by_row = scales.reshape(*scales.shape[:-2], 2, self.pack, self.page_rows)
+        key, value = jnp.moveaxis(by_row.mT, -3, 0)
+        return tuple(x.reshape(*x.shape[:-2], self.page_size) for x in (key, value))
+
+    def scales_in_pages(self, key: Any, value: Any) -> Any:
+        """The reverse."""
+        both = jnp.stack([key, value], axis=-2)
+        by_row = both.reshape(*both.shape[:-1], self.page_rows, self.pack).mT
+        return by_row.reshape(*key.shape[:-1], 1, 2 * self.page_size)
 
     def array_shape(self, num_pages: int) -> tuple[int, ...]:
         """The shape of (each of) the cache array(s)."""

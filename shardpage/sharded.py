@@ -112,10 +112,10 @@ def run(
         layout = split.layout
         pairs = list(zip(inputs, input_dims, strict=True))
         in_specs = tuple(
-            x.spec(layout) if dims is None else layout.spec(*dims) for x, dims in pairs
+            x.specs(layout) if dims is None else layout.spec(*dims) for x, dims in pairs
         )
         inputs = [
-            jax.tree.map(functools.partial(_place, spec=spec, split=split, movable=bool(dims)), x)
+            _placed(x, spec, split, movable=bool(dims))
             for (x, dims), spec in zip(pairs, in_specs, strict=True)
         ]
         out_specs = in_specs[0]
@@ -153,6 +153,14 @@ def _program(call: _Call, donate: bool, formats: PagedKVCache | None) -> Callabl
     if formats is None:
         return jax.jit(call, donate_argnums=donated)
     return jax.jit(call, donate_argnums=donated, out_shardings=formats)
+
+
+def _placed(inputs: Any, spec: Any, split: Split, *, movable: bool) -> Any:
+    """All arrays of an input, by one spec for all, or one for each."""
+    place = functools.partial(_place, split=split, movable=movable)
+    if isinstance(spec, PartitionSpec):
+        return jax.tree.map(lambda array: place(array, spec=spec), inputs)
+    return jax.tree.map(lambda array, spec: place(array, spec=spec), inputs, spec)
 
 
 def _place(array: Any, *, spec: PartitionSpec, split: Split, movable: bool) -> Any:

@@ -2,12 +2,12 @@
 
 In between they are one array whose axes are always the same, `[num_layers, num_pages, 2,
 num_kv_heads, page_size, head_dim]`, keys before values: on devices, its heads split like the
-cache's, or on the host.
+cache's, or on the host. Of a quantised cache they are that and the scales: `QuantisedPages`.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,38 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from . import array_checks, sharded
-from .arguments import array, instance
+from . import array_checks, sharded, transfer_checks
+from .arguments import instance
 from .cache import PagedKVCache
+from .page_format import SCALE_DTYPE, ScaleOf
+from .quantise import INT8_NAN
 from .shard_layout import ShardLayout, Split, axis_names
-from .table_checks import integers
 from .tables import PageRange, within
 
 _PAGES = (None, None, None, "heads", None, None)
+_SCALES: dict[ScaleOf, tuple] = {
+    "token": (None, None, None, "heads", None),
+    "head": (None, None, "heads"),
+}
+# What jaxlib 0.10's CPU compiler widens whole around an update.
+_WIDENED = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+class QuantisedPages(NamedTuple):
+    """Pages of a quantised cache: an element is what is stored times its scale.
+
+    Attributes:
+      elements: `[num_layers, num_pages, 2, num_kv_heads, page_size, head_dim]`, in the cache's
+        dtype, keys before values.
+      scales: float32; of each token `[num_layers, num_pages, 2, num_kv_heads, page_size]`, in the
+        order of tokens, or of each KV head `[num_layers, 2, num_kv_heads]`.
+    """
+
+    elements: Any
+    scales: Any
+
+
+Pages = Float[Array, "num_layers num_pages 2 num_kv_heads page_size head_dim"] | QuantisedPages
 
 
 def read_pages(
@@ -33,7 +57,7 @@ def read_pages(
     *,
     mesh: Mesh | AbstractMesh | None = None,
     layout: ShardLayout | None = None,
-) -> Float[Array, "num_layers num_pages 2 num_kv_heads page_size head_dim"]:
+) -> Pages:
     """Copies pages out of a cache, bit by bit.
 
     Memory and traffic are those of the pages, whatever the size of the cache. Compiled once for
@@ -48,21 +72,24 @@ def read_pages(
 
     Returns:
       `[num_layers, num_pages, 2, num_kv_heads, page_size, head_dim]` in the cache's dtype, keys
-      before values; one layer of a cache without layers. On a mesh KV heads are split as in the
-      cache, the rest is on all devices. `np.asarray` brings it to the host.
+      before values; one layer of a cache without layers. Of a quantised cache `QuantisedPages`,
+      that and the scales; those of padding are zeros. On a mesh KV heads are split as in the cache,
+      the rest is on all devices. `jax.device_get` brings it to the host.
 
     Raises:
       ValueError: if an id is no page of the cache, or the mesh is not the cache's.
     """
     split = _checked_split(cache, mesh, layout)
-    ids = _checked_ids(cache, page_ids)
-    return sharded.run(_read_here, None, split, (cache, ids), (None, (None,)), (_PAGES,))[0]
+    ids = transfer_checks.page_ids(cache, page_ids)
+    dims = (_PAGES,) if cache.scale == "none" else (_PAGES, _SCALES[cache.scale])
+    read = sharded.run(_read_here, None, split, (cache, ids), (None, (None,)), dims)
+    return read[0] if cache.scale == "none" else QuantisedPages(*read)
 
 
 def write_pages(
     cache: PagedKVCache,
     page_ids: Sequence[int] | Int[np.ndarray, " num_pages"],
-    pages: Float[Array, "num_layers num_pages 2 num_kv_heads page_size head_dim"],
+    pages: Pages,
     *,
     mesh: Mesh | AbstractMesh | None = None,
     layout: ShardLayout | None = None,
@@ -70,7 +97,8 @@ def write_pages(
     """Puts pages that `read_pages` read, of this cache or another, into a cache, in place.
 
     Layouts, packing, meshes and page ids of the two may differ; layers, KV heads, page size,
-    head_dim and dtype must not.
+    head_dim, dtype, and what a scale covers must not. Scales of KV heads must be equal in both:
+    under `jax.jit`, where values cannot be looked at, pages of other ones are written as NaN.
 
     Args:
       cache: the cache; **donated**: use the result in its stead.
@@ -87,49 +115,90 @@ def write_pages(
         or the mesh is not the cache's.
     """
     split = _checked_split(cache, mesh, layout)
-    ids = _checked_ids(cache, page_ids)
-    used, counts = np.unique(ids[ids >= 0], return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(f"page_ids names page {used[counts > 1][0]} twice; name each page once")
-    _check_pages(cache, len(ids), pages)
-    inputs, dims = (cache, pages, ids), (None, _PAGES, (None,))
+    ids = transfer_checks.page_ids(cache, page_ids)
+    transfer_checks.named_once(ids)
+    elements, scales = pages if isinstance(pages, QuantisedPages) else (pages, None)
+    transfer_checks.kind(cache, scales is not None)
+    transfer_checks.elements(cache, len(ids), elements)
+    transfer_checks.scales(cache, elements, scales)
+    inputs, dims = (
+        (cache, elements, scales, ids),
+        (None, _PAGES, _SCALES.get(cache.scale, ()), (None,)),
+    )
     return sharded.run(_write_here, None, split, inputs, dims, donate=True)
 
 
 def _read_here(
     options: None, split: Split | None, cache: PagedKVCache, page_ids: jax.Array
-) -> tuple[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """One device's part: those of the pages that it holds, joined with the others'."""
     here = PageRange.here(cache.num_pages, split)
     local = page_ids - here.first
-    held = within(local, 0, here.num_pages)[:, None, None, None, None]
-    # As integers: a sum of floats keeps neither -0 nor the bits of a NaN.
-    kind = jnp.dtype(f"uint{8 * cache.format.dtype.itemsize}")
-    taken = [jnp.take(x, local, axis=_pages_axis(cache), mode="clip") for x in cache.arrays]
-    bits = _to_canonical(cache, [lax.bitcast_convert_type(x, kind) for x in taken])
-    bits = jnp.where(held, bits, 0)
-    if split is not None and (axes := axis_names(split.layout.pages)):
-        bits = lax.psum(bits, axes)
-    return (lax.bitcast_convert_type(bits, cache.format.dtype),)
+    held = within(local, 0, here.num_pages)[:, None, None, None]
+    axes = () if split is None else axis_names(split.layout.pages)
+
+    def joined(mine: jax.Array, dtype: Any) -> jax.Array:
+        mine = jnp.where(held if mine.ndim == 5 else held[..., None], mine, 0)
+        return lax.bitcast_convert_type(lax.psum(mine, axes) if axes else mine, dtype)
+
+    dtype = cache.format.dtype
+    pages = [_bits(_taken(x, local, _pages_axis(cache))) for x in cache.arrays]
+    elements = joined(_to_canonical(cache, pages), dtype)
+    match cache.scale:
+        case "none":
+            return (elements,)
+        case "head":
+            return (elements, _head_scales(cache))
+        case "token":
+            of_pages = _bits(_taken(cache.scales[0], local, _scales_axis(cache)))
+            return (elements, joined(_scales_to_canonical(cache, of_pages), SCALE_DTYPE))
 
 
 def _write_here(
     options: None,
     split: Split | None,
     cache: PagedKVCache,
-    pages: jax.Array,
+    elements: jax.Array,
+    scales: jax.Array | None,
     page_ids: jax.Array,
 ) -> PagedKVCache:
     """One device's part: the pages that it holds."""
     at = page_ids - PageRange.here(cache.num_pages, split).first
-    pairs = zip(cache.arrays, _from_canonical(cache, pages), strict=True)
-    return cache.replace(_put(x, new, at, _pages_axis(cache)) for x, new in pairs)
+    if cache.scale == "head":
+        elements = _unless_of_other_scales(cache, elements, scales)
+    dtype = cache.format.dtype
+    pages = [lax.bitcast_convert_type(x, dtype) for x in _from_canonical(cache, _bits(elements))]
+    pairs = zip(cache.arrays, pages, strict=True)
+    written = cache.replace(_put(x, new, at, _pages_axis(cache)) for x, new in pairs)
+    if cache.scale != "token":
+        return written
+    of_pages = _scales_from_canonical(cache, scales)
+    new = [_put(x, of_pages, at, _scales_axis(cache)) for x in cache.scales]
+    return written.replace(written.arrays, new)
+
+
+def _taken(array: jax.Array, at: jax.Array, axis: int) -> jax.Array:
+    return jnp.take(array, at, axis=axis, mode="clip")
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    """As integers: floats that are added, or widened, keep neither -0 nor the bits of a NaN."""
+    return lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+
+
+def _unless_of_other_scales(cache: PagedKVCache, elements: jax.Array, scales: Any) -> jax.Array:
+    """Elements that stand for what they did; NaN where their KV head has another scale here."""
+    same = (scales == _head_scales(cache))[:, None, :, :, None, None]
+    dtype = cache.format.dtype
+    nan = np.int8(INT8_NAN) if dtype == np.int8 else np.array(np.nan, dtype)
+    kept = jnp.where(same, _bits(elements), nan.view(np.uint8))
+    return lax.bitcast_convert_type(kept, dtype)
 
 
 def _put(array: jax.Array, pages: jax.Array, at: jax.Array, axis: int) -> jax.Array:
     """Puts pages at these places along the axis, where there are such places."""
     one_by_one, at_once = (functools.partial(f, axis=axis) for f in (_one_by_one, _at_once))
-    if array.dtype != jnp.bfloat16 or jax.__version_info__ >= (0, 11):
+    if array.dtype.name not in _WIDENED or jax.__version_info__ >= (0, 11):
         return one_by_one(array, pages, at)
     return lax.platform_dependent(array, pages, at, cpu=at_once, default=one_by_one)
 
@@ -149,15 +218,14 @@ def _one_by_one(array: jax.Array, pages: jax.Array, at: jax.Array, *, axis: int)
 def _at_once(array: jax.Array, pages: jax.Array, at: jax.Array, *, axis: int) -> jax.Array:
     """One pass over the cache that takes a page where there is one, as integers.
 
-    jaxlib 0.10's CPU compiler widens a whole bfloat16 cache to float32 around an update, for each
+    jaxlib 0.10's CPU compiler widens a whole cache of bfloat16 or float8 around an update, for each
     page, and thereby changes the bits of NaN all over it.
     """
     count = array.shape[axis]
     places = jnp.where(within(at, 0, count), at, count)
     arriving = jnp.full(count, -1, jnp.int32)
     arriving = arriving.at[places].set(jnp.arange(len(at), dtype=jnp.int32), mode="drop")
-    old, new = (lax.bitcast_convert_type(x, jnp.uint16) for x in (array, pages))
-    new = jnp.take(new, arriving, axis=axis, mode="clip")
+    old, new = _bits(array), _taken(_bits(pages), arriving, axis)
     arrives = jnp.expand_dims(arriving >= 0, [n for n in range(array.ndim) if n != axis])
     return lax.bitcast_convert_type(jnp.where(arrives, new, old), array.dtype)
 
@@ -189,6 +257,29 @@ def _from_canonical(cache: PagedKVCache, pages: jax.Array) -> list[jax.Array]:
     return arrays
 
 
+def _scales_to_canonical(cache: PagedKVCache, scales: jax.Array) -> jax.Array:
+    """`[num_layers, num_pages, 2, num_kv_heads, page_size]` of pages' scales."""
+    scales = scales if cache.num_layers is not None else scales[None]
+    return jnp.stack(cache.format.scales_by_token(scales), axis=2)
+
+
+def _scales_from_canonical(cache: PagedKVCache, scales: Any) -> jax.Array:
+    """The reverse."""
+    in_pages = cache.format.scales_in_pages(scales[:, :, 0], scales[:, :, 1])
+    return in_pages if cache.num_layers is not None else in_pages[0]
+
+
+def _head_scales(cache: PagedKVCache) -> jax.Array:
+    """`[num_layers, 2, num_kv_heads]` of a cache's scales of KV heads."""
+    (scales,) = cache.scales
+    return (scales if cache.num_layers is not None else scales[None]).swapaxes(1, 2)
+
+
+def _scales_axis(cache: PagedKVCache) -> int:
+    """That of pages in the cache's array of tokens' scales."""
+    return int(cache.num_layers is not None)
+
+
 def _heads_axis(cache: PagedKVCache) -> int:
     """That of KV heads in an array with an axis of layers."""
     axes = cache.layout.value
@@ -204,6 +295,7 @@ def _checked_split(cache: Any, mesh: Any, layout: ShardLayout | None) -> Split |
     """The split, if the cache can be split so."""
     instance("cache", cache, PagedKVCache, "a PagedKVCache, as .zeros() or .of() make them")
     array_checks.cache_arrays(cache.key, cache.value)
+    array_checks.cache_scales(cache)
     split = Split.of(mesh, layout)
     if split is not None:
         split.check_cache(cache.format, cache.num_pages)
@@ -214,40 +306,3 @@ def _checked_split(cache: Any, mesh: Any, layout: ShardLayout | None) -> Split |
 
 def _is_concrete(array: Any) -> bool:
     return isinstance(array, jax.Array) and not isinstance(array, Tracer)
-
-
-def _checked_ids(cache: PagedKVCache, page_ids: Any) -> np.ndarray:
-    if isinstance(page_ids, Tracer):
-        raise ValueError("page_ids is traced; it is looked at on the host: pass Python integers")
-    ids = integers("page_ids", page_ids, "[num_pages]")
-    wrong = ids[(ids < -1) | (ids >= cache.num_pages)]
-    if wrong.size:
-        raise ValueError(
-            f"page_ids holds {wrong[0]}; the cache has pages 0 to {cache.num_pages - 1}, and -1 is "
-            "padding"
-        )
-    return ids.astype(np.int32)
-
-
-def _check_pages(cache: PagedKVCache, num_pages: int, pages: Any) -> None:
-    """Checks that pages are what `read_pages` would read of this cache."""
-    array("pages", pages)
-    page_format = cache.format
-    wanted = {
-        "num_layers": cache.num_layers or 1,
-        "len(page_ids)": num_pages,
-        "keys and values": 2,
-        "num_kv_heads": page_format.num_kv_heads,
-        "page_size": page_format.page_size,
-        "head_dim": page_format.key_dim,
-    }
-    if pages.shape != tuple(wanted.values()):
-        names = ", ".join(f"{name}={size}" for name, size in wanted.items())
-        raise ValueError(
-            f"pages has shape {pages.shape}; this cache takes {tuple(wanted.values())}: {names}"
-        )
-    if pages.dtype != page_format.dtype:
-        raise ValueError(
-            f"pages has dtype {pages.dtype}, the cache {page_format.dtype}; cast them if rounding "
-            f"is meant: pages.astype({page_format.dtype.name!r})"
-        )

@@ -11,6 +11,7 @@ from .attention import as_layer
 from .cache import PagedKVCache
 from .options import BackendName, Tuning
 from .plan import Plan, Writes, plan_writes
+from .quantise import store
 from .shard_layout import ShardLayout, Split
 from .tables import PageRange, linear_index
 
@@ -45,7 +46,8 @@ def write_kv(
     Args:
       cache: the cache; **donated**: use the result in its stead.
       key: `[num_tokens, num_kv_heads, head_dim]`, any float dtype of 16 bits or more; cast to the
-        cache's. With a plan, a row per query.
+        cache's, or quantised: divided by its scale, rounded to the nearest, clipped. With a plan, a
+        row per query.
       value: as key.
       plan: of `make_plan`, for this cache: whose the tokens are, on which mesh, and how to write
         them; it takes the place of all arguments below but `layer`. Or, without one, `seq_ids`.
@@ -138,9 +140,12 @@ def _write_planned_here(
     planned: tuple[Writes, Any],
     layer: jax.Array | None,
 ) -> PagedKVCache:
-    key, value = (x.astype(cache.format.dtype) for x in (key, value))
     one = cache if layer is None else cache.of_layer(layer)
     with jax.named_scope("write"):
-        written = backends.load(tuning).write(one, key, value, *planned, tuning)
-    pairs = zip(written.arrays, cache.arrays, strict=True)
-    return cache.replace(new.reshape(old.shape) for new, old in pairs)
+        tokens = store(one, key, value)
+        written = backends.load(tuning).write(one, tokens, *planned, tuning)
+    in_shape = lambda new, old: new.reshape(old.shape)
+    arrays = map(in_shape, written.arrays, cache.arrays)
+    if cache.scale != "token":
+        return cache.replace(arrays)
+    return cache.replace(arrays, map(in_shape, written.scales, cache.scales))

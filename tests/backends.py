@@ -13,7 +13,7 @@ from shardpage.attention import attend_once
 from shardpage.options import Attention, Mask, Tuning
 from shardpage.shard_layout import Split
 
-from .cases import KV_LAYOUTS, TOKEN_LAYOUTS, Case, Inputs
+from .cases import KV_LAYOUTS, TOKEN_LAYOUTS, Case, Inputs, cache_options
 
 # Every suite runs on each of these. What runs in an interpreter is slow: see `slow.py`.
 BACKENDS = ("xla", "pallas_tpu")
@@ -47,9 +47,31 @@ def refusal(backend: str, inputs: Inputs) -> str | None:
             return "pages are token-major"
         if inputs.case.dtype == "float16":
             return "float16 has no TPU matmul"
+        if inputs.case.scale != "none":
+            return _refused_by_kernels(inputs)
         if inputs.key_cache.shape[-2] % 8:
             return "pages are not whole TPU tiles"
     return None
+
+
+def _refused_by_kernels(inputs: Inputs) -> str | None:
+    """What the TPU kernels themselves say of these pages."""
+    from shardpage.backends.pallas_tpu.config import check_format  # imports Pallas
+
+    try:
+        check_format(cache_of(inputs).format)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def cache_of(inputs: Inputs) -> shardpage.PagedKVCache:
+    """The caches and the scales of a case as one."""
+    arrays = (inputs.key_cache, inputs.value_cache)
+    arrays = [None if x is None else jnp.asarray(x) for x in arrays]
+    options = cache_options(inputs.kv_layout, inputs.case.head_dim)
+    scales = jax.tree.map(jnp.asarray, inputs.scales)
+    return shardpage.PagedKVCache.of(*arrays, **options, scales=scales)
 
 
 def oracle_matrix(cases: tuple[Case, ...]) -> list:
@@ -78,12 +100,7 @@ def interpret(backend: str):
 def attend_as(inputs: Inputs, tuning: Tuning, mesh=None):
     """As `attend`, with what `page_attention` has no argument for: a platform, a chip."""
     case = inputs.case
-    cache = shardpage.PagedKVCache.of(
-        jnp.asarray(inputs.key_cache),
-        None if inputs.value_cache is None else jnp.asarray(inputs.value_cache),
-        kv_layout=inputs.kv_layout,
-        head_dim=case.head_dim,
-    )
+    cache = cache_of(inputs)
     mask = Mask(case.sliding_window, max_context_len=case.max_context_len)
     attention = Attention(case.attn_scale, case.attn_logits_soft_cap)
     tuning = dataclasses.replace(
@@ -111,6 +128,7 @@ def attend(inputs: Inputs, backend: str = "xla", **changes):
         "block_tables": inputs.block_tables,
         "sinks": inputs.sinks,
         "kv_layout": inputs.kv_layout,
+        "scales": inputs.scales,
         "backend": backend,
         "interpret": interpret(backend),
         **inputs.case.options,

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import ml_dtypes
@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from launch.bench.shapes import SHAPES
+
+from . import quantised
 
 KV_LAYOUTS = ("blocks_first", "heads_first", "fused")
 TOKEN_LAYOUTS = ("tokens_first", "interleaved", "interleaved_words")
@@ -28,6 +30,7 @@ _DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    **{name: quantised.dtype_of(name) for name in quantised.DTYPES},
 }
 _GARBAGE = (-1, -(2**31), 2**31 - 1)
 
@@ -45,7 +48,8 @@ class Case:
       lens: "ragged" (0, 1, a page's edges, the full table, random between), "full", or the
         context lengths themselves, in tokens.
       dtype: of the caches.
-      query_dtype: of the query, where it is not the caches'.
+      query_dtype: of the query, where it is not the caches', or, of quantised ones, float32.
+      scale: what a scale of quantised caches covers: a "token" or a "head".
       sinks: whether there is a sink logit per query head.
     """
 
@@ -59,6 +63,7 @@ class Case:
     lens: Literal["ragged", "full"] | tuple[int, ...] = "ragged"
     dtype: str = "float32"
     query_dtype: str | None = None
+    scale: str = "none"
     sinks: bool = False
     attn_scale: float | None = None
     max_context_len: int | None = None
@@ -192,6 +197,8 @@ class Inputs:
     seed: int
     num_pages: int
     num_seq_shards: int
+    scales: Any = None  # of quantised caches, as `page_attention` takes them
+    pages: tuple[quantised.Pages, ...] = ()  # of their keys and their values
 
     @property
     def arrays(self) -> tuple:
@@ -254,14 +261,18 @@ def make(
     if not poison:
         caches = np.where(np.isnan(caches), rng.standard_normal(caches.shape, np.float32), caches)
 
-    key_cache, value_cache = lay_out(*caches.astype(_DTYPES[case.dtype]), kv_layout)
+    query_dtype, scales, pages = case.query_dtype or case.dtype, None, ()
+    if case.scale == "none":
+        stored = caches.astype(_DTYPES[case.dtype])
+    else:
+        kept = ~np.isnan(caches).any(axis=(0, 3, 4))
+        stored, scales, pages = quantise(np.nan_to_num(caches), case, kept, packed)
+        query_dtype = case.query_dtype or "float32"
+    key_cache, value_cache = lay_out(*stored, kv_layout)
     if packed:
-        key_cache, value_cache = (
-            None if cache is None else cache.reshape(*cache.shape[:-2], -1, 128)
-            for cache in (key_cache, value_cache)
-        )
+        key_cache, value_cache = map(packed_rows, (key_cache, value_cache))
     return Inputs(
-        query=query.astype(_DTYPES[case.query_dtype or case.dtype]),
+        query=query.astype(_DTYPES[query_dtype]),
         key_cache=key_cache,
         value_cache=value_cache,
         context_lens=lens,
@@ -272,7 +283,29 @@ def make(
         seed=seed,
         num_pages=num_pages,
         num_seq_shards=num_seq_shards,
+        scales=scales,
+        pages=pages,
     )
+
+
+def quantise(caches, case, kept: np.ndarray, packed: bool, head_scales=None):
+    """Keys and values `[pages, page, kv_heads, dim]` as a case, or step, stores them: the arrays,
+    their scales, and what they stand for. What is not kept `[pages, page]` is poison."""
+    if case.scale == "head" and head_scales is None:
+        head_scales = [quantised.calibrated(tokens[kept], case.dtype) for tokens in caches]
+    pages = tuple(
+        quantised.pages_of(tokens, case.dtype, scales, kept)
+        for tokens, scales in zip(caches, head_scales or (None, None), strict=True)
+    )
+    scales = tuple(x.scales for x in pages)
+    if case.scale == "token":
+        scales = quantised.lay_out_scales(*scales, 128 // case.head_dim if packed else 1)
+    return [x.stored for x in pages], scales, pages
+
+
+def packed_rows(cache: np.ndarray | None) -> np.ndarray | None:
+    """A cache, or none, with as many tokens in a row as fill 128 elements."""
+    return None if cache is None else cache.reshape(*cache.shape[:-2], -1, 128)
 
 
 def lay_out(keys: np.ndarray, values: np.ndarray, kv_layout: str):

@@ -21,6 +21,7 @@ def page_attention(
     sinks=None,
     max_context_len=None,
     num_seq_shards=1,
+    attend_token=None,
 ):
     """Attends every sequence to its own cached tokens.
 
@@ -38,6 +39,7 @@ def page_attention(
       sinks: [num_heads], one more logit per head that takes weight and adds no value.
       max_context_len: a longer context is an error of the caller.
       num_seq_shards: sequences, and with them pages, are split into this many equal parts.
+      attend_token: what takes the place of `_attend_token`, to see what rounding costs.
 
     Returns:
       (out [num_seqs, num_heads, head_dim], lse [num_seqs, num_heads]) in float64. A sequence
@@ -58,6 +60,7 @@ def page_attention(
         sinks=sinks,
         max_context_len=max_context_len,
         num_seq_shards=num_seq_shards,
+        attend_token=attend_token,
     )
 
 
@@ -78,6 +81,7 @@ def step_attention(
     sinks=None,
     max_context_len=None,
     num_seq_shards=1,
+    attend_token=None,
 ):
     """Attends with the last tokens of every sequence to its cached tokens.
 
@@ -135,7 +139,7 @@ def step_attention(
             if valid:
                 pages = [table[position // page_size] for position in positions]
                 slots = [position % page_size for position in positions]
-                out[next_query], lse[next_query] = _attend_token(
+                out[next_query], lse[next_query] = (attend_token or _attend_token)(
                     query[next_query],
                     keys[pages, slots],
                     values[pages, slots],

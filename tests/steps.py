@@ -5,14 +5,16 @@ looked up, NaN in every slot that no query reads, and in new tokens' own slots u
 """
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from shardpage import PagedKVCache, Plan, Tuning, make_plan
 
-from . import cases, reference
+from . import cases, quantised, reference
 from .backends import interpret
 from .cases import Case, Placement, cache_options
 from .tolerance import assert_close
@@ -41,6 +43,7 @@ class Step:
     page_size: int = 8
     max_blocks: int = 12
     dtype: str = "float32"
+    scale: str = "none"  # what a scale of a quantised cache covers
 
     @property
     def mask(self) -> dict:
@@ -95,6 +98,9 @@ class StepInputs:
     sinks: np.ndarray | None
     kv_layout: str
     num_seq_shards: int
+    scales: Any = None  # of a quantised cache, as `PagedKVCache.of` takes them
+    scales_before: Any = None
+    pages: tuple[quantised.Pages, ...] = ()  # of its keys and its values, with the new tokens
 
     @property
     def num_queries(self) -> int:
@@ -107,7 +113,9 @@ class StepInputs:
         if not written:
             arrays = (self.key_cache_before, self.value_cache_before)
         arrays = [None if x is None else jnp.asarray(x) for x in arrays]
-        return PagedKVCache.of(*arrays, **cache_options(self.kv_layout, self.step.head_dim))
+        options = cache_options(self.kv_layout, self.step.head_dim)
+        scales = jax.tree.map(jnp.asarray, self.scales if written else self.scales_before)
+        return PagedKVCache.of(*arrays, **options, scales=scales)
 
 
 def make(
@@ -118,8 +126,12 @@ def make(
     num_seq_shards: int = 1,
     num_context_shards: int = 1,
     placement: Placement = "random",
+    packed: bool = False,
 ) -> StepInputs:
-    """Draws the arrays of a step; see `cases.make`. Sequences keep their order over shards."""
+    """Draws the arrays of a step; see `cases.make`. Sequences keep their order over shards.
+
+    Of a quantised cache queries and new tokens are float32.
+    """
     lens, query_lens = (np.array(x, np.int32) for x in zip(*step.seqs, strict=True))
     case = Case(
         step.name,
@@ -130,7 +142,7 @@ def make(
         page_size=step.page_size,
         max_blocks=step.max_blocks,
         lens=tuple(map(int, lens)),
-        dtype=step.dtype,
+        dtype="float32" if step.scale != "none" else step.dtype,
         sinks=step.sinks,
     )
     inputs = cases.make(
@@ -166,11 +178,17 @@ def make(
             if position >= length - new:
                 row = at[seq] + position - (length - new)
                 pages[0][page, slot], pages[1][page, slot] = key[row], value[row]
-    caches = []
+    caches, scales, stand_for = [], [], ()
     for kept in (read, before):
         nan = np.array(np.nan, query.dtype)
-        poisoned = [np.where(kept[..., None, None], x, nan) for x in pages]
-        caches += cases.lay_out(*poisoned, kv_layout)
+        stored = [np.where(kept[..., None, None], x, nan) for x in pages]
+        if step.scale != "none":
+            same = scales[0] if scales and step.scale == "head" else None
+            stored, kept_scales, kept_pages = cases.quantise(pages, step, kept, packed, same)
+            stand_for = stand_for or kept_pages
+            scales.append(kept_scales)
+        arrays = cases.lay_out(*stored, kv_layout)
+        caches += [cases.packed_rows(x) if packed else x for x in arrays]
     return StepInputs(
         step,
         query,
@@ -183,6 +201,8 @@ def make(
         inputs.sinks,
         kv_layout,
         num_seq_shards,
+        *scales,
+        pages=stand_for,
     )
 
 
@@ -213,19 +233,24 @@ def planned(inputs: StepInputs, backend: str, mesh: Mesh | None, cache: PagedKVC
     )
 
 
-def exact(inputs: StepInputs) -> tuple[np.ndarray, np.ndarray]:
-    """The oracle's (out, lse)."""
+def exact(inputs: StepInputs, attend_token=None) -> tuple[np.ndarray, np.ndarray]:
+    """The oracle's (out, lse); of a quantised cache, of what its pages stand for."""
+    caches, kv_layout = (inputs.key_cache, inputs.value_cache), inputs.kv_layout
+    if inputs.pages:
+        key, value = inputs.pages
+        caches = key.exact, value.with_folded if attend_token else value.exact
+        kv_layout = "tokens_first"
     return reference.step_attention(
         inputs.query,
-        inputs.key_cache,
-        inputs.value_cache,
+        *caches,
         inputs.context_lens,
         inputs.block_tables,
         inputs.query_lens,
-        kv_layout=inputs.kv_layout,
+        kv_layout=kv_layout,
         sinks=inputs.sinks,
         soft_cap=inputs.step.soft_cap,
         num_seq_shards=inputs.num_seq_shards,
+        attend_token=attend_token,
         **inputs.step.mask,
     )
 
@@ -233,11 +258,15 @@ def exact(inputs: StepInputs) -> tuple[np.ndarray, np.ndarray]:
 def assert_exact(inputs: StepInputs, out, lse):
     """Fails where (out, lse) is further from the oracle than rounding to the dtype goes."""
     exact_out, exact_lse = exact(inputs)
+    assert out.dtype == inputs.query.dtype
+    if inputs.pages:
+        plain_out, plain_lse = exact(inputs, quantised.plain_token)
+        assert_close("out", out, exact_out, plain_out)
+        return assert_close("lse", lse, exact_lse, plain_lse)
     # Weights are rounded to the cache's dtype before the second matmul, outputs after it.
     rounding = 2 * float(np.finfo(np.float32).eps)
     if inputs.step.dtype == "bfloat16":
         rounding = 2.0**-8 * 2
     plain_out = exact_out + rounding * np.nan_to_num(np.abs(exact_out)).max()
-    assert out.dtype == inputs.query.dtype
     assert_close("out", out, exact_out, plain_out)
     assert_close("lse", lse, exact_lse, exact_lse + 1e-5)

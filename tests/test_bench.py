@@ -17,6 +17,7 @@ from launch.bench import (
     flashinfer,
     inputs,
     peers,
+    quantised,
     shapes,
     sharded,
     step_peers,
@@ -24,7 +25,7 @@ from launch.bench import (
     timing,
     write,
 )
-from launch.bench.report import COPY, OURS, PLANNED, Row, table
+from launch.bench.report import COPY, OURS, PLANNED, UNQUANTISED, Row, table
 from launch.bench.shapes import Shape, Step, Tokens
 from launch.bench.timing import Timing
 
@@ -46,6 +47,8 @@ def small(monkeypatch):
     """Lets the command measure small shapes only."""
     monkeypatch.setattr(timing, "copy_roof", lambda platform: (10.0, "made up"))
     monkeypatch.setattr(shapes, "decode_shapes", lambda platform, suite: (SMALL,))
+    narrow = dataclasses.replace(SMALL, name="narrow", dtype="bfloat16")
+    monkeypatch.setattr(shapes, "quantised_shapes", lambda platform, suite: (narrow,))
     monkeypatch.setattr(shapes, "step_shapes", lambda platform, suite: (STEP,))
     monkeypatch.setattr(shapes, "write_shapes", lambda suite: (TOKENS,))
     long = dataclasses.replace(SMALL, name="long", num_seqs=1)
@@ -183,6 +186,27 @@ class TestDecode:
         assert expected.error_of(outs[0]) > expected.limit
 
 
+class TestQuantised:
+    SHAPE = dataclasses.replace(SMALL, dtype="bfloat16")
+
+    def test_each_cache_counts_the_bytes_that_it_stores(self):
+        found = {row.name: row for row in quantised.measure(self.SHAPE, "cpu", 10.0)}
+        assert list(found) == [UNQUANTISED, *quantised.DTYPES]
+        tokens = int(self.SHAPE.context_lens.sum())
+        assert found[UNQUANTISED].useful_bytes == tokens * 2 * 8 * 32 * 2
+        for dtype in quantised.DTYPES:
+            assert found[dtype].useful_bytes == tokens * 2 * 8 * (32 + 4)
+        assert table([*found.values()])[1][-2] == "1.00 x"
+
+    def test_a_cache_without_its_scales_is_seen(self, monkeypatch):
+        half = lambda cache: cache.replace(cache.arrays, [x / 2 for x in cache.scales])
+        attend = quantised._attend
+        wrong = lambda query, cache, *others: attend(query, half(cache), *others)
+        monkeypatch.setattr(quantised, "_attend", wrong)
+        with pytest.raises(RuntimeError, match=r"small, int8: error .*, rounding allows"):
+            list(quantised.measure(self.SHAPE, "cpu", 10.0))
+
+
 class TestWrite:
     def test_both_ways_are_right_and_timed(self):
         rows = {row.name: row for row in write.measure(TOKENS, 10.0)}
@@ -282,9 +306,10 @@ class TestCommand:
         result = run("all", "--simulate", "8", "--json", str(kept), "--plot", str(picture))
         assert result.exit_code == 0, result.output
         report = json.loads(kept.read_text())
-        assert {row["bench"] for row in report["rows"]} == {"decode", "write", "steps", "sharded"}
+        benches = ("decode", "quantised", "write", "steps", "sharded")
+        assert {row["bench"] for row in report["rows"]} == {*benches}
         assert report["command"] == "shardpage bench all --suite quick --simulate 8"
-        for bench in ("decode", "write", "steps", "sharded"):
+        for bench in benches:
             drawn = tmp_path / f"new_{bench}.png"
             assert drawn.read_bytes().startswith(b"\x89PNG")
         again = run("decode", "--simulate", "8", "--compare", str(kept))

@@ -23,6 +23,7 @@ from shardpage import (
 
 from . import reference
 from .cases import KV_LAYOUTS, TOKEN_LAYOUTS, build_mesh
+from .quantised import DTYPES
 
 SIZES = {"num_pages": 16, "num_kv_heads": 4, "page_size": 8, "head_dim": 64}
 
@@ -157,22 +158,45 @@ def test_nothing_but_the_named_slots_changes(data):
 # Memory
 
 
-def written(kv_layout, dtype, num_tokens=8, **sizes):
+def written(kv_layout, dtype, num_tokens=8, layer=None, **sizes):
     sizes = {"num_pages": 512, "num_kv_heads": 8, "page_size": 16, "head_dim": 128} | sizes
-    cache = jax.eval_shape(functools.partial(PagedKVCache.zeros, **sizes, dtype=dtype,
-                                             kv_layout=kv_layout))  # fmt: skip
+    cache = PagedKVCache.abstract(**sizes, dtype=dtype, kv_layout=kv_layout)
+    dtype = jnp.bfloat16 if cache.scales else dtype
     token = jax.ShapeDtypeStruct((num_tokens, sizes["num_kv_heads"], sizes["head_dim"]), dtype)
     ids = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
     tables = jax.ShapeDtypeStruct((num_tokens, 4), jnp.int32)
-    call = jax.jit(write_kv, donate_argnums=0).lower(cache, token, token, ids, ids, tables)
+    write = functools.partial(write_kv, layer=layer)
+    call = jax.jit(write, donate_argnums=0).lower(cache, token, token, ids, ids, tables)
     cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
     return call.compile().memory_analysis(), cache_bytes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", *DTYPES])
 @pytest.mark.parametrize("kv_layout", KV_LAYOUTS + TOKEN_LAYOUTS)
 def test_a_write_aliases_the_donated_cache_and_copies_nothing(kv_layout, dtype):
     memory, cache_bytes = written(kv_layout, dtype)
+    assert memory.alias_size_in_bytes == cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 50
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales", "kv_layout", "packed"),
+    [
+        ("bfloat16", None, "heads_first", None),
+        ("bfloat16", None, "blocks_first", True),
+        ("bfloat16", None, "interleaved_words", None),
+        ("int8", "token", "fused", None),
+        ("int8", "head", "blocks_first", True),
+        ("float8_e4m3fn", "token", "heads_first", True),
+        ("float8_e4m3fn", "head", "tokens_first", None),
+        ("float8_e5m2", "token", "interleaved_words", None),
+        ("float8_e5m2", "head", "fused", True),
+    ],
+)
+def test_so_does_one_to_a_layer(dtype, scales, kv_layout, packed):
+    options = {"num_layers": 3, "packed": packed, "scales": scales}
+    sizes = {"page_size": 32, "head_dim": 64 if packed else 128}
+    memory, cache_bytes = written(kv_layout, dtype, layer=1, **options, **sizes)
     assert memory.alias_size_in_bytes == cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 50
 
@@ -294,7 +318,8 @@ def bad(**changes):
         ({"positions": np.zeros(4, np.float32)}, "positions must hold integers"),
         ({"positions": np.zeros((4, 1), np.int32)}, r"positions must be \[num_tokens\]"),
         ({"block_tables": np.zeros(3, np.int32)}, r"block_tables must be \[num_seqs, max_blocks\]"),
-        ({"dtype": jnp.int8}, "dtype=int8 is no cache's; choose one of"),
+        ({"dtype": jnp.int16}, "dtype=int16 is no cache's; choose one of"),
+        ({"dtype": jnp.int8}, r"a cache of int8 needs scales; .* of\(..., scales=\)"),
         ({"value_pages": 5}, r"key_cache is bfloat16\[.*\] but value_cache bfloat16\[5, .*must be"),
         ({"backend": "cuda"}, r"backend='cuda' is none of \('xla', 'pallas_tpu', 'pallas_gpu'\)"),
         ({"mesh": "data=8"}, r"num_seqs=2 must be divisible by the 8 shards"),
@@ -313,7 +338,7 @@ def test_bad_writes_are_refused(changes, message):
     ("changes", "message"),
     [
         ({"num_pages": 0}, "num_pages=0 must be a positive integer"),
-        ({"dtype": jnp.int8}, r"dtype=int8 is no cache's; choose one of \('float32', 'bfloat16"),
+        ({"dtype": jnp.int16}, r"dtype=int16 is no cache's; choose one of \('float32', 'bfloat16"),
         ({"kv_layout": "pages"}, "kv_layout='pages' is unknown; choose one of"),
         ({"packed": True, "head_dim": 80}, "packed=True needs a head_dim below 128 that divides"),
         ({"packed": True, "page_size": 1}, "a page_size that is a multiple of 128 // head_dim"),

@@ -15,7 +15,7 @@ from launch.__main__ import app
 from launch.devices import fitting_specs
 from launch.generate.console import PlainOutput
 from launch.jobs.generate import read_prompts
-from launch.verify import checks
+from launch.verify import checks, oracle
 
 from . import tiny_model
 
@@ -62,6 +62,19 @@ def test_generate_answers_shows_and_writes(tiny, tmp_path):
     assert list(tmp_path.glob(".out*")) == []  # nothing half-written is left
 
 
+def test_a_quantised_cache_says_its_bytes(tiny, tmp_path):
+    out = tmp_path / "out.json"
+    cache = ("--mesh", "data=2,kv=3", "--kv-dtype", "int8")
+    result = run("generate", *cache, "--raw", "--max-new-tokens", 3, "-p", "x", "--json", out)
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text(encoding="utf-8"))
+    keys_and_values = 2 * tiny_model.NUM_LAYERS * tiny_model.NUM_KV_HEADS
+    num_bytes = keys_and_values * (tiny_model.HEAD_DIM + 4)  # and a float32 scale
+    assert report["kv_bytes_per_token"] == num_bytes
+    assert report["settings"]["kv_dtype"] == "int8"
+    assert f"KV cache of int8: {num_bytes} bytes a token" in one_line(result.output)
+
+
 def test_a_prompt_too_long_for_the_pool_fails_and_the_others_are_answered(tiny, tmp_path):
     out = tmp_path / "out.json"
     result = run(
@@ -92,6 +105,7 @@ def test_a_prompt_too_long_for_the_pool_fails_and_the_others_are_answered(tiny, 
         (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--dtype", "int8"], "--dtype"),
+        (["--kv-dtype", "int4"], "--kv-dtype"),
     ],
 )
 def test_usage_errors_say_what_would_work(tiny, arguments, message):
@@ -196,6 +210,27 @@ def test_verify_prints_the_matrix_and_fails_on_a_miss(monkeypatch):
         result = run("verify", "--mesh", "data=2,context=2")
         assert result.exit_code == 1
         assert "MISS xla blocks_first float32 plain" in one_line(result.output)
+
+
+def test_verify_quantises_by_itself(monkeypatch):
+    monkeypatch.setattr(checks, "OPTIONS", {})
+    monkeypatch.setattr(checks, "STEPS", {})
+    monkeypatch.setattr(checks, "COLUMNS", ("write",))
+    one = ("verify", "--mesh", "data=1", "--backend", "xla", "--kv-dtype", "int8")
+    result = run(*one)
+    assert result.exit_code == 0, result.output
+    assert "1 exact up to rounding" in one_line(result.output)
+
+    monkeypatch.setattr(oracle, "largest", lambda dtype: 126.0)  # scales of one part in 127 more
+    result = run(*one)
+    assert result.exit_code == 1
+    assert "MISS xla blocks_first int8 token write" in one_line(result.output)
+
+
+def test_verify_refuses_a_dtype_that_a_backend_is_not_checked_with():
+    result = run("verify", "--backend", "pallas_tpu", "--kv-dtype", "float8_e5m2")
+    assert result.exit_code == 2
+    assert "float8_e5m2 is in no row of backend pallas_tpu" in one_line(result.output)
 
 
 def test_verify_is_exact_for_every_backend_and_layout():

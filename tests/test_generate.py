@@ -66,6 +66,7 @@ def make_engine(
     num_pages=None,
     rows=None,
     max_blocks=None,
+    dtype=jnp.float32,
     **kw,
 ):
     shards = model.layout.shards(model.mesh)
@@ -76,7 +77,7 @@ def make_engine(
     if num_pages is None:
         num_pages = -(-sum(blocks) // shards.context) * shards.pages
     pool = Pool(rows, num_pages, page_size, max_blocks=max_blocks or max(blocks))
-    return Engine(model, weights, pool, dtype=jnp.float32, stop_id=stop_id, **kw)
+    return Engine(model, weights, pool, dtype=dtype, stop_id=stop_id, **kw)
 
 
 def assert_tokens_match(ids, oracle) -> None:
@@ -309,14 +310,27 @@ def test_stopping_early_keeps_what_there_is_and_frees_the_pages(tiny_file, alone
     assert engine.rows.allocator.num_free() == engine.pool.num_pages
 
 
-def test_running_answers_move_to_another_mesh(tiny_file, alone):
+SCALES = np.full((tiny_model.NUM_LAYERS, tiny_model.NUM_KV_HEADS), 0.01, np.float32)
+SCALES *= np.arange(1, 1 + SCALES.size).reshape(SCALES.shape)
+CACHES = {
+    "float32": {},
+    "token": {"dtype": "float8_e4m3fn"},
+    "head": {"dtype": "float8_e4m3fn", "scales": (SCALES, 2 * SCALES)},
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_running_answers_move_to_another_mesh(tiny_file, alone, kind):
+    if kind != "float32":
+        exact, (alone, _) = alone, tiny_serve(tiny_file, **CACHES[kind])
+        assert alone != exact  # it says of what it is made
     requests = tiny_requests(tiny_file)
     requests[0].max_new_tokens = 6
     there, here = (Model(tiny_file.config(), build_mesh(m)) for m in ("data=2,context=4", "kv=3"))
     there_weights, weights = (
         put_weights(tiny_file.weights(), model.split, jnp.float32) for model in (there, here)
     )
-    options = {"num_pages": 16, "rows": 2, "step_tokens": 16}
+    options = {"num_pages": 16, "rows": 2, "step_tokens": 16, **CACHES[kind]}
     engine = make_engine(there, there_weights, requests, tiny_model.STOP_ID, **options)
     half_read, has_moved = requests[4], False
     for event in engine.run([*requests[:2], half_read, *requests[2:4]]):
@@ -331,6 +345,7 @@ def test_running_answers_move_to_another_mesh(tiny_file, alone):
         assert engine.model is there
         engine.move_to(here, weights, Pool(3, 16, 16, 5))
         assert engine.cache.key.sharding.mesh == here.mesh
+        assert engine.cache.scale == (kind if kind in ("token", "head") else "none")
         assert engine.rows.allocator.num_free() == 16 - 7
         has_moved = True
     assert has_moved

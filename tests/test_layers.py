@@ -82,6 +82,8 @@ def test_layers_of_a_scan_are_caches_of_their_own(spec, kv_layout):
         ("data=2,context=2,kv=2", "mixed", "blocks_first", "float32"),
         (None, "one_token", "interleaved", "float32"),
         (None, "one_token", "interleaved_words", "float16"),
+        (None, "mixed", "heads_first", "bfloat16"),
+        ("data=2,context=2,kv=2", "mixed", "fused", "bfloat16"),
     ],
 )
 def test_a_scan_copies_no_cache_and_plans_nothing(spec, step, kv_layout, dtype):

@@ -17,6 +17,7 @@ from shardpage.backends.pallas_gpu import config, share, tiles
 from shardpage.options import Attention, Tuning
 from shardpage.page_format import KVLayout, PageFormat
 from shardpage.plan import Reads, Writes
+from shardpage.quantise import Stored
 
 from . import tolerance
 from .cases import CASES, KV_LAYOUTS, TOKEN_LAYOUTS, Case, build_mesh, make
@@ -225,7 +226,8 @@ class TestLowersForCuda:
         writes = Writes(*[jax.ShapeDtypeStruct((65,), jnp.int32)] * 2)
         write = functools.partial(pallas_gpu.write, work=None, tuning=COMPILED)
         call = jax.jit(write, donate_argnums=0)
-        exported = jax.export.export(call, platforms=["cuda"])(cache, tokens, tokens, writes)
+        stored = Stored(tokens, tokens)
+        exported = jax.export.export(call, platforms=["cuda"])(cache, stored, writes)
         assert exported.mlir_module().count("mosaic_gpu_v2") == 1
 
     def test_on_a_mesh(self):
@@ -373,9 +375,9 @@ def check_write(layout, num_tokens, tuning, heads=3, head_dim=80):
     page, slot = np.divmod(rng.permutation(num_pages * 8)[:num_tokens], 8)
     page[::4] = num_pages
     writes = Writes(jnp.asarray(page, jnp.int32), jnp.asarray(slot, jnp.int32))
-    tokens = draw(num_tokens, heads, head_dim), draw(num_tokens, heads, head_dim)
-    expected = xla.write(cache, *tokens, writes, None, Tuning(backend="xla"))
-    got = jax.jit(pallas_gpu.write, static_argnums=5)(cache, *tokens, writes, None, tuning)
+    tokens = Stored(draw(num_tokens, heads, head_dim), draw(num_tokens, heads, head_dim))
+    expected = xla.write(cache, tokens, writes, None, Tuning(backend="xla"))
+    got = jax.jit(pallas_gpu.write, static_argnums=4)(cache, tokens, writes, None, tuning)
     for actual, array in zip(got.arrays, expected.arrays, strict=True):
         np.testing.assert_array_equal(actual, array)
 

@@ -3,17 +3,21 @@
 import concurrent.futures
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 
 import meshes
 from launch.plan import issue, report
-from launch.plan.bound import Device, links_used, sent_bytes
+from launch.plan.bound import Device, links_used, quick_bound, sent_bytes
 from launch.plan.compile import compile_layer, split_for
 from launch.plan.estimate import confirm_largest_batch, estimate, shrink_to_fit
 from launch.plan.issue import Issue, Schedule
 from launch.plan.read import read_layer
-from launch.plan.workload import LayerKind, Model, Workload, preset_names
+from launch.plan.workload import QUANTISED, LayerKind, Model, Workload, preset_names
 from launch.schedule import worker
+from shardpage import PagedKVCache
 
 from .plans import CACHE_BYTES, MODEL, V5E, WORK, planned
 
@@ -45,7 +49,8 @@ class TestWorkload:
             ({"new_tokens": 0}, "new tokens must be 1 or more; got 0"),
             ({"new_tokens": 513}, "new tokens must be among the 512 of a context; got 513"),
             ({"page_size": -1}, "page size must be 1 or more"),
-            ({"dtype": "int8"}, "dtype 'int8' is none of float32, bfloat16, float16"),
+            ({"dtype": "int4"}, "dtype 'int4' is none of float32, .*, int8, float8_e4m3fn, "),
+            ({"query_dtype": "int8"}, "query dtype 'int8' is none of float32, bfloat16, float16$"),
             ({"kv_layout": "rows"}, "KV layout 'rows' is none of blocks_first"),
         ],
     )
@@ -89,6 +94,30 @@ class TestCompiled:
         assert layer.cache_bytes == 2 * 4096 * 2 * lanes * 2 * 2
         assert layer.copied_bytes == 0
         assert layer.temp_bytes < layer.cache_bytes / 4
+
+    @pytest.mark.parametrize("dtype", QUANTISED)
+    def test_quantised_pages_and_their_scales(self, dtype):
+        work = dataclasses.replace(WORK, dtype=dtype, page_size=64)
+        bounds, exact = planned("data=4,kv=2", work), planned("data=4,kv=2")
+        assert work.head_bytes == 2 * (128 + 4)
+        # Scales of keys and of values fill the 128 lanes of a row.
+        assert bounds.memory.cache == exact.memory.cache * 132 / 256 == CACHE_BYTES * 132 / 256 / 8
+        assert all(layer.copied_bytes == 0 for layer in bounds.layers)
+        assert quick_bound(work, {"data": 4, "kv": 2, "context": 1}, bounds.device) <= (
+            bounds.times.total
+        )
+        assert bounds.largest_batch > 1.9 * exact.largest_batch
+
+    @pytest.mark.parametrize(("page_size", "lanes"), [(32, 128), (64, 128), (96, 256)])
+    def test_a_tpu_pads_scales_of_four_bytes_and_of_two_alike(self, page_size, lanes):
+        """Narrower scales would save nothing, since two of them do not share a lane."""
+        mesh = Mesh(meshes.topology("v6e:2x2").devices.flat[:1], ("data",))
+        cache = PagedKVCache.abstract(1024, 8, page_size, 128, dtype="int8", mesh=mesh)
+        [scales] = cache.scales
+        for dtype in (jnp.float32, jnp.bfloat16):
+            given = jax.ShapeDtypeStruct(scales.shape, dtype, sharding=scales.format)
+            memory = jax.jit(lambda x: x[0]).lower(given).compile().memory_analysis()
+            assert memory.argument_size_in_bytes == 1024 * 8 * lanes * 4
 
     def test_heads_that_do_not_divide_give_to_context(self):
         bounds = planned("kv=8")
@@ -261,6 +290,19 @@ class TestIssue:
         assert (found.cores, found.executed_seqs, found.num_seqs) == (1, 64, 64)
         assert bounds.times is not None
         assert bounds.times.issue is not None
+
+    def test_quantised_caches_are_executed_and_pages_that_do_not_fit_refused(self):
+        model = Model("one", 8, 1, 128, (LayerKind(1),))
+        work = Workload(model, batch=16, context=1024, page_size=64, dtype="int8")
+        mesh = meshes.topology("v6e:2x2", "data=4")
+        bounds = estimate(work, mesh)
+        assert bounds.issue.schedule is not None
+        assert bounds.memory.cache == 4 * 1024 * 2 * (128 + 4)
+        assert bounds.times is not None
+        assert bounds.times.issue is not None
+        assert bounds.memory.cache / 1.64e12 < bounds.times.hbm < bounds.times.issue
+        with pytest.raises(NotImplementedError, match="tiles of 32 rows; use page_size=32"):
+            estimate(dataclasses.replace(work, page_size=16), mesh)
 
     def test_chunks_of_prompts(self):
         """Bound by the matrix units at least, and executed; the chunk that fits is the context."""

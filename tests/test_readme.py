@@ -27,7 +27,7 @@ LINKS = [
 ]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["one device", "mesh", "step"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["one device", "mesh", "step", "quantised"])
 def test_examples_run_as_they_stand(example, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -68,6 +68,29 @@ def test_sentences_agree_with_the_reports():
         f"{cpu[0]:.1f} to {cpu[-1]:.0f} times as fast as ejkernel's",
     ):
         assert claim in text
+
+
+def test_what_quantised_caches_cost_agrees_with_the_report():
+    rows = publish.load("kv_quality")["rows"]
+    found = {(row["dtype"], row["scale"]): row for row in rows}
+    perplexity = {kind: f"{row['perplexity']:.2f}" for kind, row in found.items()}
+    same = {kind: f"{100 * row['same_likeliest']:.1f}" for kind, row in found.items()}
+    formats = ("int8", "float8_e4m3fn", "float8_e5m2")
+    int8, e4m3fn, e5m2 = ((dtype, "token") for dtype in formats)
+    for claim in (
+        f"{perplexity['float32', '']} with a cache of float32",
+        f"and {perplexity['bfloat16', '']} with bfloat16",
+        f"{perplexity[int8]} with int8, {perplexity[e4m3fn]} with e4m3fn and {perplexity[e5m2]}",
+        f"in {same[int8]}, {same[e4m3fn]} and {same[e5m2]} per cent of the places",
+        f"(int8: {perplexity['int8', 'head']}, {same['int8', 'head']} per cent)",
+    ):
+        assert claim in " ".join(README.split())
+    for dtype in formats:
+        by_token, by_head = found[dtype, "token"], found[dtype, "head"]
+        for loss in ("perplexity", "mean_logit_error", "largest_logit_error"):
+            assert by_token[loss] < by_head[loss]
+        assert by_token["same_likeliest"] > by_head["same_likeliest"]
+        assert by_token["equal_median"] > by_head["equal_median"]
 
 
 @pytest.mark.parametrize(("document", "link"), LINKS)

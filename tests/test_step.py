@@ -239,6 +239,27 @@ def test_gradients_are_those_of_finite_differences(spec, step):
     assert sum(jax.tree.leaves(products)) == pytest.approx(numeric, rel=2e-2, abs=2e-2)
 
 
+@pytest.mark.parametrize("layer", [None, 1])
+def test_gradients_go_through_a_write(layer):
+    """Those of a bfloat16 cache, which CPUs write as integers, are a float32 cache's, rounded."""
+    inputs, grads = steps.make(steps.named("mixed")), []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        sizes = {"num_kv_heads": 4, "page_size": 8, "head_dim": 64, "dtype": dtype}
+        layers = None if layer is None else 2
+        cache = shardpage.PagedKVCache.zeros(inputs.cache().num_pages, **sizes, num_layers=layers)
+        plan = steps.planned(inputs, "xla", None, cache)
+
+        def loss(key, value, cache=cache, plan=plan):
+            new = shardpage.write_kv(cache, key, value, plan, layer=layer)
+            return jnp.sum(jnp.sin(shardpage.attend(inputs.query, new, plan, layer=layer)))
+
+        grads.append(jax.jit(jax.grad(loss, argnums=(0, 1)))(inputs.key, inputs.value))
+    for exact, rounded in zip(*grads, strict=True):
+        size = float(jnp.abs(exact).max())
+        assert size > 0.1
+        np.testing.assert_allclose(rounded, exact, atol=2.0**-5 * size)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_temporaries_of_many_prompts_fit_96_mb(dtype):
     """8192 queries over 64 sequences of 8192 tokens: no second array of results, no wider one."""

@@ -11,6 +11,7 @@ import meshes
 from shardpage import (
     PageAllocator,
     PagedKVCache,
+    QuantisedPages,
     ShardLayout,
     attend,
     make_plan,
@@ -21,14 +22,17 @@ from shardpage import (
 
 from . import steps
 from .cases import TOKEN_LAYOUTS, build_mesh
+from .quantised import DTYPES, SCALES
 
-BITS = {2: np.uint16, 4: np.uint32}
+BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 def make_cache(spec=None, axis_type="Auto", num_pages=16, num_kv_heads=4, **options):
-    """A cache whose every bit is drawn: NaN, -0 and infinity among its values."""
+    """A cache whose every bit is drawn: NaN, -0 and infinity among its values, and its scales."""
     mesh = None if spec is None else build_mesh(spec, axis_type)
     options = {"dtype": jnp.float32, "kv_layout": "blocks_first"} | options
+    if options.get("scales") == "head":
+        options["scales"] = head_scales(num_kv_heads, options.get("num_layers"))
     cache = PagedKVCache.zeros(num_pages, num_kv_heads, 8, 64, mesh=mesh, **options)
     rng = np.random.default_rng(num_pages)
 
@@ -37,7 +41,26 @@ def make_cache(spec=None, axis_type="Auto", num_pages=16, num_kv_heads=4, **opti
         bits = rng.integers(0, np.iinfo(kind).max, array.shape, kind, endpoint=True)
         return jax.device_put(bits.view(array.dtype), array.sharding)
 
-    return jax.tree.map(draw, cache), mesh
+    drawn = jax.tree.map(draw, cache)
+    return drawn if cache.scale != "head" else drawn.replace(drawn.arrays, cache.scales), mesh
+
+
+def head_scales(num_kv_heads, num_layers=None):
+    """Of keys and of values, each another number."""
+    shape = (num_kv_heads,) if num_layers is None else (num_layers, num_kv_heads)
+    numbers = np.arange(1, 1 + 2 * np.prod(shape), dtype=np.float32) / 7
+    return tuple(numbers.reshape(2, *shape))
+
+
+def scales_of(cache):
+    """[layers, pages, 2, heads, page_size] of tokens, or [layers, 2, heads], by NumPy alone."""
+    (array,) = map(np.asarray, cache.scales)
+    array = array if cache.num_layers is not None else array[None]
+    if cache.scale == "head":
+        return array.swapaxes(1, 2)
+    both = array.reshape(*array.shape[:3], 2, cache.format.pack, -1)  # tokens row by row
+    in_order = both.swapaxes(-1, -2).reshape(*both.shape[:4], -1)
+    return in_order.transpose(0, 1, 3, 2, 4)
 
 
 def content(cache):
@@ -96,6 +119,43 @@ MOVES = {
     "float16": ((None, {"dtype": jnp.float16}), ("kv=4,data=2", {"dtype": jnp.float16})),
 }
 
+# The same of quantised caches: what a scale covers, and what is stored.
+_INT8, _E4M3, _E5M2 = ({"dtype": name} for name in DTYPES)
+_HEAD = {"scales": "head"}
+QUANTISED_MOVES = {
+    "layouts": (
+        (None, _INT8 | {"kv_layout": "heads_first"}),
+        (None, _INT8 | {"kv_layout": "fused"}),
+    ),
+    "packed": ((None, _E4M3 | {"packed": True}), (None, _E4M3 | {"kv_layout": "heads_first"})),
+    "into_packed": ((None, _E5M2), (None, _E5M2 | {"kv_layout": "fused", "packed": True})),
+    "meshes": (
+        ("data=2,context=4", _E4M3 | {"num_layers": 2, "packed": True}),
+        ("kv=4", _E4M3 | {"num_layers": 2, "kv_layout": "heads_first"}),
+    ),
+    "explicit_axes": (
+        ("data=2,context=4", _INT8 | {"axis_type": "Explicit"}),
+        ("context=2,kv=4", _INT8 | {"axis_type": "Explicit"}),
+    ),
+    "token_major": (
+        (None, _E5M2 | {"kv_layout": "tokens_first"}),
+        ("kv=2,context=4", _E5M2 | {"kv_layout": "interleaved"}),
+    ),
+    "words": (
+        (None, _INT8 | {"kv_layout": "interleaved_words", "num_layers": 2, "packed": False}),
+        ("context=4", _INT8 | {"kv_layout": "interleaved_words", "num_layers": 2}),
+    ),
+    "heads": ((None, _INT8 | _HEAD), (None, _INT8 | _HEAD | {"kv_layout": "fused"})),
+    "heads_of_meshes": (
+        ("data=2,context=4", _E4M3 | _HEAD | {"num_layers": 3}),
+        ("kv=4,data=2", _E4M3 | _HEAD | {"num_layers": 3, "kv_layout": "heads_first"}),
+    ),
+    "heads_packed": (
+        ("context=8", _E5M2 | _HEAD | {"packed": True}),
+        ("kv=2,context=4", _E5M2 | _HEAD | {"kv_layout": "tokens_first"}),
+    ),
+}
+
 
 @pytest.mark.parametrize("move", MOVES)
 def test_every_bit_arrives_and_no_other_changes(move):
@@ -112,6 +172,54 @@ def test_every_bit_arrives_and_no_other_changes(move):
     assert target.key.is_deleted()  # donated
     np.testing.assert_array_equal(content(written), expected)
     np.testing.assert_array_equal(content(source), before)
+
+
+@pytest.mark.parametrize("move", QUANTISED_MOVES)
+def test_every_bit_and_its_scale_arrives_and_no_other_changes(move):
+    (spec, options), (to_spec, to_options) = QUANTISED_MOVES[move]
+    source, mesh = make_cache(spec, num_pages=16, **options)
+    target, to_mesh = make_cache(to_spec, num_pages=24, **to_options)
+    ids, to_ids = [3, -1, 15, 0, 9, 6], [11, 5, 2, 23, -1, 17]
+    expected, scales = content(target).copy(), scales_of(target).copy()
+    expected[:, [11, 2, 23, 17]] = content(source)[:, [3, 15, 0, 6]]
+    expected[:, 5] = 0
+    if source.scale == "token":
+        scales[:, [11, 2, 23, 17]] = scales_of(source)[:, [3, 15, 0, 6]]
+        scales[:, 5] = 0
+    before = content(source), scales_of(source)
+    pages = read_pages(source, ids, mesh=mesh)
+    assert isinstance(pages, QuantisedPages)
+    there = [0, 2, 3, 4, 5]
+    np.testing.assert_array_equal(bits(pages.elements)[:, there], before[0][:, [3, 15, 0, 9, 6]])
+    assert not bits(pages.elements)[:, 1].any()
+    if source.scale == "token":
+        expected_scales = before[1][:, [3, 15, 0, 9, 6]]
+        np.testing.assert_array_equal(bits(pages.scales)[:, there], bits(expected_scales))
+        assert not bits(pages.scales)[:, 1].any()
+    else:
+        np.testing.assert_array_equal(np.asarray(pages.scales), before[1])
+    written = write_pages(target, to_ids, jax.device_get(pages), mesh=to_mesh)
+    assert all(x.is_deleted() for x in jax.tree.leaves(target))  # donated
+    np.testing.assert_array_equal(content(written), expected)
+    np.testing.assert_array_equal(bits(scales_of(written)), bits(scales))
+    np.testing.assert_array_equal(content(source), before[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_of_other_scales_of_heads_are_nan_where_values_cannot_be_seen(dtype):
+    """Compiled: those of the heads whose scale differs, in keys and, but for int8, in values."""
+    source, _ = make_cache(dtype=dtype, scales="head")
+    source = source.replace([jnp.ones_like(x) for x in source.arrays])
+    scales = source.scales[0].at[2].multiply(2)
+    target = source.replace([jnp.zeros_like(x) for x in source.arrays], [scales])
+    write = jax.jit(lambda cache, pages: write_pages(cache, [7], pages))
+    cache = write(target, read_pages(source, [3]))
+    tables, lens = np.array([[7]], np.int32), np.array([8], np.int32)
+    plan = make_plan(cache, lens, tables, num_heads=4)
+    out, lse = attend(np.ones((1, 4, 64), np.float32), cache, plan, return_lse=True)
+    seen = np.arange(4) == 2
+    np.testing.assert_array_equal(np.isnan(np.asarray(lse))[0], seen)
+    np.testing.assert_array_equal(np.isnan(np.asarray(out)).all(-1)[0], seen)
 
 
 def test_by_way_of_the_host():
@@ -199,17 +307,28 @@ def query_rows(inputs, num_seq_shards):
     return np.concatenate([np.arange(a, a + n) for a, n in zip(first, counts, strict=True)])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        (jnp.float32, None),
+        (jnp.bfloat16, None),
+        *((dtype, scales) for dtype in DTYPES for scales in SCALES),
+    ],
+)
 @pytest.mark.parametrize("spec", [None, "data=2,kv=2,context=2"])
-def test_memory_is_that_of_the_pages_and_not_of_the_cache(spec, dtype):
+def test_memory_is_that_of_the_pages_and_not_of_the_cache(spec, dtype, scales):
     """Compiled: a cache of sixteen times the pages needs no more, and writing is in place."""
     mesh = build_mesh(spec) if spec else None
     ids, temps = [3, 60, 5], []
     for num_pages in (64, 1024):
         cache = PagedKVCache.abstract(
-            num_pages, 4, 16, 64, dtype=dtype, num_layers=2, kv_layout="heads_first", mesh=mesh
-        )
-        pages = jax.ShapeDtypeStruct((2, len(ids), 2, 4, 16, 64), dtype)
+            num_pages, 4, 16, 64, dtype=dtype, num_layers=2, kv_layout="heads_first", mesh=mesh,
+            scales=scales,
+        )  # fmt: skip
+        elements = pages = jax.ShapeDtypeStruct((2, len(ids), 2, 4, 16, 64), dtype)
+        if scales is not None:
+            shape = (2, 2, 4) if scales == "head" else elements.shape[:-1]
+            pages = QuantisedPages(elements, jax.ShapeDtypeStruct(shape, jnp.float32))
         read = jax.jit(lambda cache: read_pages(cache, ids, mesh=mesh))
         write = jax.jit(lambda cache, x: write_pages(cache, ids, x, mesh=mesh), donate_argnums=0)
         memory = [
@@ -218,7 +337,7 @@ def test_memory_is_that_of_the_pages_and_not_of_the_cache(spec, dtype):
         ]
         assert memory[1].alias_size_in_bytes == cache.bytes_per_device()
         temps.append([each.temp_size_in_bytes for each in memory])
-    moved = np.prod(pages.shape) * pages.dtype.itemsize
+    moved = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pages))
     assert max(temps[1]) < 2 * moved
     assert np.subtract(*temps[::-1]).max() < 8 * 1024  # an int per page of the cache, at most
 
@@ -251,6 +370,11 @@ DESCRIBED = {
     "interleaved": ("kv=2,context=4", {"kv_layout": "interleaved", "num_layers": 2}),
     "words": ("context=4,kv=2", {"kv_layout": "interleaved_words", "dtype": jnp.bfloat16}),
     "padded": (None, {"kv_layout": "interleaved_words", "packed": False}),
+    "int8": ("data=2,kv=2,context=2", {"dtype": jnp.int8, "num_layers": 3}),
+    "e4m3": (None, _E4M3 | {"packed": True, "kv_layout": "fused", "num_layers": 2}),
+    "e5m2": ("kv=4,data=2", _E5M2 | {"kv_layout": "heads_first", "packed": True}),
+    "scales_of_heads": ("kv=2,context=4", _INT8 | _HEAD | {"num_layers": 2}),
+    "scales_of_heads_in_words": (None, _E4M3 | _HEAD | {"kv_layout": "interleaved_words"}),
 }
 
 
@@ -259,28 +383,69 @@ def test_the_description_leads_to_the_bytes_of_each_page(name):
     spec, options = DESCRIBED[name]
     cache, _ = make_cache(spec, num_pages=16, **options)
     description = json.loads(json.dumps(cache.describe()))
-    buffers = {
-        (number, shard.device.id): np.asarray(shard.data).tobytes()
-        for number, array in enumerate(cache.arrays)
-        for shard in array.addressable_shards
-    }
+    assert description["version"] == (1 if cache.scale == "none" else 2)
+    assert ("scales" in description) == (cache.scale != "none")
+    buffers = buffers_of(cache.arrays)
     assert sum(shard["nbytes"] for shard in description["shards"]) == sum(
         map(len, buffers.values())
     )
     exact = content(cache)
+    if cache.scale != "none":
+        scale_buffers, scales = buffers_of(cache.scales), scales_of(cache)
+        held = sum(shard["nbytes"] for shard in description["scales"]["shards"])
+        assert held == sum(map(len, scale_buffers.values()))
+        assert description["scales"]["of"] == cache.scale
     for layer in range(cache.num_layers or 1):
         for page in range(16):
             heads_found = []
             for piece in page_ranges(description, page, layer):
-                found = b"".join(
-                    buffers[at["array"], piece["device"]["id"]][at["offset"] :][: at["length"]]
-                    for at in piece["ranges"]
-                )
                 first, stop = piece["kv_heads"]
+                found = joined(buffers, piece, "ranges")
                 assert found == exact[layer, page, :, first:stop].tobytes()
                 assert piece["replica"] == 0
                 heads_found += range(first, stop)
+                if cache.scale != "none":
+                    of_page = scales[layer] if cache.scale == "head" else scales[layer, page]
+                    found = joined(scale_buffers, piece, "scale_ranges")
+                    assert found == of_page[:, first:stop].tobytes()
             assert sorted(heads_found) == list(range(4))
+
+
+def buffers_of(arrays):
+    """The bytes of each array on each device."""
+    return {
+        (number, shard.device.id): np.asarray(shard.data).tobytes()
+        for number, array in enumerate(arrays)
+        for shard in array.addressable_shards
+    }
+
+
+def joined(buffers, piece, name):
+    """The bytes of a device's ranges."""
+    return b"".join(
+        buffers[at["array"], piece["device"]["id"]][at["offset"] :][: at["length"]]
+        for at in piece[name]
+    )
+
+
+def test_the_descriptions_formula_leads_to_each_scale():
+    cache, _ = make_cache("kv=2,context=4", num_layers=2, packed=True, dtype="int8")
+    scales, exact = cache.describe()["scales"], scales_of(cache)
+    page, layer, head, kv = 9, 1, 3, 1
+    for shard in scales["shards"]:
+        (first, stop), (first_head, stop_head) = shard["pages"], shard["kv_heads"]
+        if not (first <= page < stop and first_head <= head < stop_head):
+            continue
+        strides, pack = shard["strides"], scales["pack"]
+        data = buffers_of(cache.scales)[shard["array"], shard["device"]["id"]]
+        for t in range(8):
+            at = layer * strides["layer"] + (page - first) * strides["page"] + kv * strides["kv"]
+            at += (head - first_head) * strides["kv_head"]
+            at += t % pack * strides["token"] + t // pack * strides["row"]
+            assert data[at:][:4] == exact[layer, page, kv, head, t].tobytes()
+        break
+    else:
+        pytest.fail("no shard has the page")
 
 
 def test_the_descriptions_formula_leads_to_each_token():
@@ -337,6 +502,38 @@ def test_refuses(ids, pages, message):
     cache, _ = make_cache()
     with pytest.raises(ValueError, match=message):
         write_pages(cache, ids, pages)
+
+
+BYTES, OF_TOKENS = PAGES.astype(np.int8), PAGES[..., 0]
+OF_HEADS = np.stack(head_scales(4))[None]
+
+
+@pytest.mark.parametrize(
+    ("scales", "pages", "message"),
+    [
+        (None, BYTES, "pages are an array, and this cache of int8 has a scale of each token; pass"),
+        ("head", BYTES, r"has a scale of each KV head; pass QuantisedPages\(elements, scales\)"),
+        (None, (BYTES, OF_HEADS), r"float32\[1, 2, 4\]; .* of each token, .* \(1, 2, 2, 4, 8\): "),
+        ("head", (BYTES, OF_TOKENS), r"scale of each KV head, .* \(1, 2, 4\): make both caches"),
+        (None, (BYTES, OF_TOKENS.astype(np.float16)), r"pages.scales are float16.* takes float32"),
+        (None, (BYTES, None), "pages are an array, and this cache of int8"),
+        (None, (PAGES, OF_TOKENS), "pages has dtype float32, the cache int8; write_kv quantises"),
+        (None, (BYTES[:, :1], OF_TOKENS), r"pages has shape .*; this cache takes \(1, 2, "),
+        ("head", (BYTES, 2 * OF_HEADS), "of the keys of KV head 0 in layer 0 are 0.28.*'s 0.14"),
+        ("head", (BYTES, OF_HEADS + np.eye(4, dtype=np.float32)[None, 2:]), "keys of KV head 2"),
+    ],
+)
+def test_refuses_pages_of_other_scales(scales, pages, message):
+    cache, _ = make_cache(dtype="int8", scales=scales)
+    with pytest.raises(ValueError, match=message):
+        write_pages(cache, [3, 4], QuantisedPages(*pages) if isinstance(pages, tuple) else pages)
+
+
+def test_refuses_scales_for_a_cache_that_has_none():
+    cache, _ = make_cache()
+    pages = QuantisedPages(PAGES, OF_TOKENS)
+    with pytest.raises(ValueError, match="a cache of float32 has no scales; multiply them: pages"):
+        write_pages(cache, [3, 4], pages)
 
 
 def test_refuses_what_is_no_such_cache():

@@ -11,29 +11,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import reference
+from . import quantised, reference
 from .cases import Case, Inputs, make
 
 MULTIPLE = 2.0
 FLOOR = 1e-6  # rounding of a float32 of size one, where the plain computation happens to be exact
 
 
-def exact(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """The oracle's (out, lse)."""
+def exact(inputs: Inputs, attend_token=None) -> tuple[np.ndarray, np.ndarray]:
+    """The oracle's (out, lse); of quantised caches, of what their pages stand for."""
+    (query, *caches, lens, tables), kv_layout = inputs.arrays, inputs.kv_layout
+    if inputs.pages:
+        key, value = inputs.pages
+        caches = key.exact, value.with_folded if attend_token else value.exact
+        kv_layout = "tokens_first"
     return reference.page_attention(
-        *inputs.arrays,
-        kv_layout=inputs.kv_layout,
+        query,
+        *caches,
+        lens,
+        tables,
+        kv_layout=kv_layout,
         sinks=inputs.sinks,
         num_seq_shards=inputs.num_seq_shards,
+        attend_token=attend_token,
         **inputs.case.reference_options,
     )
 
 
 def plain(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """The plain XLA computation's (out, lse): matmuls in the caches' dtype, softmax in float32.
+    """The plain computation's (out, lse): matmuls in the caches' dtype, softmax in float32; of
+    quantised caches, the oracle with operands rounded to bfloat16.
 
     For valid sequences in the "blocks_first" layout.
     """
+    if inputs.pages:
+        out, lse = exact(inputs, quantised.plain_token)
+        return out.astype(inputs.query.dtype), lse
     assert inputs.kv_layout == "blocks_first"
     case = inputs.case
     out, lse = _plain(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .report import COPY, OURS, Row, speed
+from .report import COPY, OURS, UNQUANTISED, Row, speed
 
 _COLORS = {
     OURS: "#1b6ca8",
@@ -19,6 +19,10 @@ _COLORS = {
     "flashinfer": "#3c8d5a",
     "flashinfer cuda cores": "#8fbf9f",
     COPY: "#bbbbbb",
+    UNQUANTISED: "#1b6ca8",
+    "int8": "#c44536",
+    "float8_e4m3fn": "#c9a227",
+    "float8_e5m2": "#8d5a97",
 }
 _SAME, _GROWN = "#1b6ca8", "#7fb3d5"
 
@@ -76,6 +80,8 @@ def _draw_speed(panel, rows: Sequence[Row], shapes: Sequence[str]) -> None:
         panel.axvline(rows[0].roof_gbps, color="black", linewidth=1, label="copy, read + written")
     if rows[0].bench == "decode":
         panel.set_xlabel("GB/s of keys and values")
+    elif rows[0].bench == "quantised":
+        panel.set_xlabel("GB/s of keys, values and scales as stored")
     elif rows[0].bench == "steps":
         panel.set_xlabel("GFLOP/s of what the queries see")
     else:

@@ -141,7 +141,8 @@ def expected(inputs: Inputs, repeat: int = -1) -> Expected:
         pages = tables[seq, : -(-lens[seq] // inputs.shape.page_size)]
         keys, values = (_tokens(cache, pages)[: lens[seq]] for cache in (inputs.key, inputs.value))
         outs[seq], _ = oracle.attend(queries[seq], keys, values)
-        plain, _ = oracle.attend(queries[seq], keys, values, precision=np.float32)
+        low = {"precision": np.float32, "weights_dtype": queries.dtype}
+        plain, _ = oracle.attend(queries[seq], keys, values, **low)
         rounding = max(rounding, float(np.abs(plain - outs[seq]).max()))
     return Expected(outs, MULTIPLE * rounding + FLOOR)
 

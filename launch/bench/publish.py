@@ -15,7 +15,7 @@ from ..schedule.core import Core
 from ..schedule.execute import Executed
 from ..schedule.report import draw as draw_calls
 from .draw import draw
-from .report import COPY, OURS, PLANNED, Row, speed
+from .report import COPY, OURS, PLANNED, UNQUANTISED, Row, speed
 
 FOLDER = Path(__file__).parent
 _LARGEST = 5  # fusions of a step
@@ -126,6 +126,58 @@ def _versus(ours: Row, peer: Row | None) -> str:
     if ratio is None:
         return peer.why.partition(":")[0] if peer else ""
     return f"{ratio:.2f}"
+
+
+def _quantised(report: dict[str, Any]) -> str:
+    """Time and GB/s of each cache, and its bytes and times over bfloat16's."""
+    rows = list(map(Row.from_json, report["rows"]))
+    exact = {row.shape: row for row in rows if row.name == UNQUANTISED}
+    ratios = ["its bytes", "its time", "its processor time"]
+    cells = [["shape", "cache", "us", "spread", "GB/s as stored", *ratios]]
+    for row in rows:
+        reference = exact[row.shape]
+        assert row.timing is not None
+        assert row.gbps is not None
+        assert reference.timing is not None
+        assert row.timing.processor_us is not None
+        assert reference.timing.processor_us is not None
+        num_bytes = row.useful_bytes / reference.useful_bytes
+        time = row.timing.median_us / reference.timing.median_us
+        work = row.timing.processor_us / reference.timing.processor_us
+        versus = f"{num_bytes:.3f}", f"{time:.2f}", f"{work:.2f}"
+        times = f"{row.timing.median_us:.0f}", f"{row.timing.spread:.0%}", speed(row.gbps)
+        cells.append([row.shape, row.name, *times, *(versus if row is not reference else [""] * 3)])
+    return _table(cells)
+
+
+def _quality(report: dict[str, Any]) -> str:
+    """What each cache loses against float32."""
+    head = ["cache", "scale of a", "bytes a token", "logit error: largest", "mean"]
+    head += ["same likeliest token", "perplexity", "answers equal for: least", "median"]
+    cells = [head]
+    for row in report["rows"]:
+        errors = f"{row['largest_logit_error']:.3f}", f"{row['mean_logit_error']:.4f}"
+        text = f"{row['same_likeliest']:.1%}", f"{row['perplexity']:.3f}"
+        equal = str(row["equal_least"]), f"{row['equal_median']:g}"
+        kind = row["dtype"], row["scale"] or "-", str(row["bytes_per_token"])
+        cells.append([*kind, *errors, *text, *equal])
+    text, calibration = report["text"], report["calibration"]
+    return (
+        f"{_table(cells)}\n\n(`{report['command']}`: {report['model']}; a text of {text['tokens']} "
+        f"tokens, {text['file']}; scales of heads from {calibration['tokens']} tokens of "
+        f"{calibration['file']}; {report['prompts']} answers of {report['new_tokens']} tokens; jax "
+        f"{report['versions']['jax']} on a CPU)"
+    )
+
+
+def _scales(report: dict[str, Any]) -> str:
+    """The error of keys and values, root mean square over theirs, by the dtype of scales."""
+    errors = {(row["dtype"], row["scale_dtype"]): row["rms_error"] for row in report["scales"]}
+    kinds = list(dict.fromkeys(kind for _, kind in errors))
+    cells = [["cache", *(f"{kind} scales" for kind in kinds)]]
+    for dtype in dict.fromkeys(dtype for dtype, _ in errors):
+        cells.append([dtype, *(f"{errors[dtype, kind]:.3%}" for kind in kinds)])
+    return _table(cells)
 
 
 def _sharded(report: dict[str, Any]) -> str:
@@ -256,6 +308,9 @@ def _with_source(table: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, 
 # The report and the table that it becomes, by the name in a document.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_decode": ("cpu_decode", _with_source(_decode)),
+    "cpu_quantised": ("cpu_quantised", _with_source(_quantised)),
+    "kv_quality": ("kv_quality", _quality),
+    "kv_scales": ("kv_quality", _scales),
     "cpu_steps": ("cpu_steps", _with_source(_steps)),
     "gpu_decode": ("gpu_decode", _with_source(_decode)),
     "gpu_decode_h200": ("gpu_decode_h200", _with_source(_decode)),

@@ -16,6 +16,7 @@ VERSIONS = ("jax", "jaxlib", "numpy", "ejkernel", "jax-cuda13-plugin", "libtpu")
 VERSIONS += ("flashinfer-python", "torch")
 OURS, COPY = "shardpage", "copy"
 PLANNED = "shardpage, plan made before"
+UNQUANTISED = "bfloat16"  # what other caches are compared with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Row:
     """One measurement, or the reason why there is none.
 
     Attributes:
-      bench: "decode", "write", "steps" or "sharded".
+      bench: "decode", "quantised", "write", "steps" or "sharded".
       shape: the name of the work.
-      name: the name of the implementation or of the split.
+      name: the name of the implementation, of the cache's dtype or of the split.
       timing: the time of one call.
       useful_bytes: bytes of keys and values that a call must read; for writes, of the new ones.
       temp_bytes: scratch of the compiled program, per device.
@@ -83,8 +84,8 @@ class Row:
         return cls(**known | {"timing": Timing(**timed) if timed else None})
 
 
-def environment(command: str, roof_gbps: float, roof: str) -> dict[str, Any]:
-    """The origin of a report: command, hardware, versions, commit."""
+def environment(command: str, roof_gbps: float = 0.0, roof: str = "") -> dict[str, Any]:
+    """The origin of a report: command, hardware, versions, commit; and the roof."""
     devices = jax.devices()
     return {
         "command": command,
@@ -93,15 +94,13 @@ def environment(command: str, roof_gbps: float, roof: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "versions": {name: found for name in VERSIONS if (found := _version(name))},
         "commit": _commit(),
-        "roof": roof,
-        "roof_gbps": round(roof_gbps, 1),
-    }
+    } | ({"roof": roof, "roof_gbps": round(roof_gbps, 1)} if roof else {})
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """A row of cells per measurement, after a header."""
     cells = [["", "", "us", "spread", "GB/s", "of copy", "temp MB", "against ours", "note"]]
-    ours = {(row.bench, row.shape): row.timing for row in rows if row.name == OURS}
+    ours = {(row.bench, row.shape): row.timing for row in rows if row.name in (OURS, UNQUANTISED)}
     before = None
     for row in rows:
         shown = row.shape if (row.bench, row.shape) != before else ""

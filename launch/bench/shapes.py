@@ -7,6 +7,8 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from shardpage.page_format import QUANTISED, SCALE_DTYPE
+
 Suite = Literal["quick", "full"]
 SUITES: tuple[Suite, ...] = ("quick", "full")
 
@@ -21,7 +23,7 @@ class Shape:
       context: tokens that one row of the block tables has room for.
       lens: context lengths: "full", "skewed" (512 tokens each, but one full), or the bounds
         between which they are drawn uniformly.
-      dtype: dtype of queries and caches.
+      dtype: dtype of caches, and of queries unless it is quantised.
     """
 
     name: str
@@ -55,12 +57,17 @@ class Shape:
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return {"bfloat16": 2, "float32": 4}[self.dtype]
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def query_dtype(self) -> str:
+        return "bfloat16" if self.dtype in QUANTISED else self.dtype
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of keys and values per token."""
-        return 2 * self.num_kv_heads * self.head_dim * self.itemsize
+        """Bytes of keys and values per token, and of their scales."""
+        scale = SCALE_DTYPE.itemsize if self.dtype in QUANTISED else 0
+        return 2 * self.num_kv_heads * (self.head_dim * self.itemsize + scale)
 
     @property
     def kv_bytes(self) -> int:
@@ -121,6 +128,11 @@ def decode_shapes(platform: str, suite: Suite) -> tuple[Shape, ...]:
     if platform == "cpu":
         return CPU_QUICK if suite == "quick" else CPU_FULL
     return QUICK if suite == "quick" else {"gpu": GPU_FULL}.get(platform, FULL)
+
+
+def quantised_shapes(platform: str, suite: Suite) -> tuple[Shape, ...]:
+    """Those of them that are bfloat16, which caches of other dtypes are compared with."""
+    return tuple(s for s in decode_shapes(platform, suite) if s.dtype == "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 
 from shardpage import PagedKVCache, read_pages, write_pages
 
+from ..devices import fetch
 from .requests import Ending, Event, Pool, Request, Stats, num_cached_tokens
 from .rows import Row, Rows
 from .smollm2 import Model, Weights
@@ -57,6 +58,7 @@ class Engine:
         pool: Pool,
         *,
         dtype: Any,
+        scales: Any = None,
         stop_id: int,
         step_tokens: int | None = None,
         keep_first_logits: bool = False,
@@ -68,7 +70,7 @@ class Engine:
           model: the model's steps.
           weights: its weights, on the mesh.
           pool: sizes.
-          dtype: of the cache.
+          dtype, scales: of the cache, as `PagedKVCache.zeros` takes them.
           stop_id: the token that ends an answer.
           step_tokens: tokens of a step on each data shard, at most, while answers are made, so
             that a long prompt does not hold them up; but at least one a row. None for
@@ -83,7 +85,7 @@ class Engine:
         self._stop_id, self._step_tokens = stop_id, step_tokens
         self._keep_first_logits, self._on_compile = keep_first_logits, on_compile
         rows = Rows(pool, model.layout.shards(model.mesh))
-        cache = model.empty_cache(pool.num_pages, pool.page_size, dtype)
+        cache = model.empty_cache(pool.num_pages, pool.page_size, dtype, scales)
         self._settle(model, weights, rows, cache)
 
     def _settle(self, model: Model, weights: Weights, rows: Rows, cache: PagedKVCache) -> None:
@@ -114,7 +116,8 @@ class Engine:
             raise ValueError(f"{pool.page_size=} must be {self.pool.page_size}, that of the cache")
         rows = Rows(pool, model.layout.shards(model.mesh))
         tables = [_joined(rows, row) for _, row in self.rows.running()]
-        cache = model.empty_cache(pool.num_pages, pool.page_size, self.cache.format.dtype)
+        kind = self.cache.format.dtype, _scales(self.cache)
+        cache = model.empty_cache(pool.num_pages, pool.page_size, *kind)
         for old, new in tables:
             pages = read_pages(self.cache, old, mesh=self.model.mesh)
             cache = write_pages(cache, new, pages, mesh=model.mesh)
@@ -127,8 +130,14 @@ class Engine:
 
     @property
     def cache_bytes_per_device(self) -> int:
-        """Bytes of keys and values on each device."""
+        """Bytes of keys, values and scales on each device."""
         return self.cache.bytes_per_device()
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of a token's keys, values and scales, in all layers and on all devices."""
+        page_bytes = self.cache.format.page_bytes * self.model.config.num_layers
+        return page_bytes // self.pool.page_size
 
     @property
     def weight_bytes_per_device(self) -> int:
@@ -280,6 +289,14 @@ class Engine:
     def _leave(self, index: int, ending: Ending) -> None:
         request = self.rows.leave(index)
         request.ending, request.ended = ending, self.clock()
+
+
+def _scales(cache: PagedKVCache) -> Any:
+    """What makes another cache whose scales are of the same kind; those of KV heads are equal."""
+    if cache.scale != "head":
+        return None
+    by_head = fetch(cache.scales[0])
+    return by_head[..., 0], by_head[..., 1]
 
 
 def _joined(rows: Rows, row: Row) -> tuple[np.ndarray, np.ndarray]:

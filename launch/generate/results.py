@@ -106,6 +106,12 @@ def print_summary(engine: Engine, mesh: "Mesh", requests: list[Request], console
     read = f"read {engine.stats.prefill_tokens} prompt tokens{prefill}"
     made = f"made {num_made} new ones{decode}"
     console.print(Text(f"{read}, {made}; compiled for {found['compile_seconds']} s"))
+    console.print(
+        Text(
+            f"KV cache of {engine.cache.format.dtype}: {engine.cache_bytes_per_token} "
+            "bytes a token, all layers and devices"
+        )
+    )
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -9,7 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import typer
+from jax.sharding import Mesh
 from rich.console import Console
+
+from shardpage.page_format import QUANTISED
 
 from ..devices import describe_mesh, is_simulated, mesh_text, open_mesh
 from ..json_file import JsonOption
@@ -19,6 +22,8 @@ from .console import open_output
 from .engine import Engine
 from .requests import Pool, Request, num_cached_tokens
 
+# Tokens per page. Of one byte per element a TPU's tiles have 32 rows, of two tokens of this model.
+PAGE, TPU_QUANTISED_PAGE = 16, 64
 # The widest batch of sequences on one data shard, unless the options say otherwise.
 ROWS_PER_SHARD = 8
 
@@ -33,11 +38,12 @@ class Options:
     max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int = 0
-    page_size: int = 16
+    page_size: int | None = None
     num_pages: int | None = None
     batch: int | None = None
     step_tokens: int | None = None
     dtype: str = "float32"
+    kv_dtype: str | None = None
     json_file: Path | None = None
     raw: bool = False
     resume: bool = False
@@ -59,6 +65,7 @@ def run(options: Options) -> bool:
     file = smollm2.GGUFFile(smollm2.find_weights())
     config = file.config()
     mesh = open_mesh(options.mesh, options.simulate, num_kv_heads=config.num_kv_heads)
+    options = dataclasses.replace(options, page_size=choose_page_size(options, mesh))
     tokenizer = file.tokenizer()
     encode = tokenizer.encode if options.raw else tokenizer.encode_chat
     requests = [
@@ -98,7 +105,7 @@ def run(options: Options) -> bool:
                 model,
                 weights,
                 pool,
-                dtype=dtype,
+                dtype=jnp.dtype(options.kv_dtype or dtype),
                 stop_id=tokenizer.stop_id,
                 step_tokens=options.step_tokens,
                 on_compile=lambda what: output.status(f"compiling {what} ..."),
@@ -134,6 +141,13 @@ def _show(engine: Engine, requests: list[Request], tokenizer, output, report: "_
             output.tick()
 
 
+def choose_page_size(options: Options, mesh: Mesh) -> int:
+    """Tokens per page: small ones waste little at the end of an answer."""
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    quantised = options.kv_dtype in QUANTISED
+    return options.page_size or (TPU_QUANTISED_PAGE if on_tpu and quantised else PAGE)
+
+
 def choose_pool(
     options: Options,
     requests: list[Request],
@@ -148,9 +162,10 @@ def choose_pool(
     """
     wanted = options.batch or ROWS_PER_SHARD * num_seq_shards
     rows_per_shard = -(-min(wanted, len(requests)) // num_seq_shards)
+    page_size = options.page_size or PAGE
     num_tokens = [num_cached_tokens(len(r.prompt_ids), r.max_new_tokens) for r in requests]
     blocks = sorted(
-        (-(-n // options.page_size) for n in num_tokens if n <= max_context_len), reverse=True
+        (-(-n // page_size) for n in num_tokens if n <= max_context_len), reverse=True
     ) or [1]
     num_shards = num_seq_shards * num_context_shards
     per_shard = -(-sum(blocks[:rows_per_shard]) // num_context_shards)
@@ -166,7 +181,7 @@ def choose_pool(
     return Pool(
         num_rows=rows_per_shard * num_seq_shards,
         num_pages=num_pages,
-        page_size=options.page_size,
+        page_size=page_size,
         max_blocks=min(_power_of_two(blocks[0]), num_pages // num_seq_shards),
     )
 
@@ -230,6 +245,7 @@ class _Report:
                 "load_seconds": self.load_seconds,
                 **(results.rates(engine) if engine else {}),
             },
+            "kv_bytes_per_token": engine.cache_bytes_per_token if engine else None,
             "devices": results.devices(engine, self._mesh) if engine else [],
         }
 

@@ -20,6 +20,7 @@ class Kind(enum.StrEnum):
     """What to measure."""
 
     decode = "decode"
+    quantised = "quantised"
     write = "write"
     steps = "steps"
     sharded = "sharded"
@@ -37,8 +38,8 @@ def bench(
     kind: Annotated[
         Kind,
         typer.Argument(
-            help="Decode steps, writes of new tokens, whole steps with prompts, splits over all "
-            "devices, or all of it."
+            help="Decode steps, those of quantised caches beside bfloat16's, writes of new tokens, "
+            "whole steps with prompts, splits over all devices, or all of it."
         ),
     ] = Kind.all,
     suite: Annotated[Size, typer.Option(help="A few shapes, or all.")] = Size.quick,
@@ -135,12 +136,15 @@ def _measurements(
     """What is to be measured: a name, and the rows of it, given the GB/s of a copy."""
     import jax
 
-    from ..bench import decode, shapes, sharded, steps, write
+    from ..bench import decode, quantised, shapes, sharded, steps, write
 
     found: list[tuple[str, Callable[[float], Iterator[Row]]]] = []
     if kind in (Kind.decode, Kind.all):
         for shape in shapes.decode_shapes(platform, suite.value):
             found.append((shape.name, functools.partial(decode.rows, [shape], platform)))
+    if kind in (Kind.quantised, Kind.all):
+        for shape in shapes.quantised_shapes(platform, suite.value):
+            found.append((shape.name, functools.partial(quantised.rows, [shape], platform)))
     if kind in (Kind.write, Kind.all):
         for tokens in shapes.write_shapes(suite.value):
             found.append((tokens.name, functools.partial(write.rows, [tokens])))

@@ -30,7 +30,10 @@ def generate(
         float, Option(min=0.0, help="0 takes the likeliest token; higher is more varied.")
     ] = 0.0,
     seed: Annotated[int, Option(min=0, help="Seed for a temperature above 0.")] = 0,
-    page_size: Annotated[int, Option(min=1, help="Tokens per page.")] = 16,
+    page_size: Annotated[
+        int | None,
+        Option(min=1, help="Tokens per page. Default: 16; of a quantised cache on TPUs, 64."),
+    ] = None,
     num_pages: Annotated[
         int | None,
         Option(min=1, help="Pages of the pool, over all devices. Default: enough for the batch."),
@@ -50,8 +53,15 @@ def generate(
         ),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], Option(help="Dtype of the weights and the cache.")
+        Literal["float32", "bfloat16"], Option(help="Dtype of the weights.")
     ] = "float32",
+    kv_dtype: Annotated[
+        options.KVDtype | None,
+        Option(
+            help="Dtype of the KV cache: int8 and fp8 are quantised, with a scale per token and KV "
+            "head. Default: that of the weights."
+        ),
+    ] = None,
     json_file: options.Json = None,
     raw: Annotated[
         bool, Option("--raw", help="Prompts are in chat form already, or no chat at all.")
@@ -86,6 +96,7 @@ def generate(
         batch=batch,
         step_tokens=step_tokens,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         json_file=json_file,
         raw=raw,
         resume=resume,

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,7 @@ TOPOLOGY = typer.Option(
     metavar="SLICE",
     help="Compile for this TPU slice, without having one: v5p:8x8x8, v5e:4x4, v5p-128.",
 )
+KVDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2"]
 Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write all results here, for programs."),

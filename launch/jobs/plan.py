@@ -38,7 +38,12 @@ def plan(
         Option(help="Of them, new in a step: 1 decodes, more read a chunk of each one's prompt."),
     ] = 1,
     page_size: Annotated[int, Option(help="Tokens per page.")] = 64,
-    dtype: Annotated[str, Option(help="Dtype of the cache.")] = "bfloat16",
+    dtype: Annotated[
+        str,
+        Option(
+            help="Dtype of the cache; int8, float8_e4m3fn and float8_e5m2 have scales of tokens."
+        ),
+    ] = "bfloat16",
     query_dtype: Annotated[str, Option(help="Dtype of queries and outputs.")] = "bfloat16",
     kv_layout: Annotated[
         KVLayoutName | None, Option(help="Of the cache; by default the one that suits the devices.")

@@ -8,7 +8,7 @@ import typer
 
 from . import options
 
-SHORT = {"float32": "f32", "bfloat16": "bf16"}
+SHORT = {"float32": "f32", "bfloat16": "bf16", "float8_e4m3fn": "e4m3fn", "float8_e5m2": "e5m2"}
 
 
 def verify(
@@ -17,6 +17,10 @@ def verify(
     backend: Annotated[
         str | None, typer.Option(help="Check this one only: xla or pallas_tpu.")
     ] = None,
+    kv_dtype: Annotated[
+        options.KVDtype | None,
+        typer.Option(help="Check caches of this dtype only: int8 and fp8 are quantised."),
+    ] = None,
 ) -> None:
     """Compare page attention with an exact oracle: backends x layouts x options.
 
@@ -24,13 +28,15 @@ def verify(
     devices as --mesh asks for.
     """
     with options.stoppable():
-        num_missed = _run(mesh, simulate, backend)
+        num_missed = _run(mesh, simulate, backend, kv_dtype)
     if num_missed:
         print(f"error: {num_missed} result(s) miss the oracle", file=sys.stderr)
         raise typer.Exit(1)
 
 
-def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> int:
+def _run(
+    mesh_option: str | None, simulate: int | None, backend: str | None, kv_dtype: str | None
+) -> int:
     """Checks and prints the matrix; returns how many results miss."""
     from rich.console import Console
     from rich.live import Live
@@ -45,6 +51,12 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
     if not rows:
         names = ", ".join(dict.fromkeys(row.backend for row in checks.ROWS))
         raise typer.BadParameter(f"{backend!r} is none of {names}", param_hint="--backend")
+    rows = [row for row in rows if kv_dtype in (None, row.dtype)]
+    if not rows:
+        raise typer.BadParameter(
+            f"{kv_dtype} is in no row of backend {backend}; leave --backend out",
+            param_hint="--kv-dtype",
+        )
     began = time.perf_counter()
     mesh = open_mesh(mesh_option, simulate, spare_cpu_devices=True)
     table = Table("backend", "cache", *checks.COLUMNS)
@@ -59,7 +71,9 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
             found = list(checks.check_row(row, mesh))
             cells = {check.column: _cell(check) for check in found}
             shown = [cells.get(column, Text("-")) for column in checks.COLUMNS]
-            table.add_row(row.backend, f"{row.kv_layout} {SHORT[row.dtype]}", *shown)
+            cache = f"{row.kv_layout} {SHORT.get(row.dtype, row.dtype)}"
+            cache += ", scales of heads" * (row.scale == "head")
+            table.add_row(row.backend, cache, *shown)
             if console.is_terminal:
                 live.refresh()
             done += found
@@ -70,7 +84,9 @@ def _run(mesh_option: str | None, simulate: int | None, backend: str | None) -> 
     for refusal in dict.fromkeys(refused):
         console.print(Text(f"refused by {refusal}", style="yellow"))
     for check in missed:
-        where = f"{check.row.backend} {check.row.kv_layout} {check.row.dtype} {check.column}"
+        row = check.row
+        where = " ".join([row.backend, row.kv_layout, row.dtype, row.scale, check.column])
+        where = " ".join(where.split())
         console.print(
             Text(f"MISS {where}: error {check.error:.1e}, rounding allows {check.limit:.1e}")
         )

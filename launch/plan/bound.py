@@ -11,7 +11,7 @@ import meshes
 from .compile import Split
 from .issue import Issue, device_pages
 from .read import Layer
-from .workload import ITEMSIZE, Workload
+from .workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +241,7 @@ def quick_bound(workload: Workload, sizes: dict[str, int], device: Device) -> fl
     model = workload.model
     data, kv, context = sizes["data"], sizes["kv"], sizes["context"]
     batch = workload.batch // data
-    token_bytes = 2 * model.num_kv_heads // kv * model.head_dim * ITEMSIZE[workload.dtype]
+    token_bytes = model.num_kv_heads // kv * workload.head_bytes
     seconds = 0.0
     for kind in model.layers:
         pages = math.ceil(batch * workload.pages_per_seq / context)

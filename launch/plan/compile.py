@@ -142,7 +142,7 @@ def _arguments(workload: Workload, split: Split, num_pages: int) -> tuple[Any, .
     )
     num_seqs, num_queries, dim = workload.batch, workload.num_queries, model.head_dim
     by_head = layout.spec("seqs", "heads", None)
-    new = array((num_queries, model.num_kv_heads, dim), workload.dtype, by_head)
+    new = array((num_queries, model.num_kv_heads, dim), workload.new_dtype, by_head)
     return (
         cache,
         array((num_queries, model.num_heads, dim), workload.query_dtype, by_head),

@@ -17,7 +17,7 @@ class Layer:
 
     Attributes:
       kind: which layers of the model are like it.
-      cache_bytes: its pages, padded as the compiler lays them out.
+      cache_bytes: its pages and their scales, padded as the compiler lays them out.
       pages: how many pages those are.
       other_bytes: the other arguments: queries, new keys and values, tables.
       output_bytes: results that do not take the place of an argument.

@@ -8,6 +8,8 @@ from typing import Any, Literal, Self, get_args
 
 KVLayoutName = Literal["blocks_first", "heads_first", "fused"]
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Dtypes of quantised caches, and the bytes of one token's scale.
+QUANTISED, SCALE_BYTES = {"int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1}, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Workload:
       context: tokens of each, the new ones included.
       new_tokens: of each: one where it decodes, more where it reads a chunk of its prompt.
       page_size: tokens per page.
-      dtype: of the cache.
-      query_dtype: of queries and outputs.
+      dtype: of the cache; quantised ones have a scale of each token.
+      query_dtype: of queries and outputs, and of the new tokens of a quantised cache.
       kv_layout: of the cache; None for what suits the devices.
       backend: of `page_attention` and `write_kv`; None for the library's choice.
     """
@@ -118,12 +120,28 @@ class Workload:
             raise ValueError(
                 f"new tokens must be among the {self.context} of a context; got {self.new_tokens}"
             )
-        for name, dtype in (("dtype", self.dtype), ("query dtype", self.query_dtype)):
-            if dtype not in ITEMSIZE:
-                raise ValueError(f"{name} {dtype!r} is none of {', '.join(ITEMSIZE)}")
+        caches = ITEMSIZE | QUANTISED
+        for name, dtype, known in (
+            ("dtype", self.dtype, caches),
+            ("query dtype", self.query_dtype, ITEMSIZE),
+        ):
+            if dtype not in known:
+                raise ValueError(f"{name} {dtype!r} is none of {', '.join(known)}")
         if self.kv_layout not in (None, *get_args(KVLayoutName)):
             known = ", ".join(get_args(KVLayoutName))
             raise ValueError(f"KV layout {self.kv_layout!r} is none of {known}")
+
+    @property
+    def new_dtype(self) -> str:
+        """Of keys and values that are written."""
+        return self.query_dtype if self.dtype in QUANTISED else self.dtype
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a token's key and value, or of their elements and scales, of one KV head."""
+        if self.dtype in QUANTISED:
+            return 2 * (self.model.head_dim * QUANTISED[self.dtype] + SCALE_BYTES)
+        return 2 * self.model.head_dim * ITEMSIZE[self.dtype]
 
     @property
     def pages_per_seq(self) -> int:

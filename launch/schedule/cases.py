@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from shardpage import PagedKVCache, Tuning, attend, make_plan, page_attention, write_kv
 from shardpage.options import CoresMode
-from shardpage.page_format import PACKED_ROW
+from shardpage.page_format import PACKED_ROW, QUANTISED
 
 from ..bench.shapes import SHAPES, Shape, Step
 from .execute import Subject
@@ -32,9 +32,10 @@ def _case(
     shape = f"G{queries} K{kv_heads}, page {page}"
     dim = f", dim {rest['head_dim']}" if "head_dim" in rest else ""
     runs = f", runs of {rest['run_pages']}" if "run_pages" in rest else ""
+    dtype = f", {rest['dtype']}" if "dtype" in rest else ""
     lens = f"1..{context}" if "lens" in rest else f"{context}"
     heads = {"num_heads": queries * kv_heads, "num_kv_heads": kv_heads, "page_size": page}
-    name = f"{num_seqs} x {lens}, {shape}{dim}{runs}"
+    name = f"{num_seqs} x {lens}, {shape}{dim}{runs}{dtype}"
     return PlacedShape(name, num_seqs, context, **heads, **rest)
 
 
@@ -52,6 +53,9 @@ CASES = (
     _case(256, 256, 8, 1, 16, run_pages=4),
     _case(256, 256, 4, 8, 16),
     _case(64, 4096, 8, 1, 16, lens=(1, 4096)),
+)
+QUANTISED_CASES = tuple(
+    _case(64, 4096, *heads, 64, dtype=dtype) for heads in ((8, 1), (4, 8)) for dtype in QUANTISED
 )
 
 
@@ -75,7 +79,7 @@ STEPS = (
     _step("64 x 8 of 4096", [(4096, 8)] * 64, 4, 8, 64),
     _step("64 x 1 of 4096", [(4096, 1)] * 64, 4, 8, 64),
 )
-ALL: dict[str, Shape | Step] = {shape.name: shape for shape in (*CASES, *SHAPES, *STEPS)}
+ALL: dict[str, Shape | Step] = {shape.name: shape for shape in (*CASES, *QUANTISED_CASES, *SHAPES, *STEPS)}
 # Of all pages, in a step: more than the compiler could keep within the chip.
 _POOL_BYTES = 1 << 30
 # Pages of a block of JAX's paged_attention.
@@ -120,7 +124,7 @@ def page_bytes(shape: Shape) -> int:
 
 def _query(shape: Shape) -> jax.ShapeDtypeStruct:
     dims = (shape.num_seqs, shape.num_heads, shape.head_dim)
-    return jax.ShapeDtypeStruct(dims, shape.dtype)
+    return jax.ShapeDtypeStruct(dims, shape.query_dtype)
 
 
 def _cache(shape: Shape, mesh: Mesh, layout: Any) -> PagedKVCache:
@@ -136,7 +140,7 @@ def _decode(shape: Shape, mesh: Mesh, cores: CoresMode, *, layout: Any) -> Subje
     def attend(query, cache, lens, tables):
         return page_attention(
             query, cache.key, cache.value, lens, tables, kv_layout=cache.kv_layout,
-            megacore_mode=cores, mesh=mesh,
+            megacore_mode=cores, mesh=mesh, scales=cache.scales or None,
         )  # fmt: skip
 
     arguments = (_query(shape), cache, shape.context_lens, tables(shape))
@@ -145,7 +149,8 @@ def _decode(shape: Shape, mesh: Mesh, cores: CoresMode, *, layout: Any) -> Subje
 
 def _write(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
     """One token a sequence, at its end."""
-    new = jax.ShapeDtypeStruct((shape.num_seqs, shape.num_kv_heads, shape.head_dim), shape.dtype)
+    dims = (shape.num_seqs, shape.num_kv_heads, shape.head_dim)
+    new = jax.ShapeDtypeStruct(dims, shape.query_dtype)
     seq_ids = np.arange(shape.num_seqs, dtype=np.int32)
     write = functools.partial(write_kv, mesh=mesh)
     arguments = (_cache(shape, mesh, None), new, new, seq_ids, shape.context_lens - 1)

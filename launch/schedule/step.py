@@ -235,7 +235,7 @@ def _arguments(work: Workload, split: Split, num_layers: int) -> tuple[Any, ...]
 
     def array(shape: Sequence[int], *spec: Any) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(split.mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(tuple(shape), work.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(tuple(shape), work.query_dtype, sharding=sharding)
 
     dims, layers = (model.num_kv_heads, work.page_size, model.head_dim), {"num_layers": num_layers}
     cache = PagedKVCache.abstract(

@@ -16,10 +16,12 @@ from shardpage import PageAllocator, PagedKVCache, ShardLayout, Tuning
 from ..devices import fetch, is_simulated
 from . import oracle
 
-PAGE_SIZE, HEAD_DIM, QUERIES_PER_KV_HEAD = 16, 64, 3
+HEAD_DIM, QUERIES_PER_KV_HEAD = 64, 3
+# Of a quantised cache a TPU's tiles have 32 rows, packed ones of two tokens.
+PAGE_SIZE, QUANTISED_PAGE_SIZE = 16, 64
 # Tokens of the sequences on each data shard: none, one, a full page, and ragged ones.
 CONTEXT_LENS = (0, 1, 16, 37, 90)
-MAX_BLOCKS = 6
+MAX_TOKENS = 128
 # New tokens of each of them in a step, and the room that a data shard has for those.
 QUERY_LENS, NUM_QUERIES = (0, 1, 5, 37, 1), 48
 
@@ -46,14 +48,30 @@ class Row:
     backend: str
     kv_layout: str
     dtype: str
+    scale: str = ""  # of a quantised cache: "token", or "head"
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return QUANTISED_PAGE_SIZE if self.scale else PAGE_SIZE
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        """Of queries, and of matmul operands."""
+        return jnp.dtype("bfloat16" if self.scale else self.dtype)
 
 
 ROWS = (
     Row("xla", "blocks_first", "float32"),
     Row("xla", "heads_first", "float32"),
     Row("xla", "fused", "bfloat16"),
+    Row("xla", "blocks_first", "int8", "token"),
+    Row("xla", "heads_first", "float8_e4m3fn", "head"),
+    Row("xla", "fused", "float8_e5m2", "token"),
     Row("pallas_tpu", "heads_first", "float32"),
     Row("pallas_tpu", "fused", "bfloat16"),
+    Row("pallas_tpu", "fused", "int8", "token"),
+    Row("pallas_tpu", "heads_first", "float8_e4m3fn", "head"),
 )
 
 
@@ -78,12 +96,21 @@ COLUMNS = ("write", *OPTIONS, *STEPS)
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Random sequences, their tokens dense for the oracle and paged for the library."""
+    """Random sequences, their tokens dense for the oracle and paged for the library.
 
+    Attributes:
+      keys, values: a sequence each, `[num_tokens, num_kv_heads, head_dim]`: new tokens.
+      stored: of both, what the cache gives back.
+      scales: of keys and of values, `[num_kv_heads]` each, where a scale is a KV head's.
+    """
+
+    row: Row
     query: np.ndarray  # [num_seqs, num_heads, head_dim]
     queries: np.ndarray  # [num_queries, num_heads, head_dim], of a step
-    keys: list[np.ndarray]  # a sequence each: [num_tokens, num_kv_heads, head_dim]
+    keys: list[np.ndarray]
     values: list[np.ndarray]
+    stored: tuple[list[np.ndarray], list[np.ndarray]]
+    scales: tuple[np.ndarray, np.ndarray] | None
     sinks: np.ndarray  # [num_heads]
     tables: np.ndarray  # [num_seqs, max_blocks]
     num_pages: int
@@ -107,33 +134,65 @@ class Problem:
                 yield first + number, seq, int(length - new + number)
 
 
-def make_problem(mesh: Mesh, dtype: str) -> Problem:
+def make_problem(mesh: Mesh, row: Row) -> Problem:
     """Draws sequences for every data shard, their pages spread over the context shards."""
     rng = np.random.default_rng(1)
     shards = ShardLayout.of(mesh).shards(mesh)
     num_kv_heads = max(shards.heads, 2)
     lens = CONTEXT_LENS * shards.seqs
-    per_pool = MAX_BLOCKS * len(CONTEXT_LENS) // shards.context + 1
+    max_blocks = MAX_TOKENS // row.page_size
+    per_pool = -(-max_blocks * len(CONTEXT_LENS) // shards.context) + 1
     num_pages = per_pool * shards.pages
     allocator = PageAllocator(
         num_pages,
-        PAGE_SIZE,
+        row.page_size,
         num_seq_shards=shards.seqs,
         num_context_shards=shards.context,
-        max_blocks=MAX_BLOCKS,
+        max_blocks=max_blocks,
     )
     for seq, num_tokens in enumerate(lens):
         allocator.allocate(seq, num_tokens, seq // len(CONTEXT_LENS))
-    draw = lambda *shape: np.asarray(rng.standard_normal(shape), jnp.dtype(dtype))
+    draw = lambda *shape: np.asarray(rng.standard_normal(shape), row.compute_dtype)
+    scales = _head_scales(row, rng, num_kv_heads) if row.scale == "head" else None
+    size = (num_kv_heads, HEAD_DIM)
+    (keys, stored_keys), (values, stored_values) = (
+        _tokens(row, [draw(n, *size) for n in lens], scales and scales[which]) for which in range(2)
+    )
     return Problem(
+        row,
         query=draw(len(lens), num_kv_heads * QUERIES_PER_KV_HEAD, HEAD_DIM),
         queries=draw(NUM_QUERIES * shards.seqs, num_kv_heads * QUERIES_PER_KV_HEAD, HEAD_DIM),
-        keys=[draw(n, num_kv_heads, HEAD_DIM) for n in lens],
-        values=[draw(n, num_kv_heads, HEAD_DIM) for n in lens],
+        keys=keys,
+        values=values,
+        stored=(stored_keys, stored_values),
+        scales=scales,
         sinks=np.asarray(rng.standard_normal(num_kv_heads * QUERIES_PER_KV_HEAD), np.float32),
         tables=allocator.block_tables(range(len(lens))),
         num_pages=num_pages,
     )
+
+
+def _head_scales(row: Row, rng: Any, num_kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scales with which some elements are clipped, and most are not."""
+    largest = rng.uniform(2.5, 3.5, (2, num_kv_heads)) / oracle.largest(row.dtype)
+    key, value = largest.astype(np.float32)
+    return key, value
+
+
+def _tokens(
+    row: Row, drawn: list[np.ndarray], scales: np.ndarray | None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """New tokens, and what the cache gives back of them.
+
+    Quantised ones are moved towards what is stored: between two numbers that are, the last bit of
+    a scale would decide.
+    """
+    if not row.scale:
+        return drawn, drawn
+    by_head = None if scales is None else scales[:, None]
+    stored = [oracle.quantised(each, row.dtype, by_head) for each in drawn]
+    tokens = [a + np.float32(0.8) * (b - a) for a, b in zip(stored, drawn, strict=True)]
+    return tokens, stored
 
 
 def check_row(row: Row, mesh: Mesh) -> Iterator[Check]:
@@ -143,13 +202,13 @@ def check_row(row: Row, mesh: Mesh) -> Iterator[Check]:
         reason = "interpreted kernels run in one process only; use verify --simulate, or TPUs"
         yield Check(row, "write", refusal=reason)
         return
-    problem = make_problem(mesh, row.dtype)
+    problem = make_problem(mesh, row)
     try:
         cache = write_tokens(problem, row, mesh)
     except NotImplementedError as refused:
         yield Check(row, "write", refusal=str(refused))
         return
-    yield Check(row, "write", write_error(problem, cache))
+    yield Check(row, "write", write_error(problem, cache), FLOOR if row.scale else 0.0)
     kinds = ((OPTIONS, answer, expected), (STEPS, answer_step, expected_of_step))
     for columns, ask, oracles in kinds:
         for column, options in columns.items():
@@ -167,9 +226,11 @@ def write_tokens(problem: Problem, row: Row, mesh: Mesh) -> PagedKVCache:
     Each data shard brings its own sequences' tokens, equally many.
     """
     num_kv_heads = problem.keys[0].shape[1]
-    sizes = (problem.num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM)
-    cache = PagedKVCache.zeros(*sizes, dtype=row.dtype, kv_layout=row.kv_layout, mesh=mesh)
-    cache = jax.tree.map(lambda x: jax.device_put(jnp.full_like(x, jnp.nan), x.sharding), cache)
+    sizes = (problem.num_pages, num_kv_heads, row.page_size, HEAD_DIM)
+    options = {"dtype": row.dtype, "kv_layout": row.kv_layout, "scales": problem.scales}
+    cache = PagedKVCache.zeros(*sizes, **options, mesh=mesh)
+    scales = map(_poisoned, cache.scales) if row.scale == "token" else None
+    cache = cache.replace(map(_poisoned, cache.arrays), scales)
     lens = problem.context_lens
     seq_ids = np.repeat(np.arange(len(lens)), lens).astype(np.int32)
     positions = np.concatenate([np.arange(n) for n in lens]).astype(np.int32)
@@ -184,22 +245,46 @@ def write_tokens(problem: Problem, row: Row, mesh: Mesh) -> PagedKVCache:
     )
 
 
+def _poisoned(x: jax.Array) -> jax.Array:
+    """NaN everywhere, or what an integer has of it."""
+    nan = jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
+    return jax.device_put(jnp.full_like(x, nan), x.sharding)
+
+
 def write_error(problem: Problem, cache: PagedKVCache) -> float:
-    """The largest difference between the tokens and what their slots hold; 0 if written right."""
-    worst = 0.0
-    pages = [fetch(x).astype(np.float32) for x in jax.tree.leaves(cache)]
+    """The largest difference between the tokens and what their slots hold.
+
+    0 if they are written right; of quantised ones the rounding of a scale.
+    """
+    worst, page_size = 0.0, problem.row.page_size
+    pages = [fetch(x).astype(np.float32) for x in cache.arrays]
     if cache.kv_layout == "fused":
         pages = [pages[0][:, 0], pages[0][:, 1]]
     elif cache.kv_layout == "heads_first":
         pages = [x.swapaxes(0, 1) for x in pages]
-    for stored, tokens in zip(pages, (problem.keys, problem.values), strict=True):
+    scales = _scales_by_token(problem, cache, pages[0].shape[-2])
+    for stored, by_token, tokens in zip(pages, scales, problem.stored, strict=True):
         # [pages, kv_heads, page, dim], whether the rows were packed or not
-        stored = stored.reshape(*stored.shape[:2], PAGE_SIZE, HEAD_DIM)
+        stored = stored.reshape(*stored.shape[:2], page_size, HEAD_DIM) * by_token
         for table, expected in zip(problem.tables, tokens, strict=True):
             found = stored[table].swapaxes(1, 2).reshape(-1, *stored.shape[1::2])[: len(expected)]
             difference = np.abs(found - expected.astype(np.float32))
             worst = float(np.maximum(worst, np.max(difference, initial=0.0)))
     return worst
+
+
+def _scales_by_token(problem: Problem, cache: PagedKVCache, num_rows: int) -> list[np.ndarray]:
+    """Of keys and of values, `[pages, kv_heads, page_size, 1]` or what broadcasts to it."""
+    row = problem.row
+    if not row.scale:
+        return [np.ones(1, np.float32)] * 2
+    scales = fetch(cache.scales[0])
+    if row.scale == "head":
+        return [scales[:, which, None, None] for which in range(2)]
+    # keys before values; those of the tokens that begin a row before those that follow them
+    by_row = scales.reshape(*scales.shape[:2], 2, row.page_size // num_rows, num_rows)
+    by_token = by_row.swapaxes(-1, -2).reshape(*scales.shape[:2], 2, row.page_size, 1)
+    return [by_token[:, :, which] for which in range(2)]
 
 
 def answer(
@@ -218,6 +303,7 @@ def answer(
         mesh=mesh,
         backend=row.backend,
         return_lse=True,
+        scales=cache.scales,
         **options | {"sinks": problem.sinks if options.get("sinks") else None},
     )
     return fetch(out).astype(np.float64), fetch(lse).astype(np.float64)
@@ -248,13 +334,14 @@ Expected = Iterator[tuple[int, Callable[..., tuple[np.ndarray, np.ndarray]]]]
 
 def expected(problem: Problem, options: dict[str, Any]) -> Expected:
     """What the oracle says of `answer`."""
-    sequences = zip(problem.query, problem.keys, problem.values, strict=True)
+    sequences = zip(problem.query, *problem.stored, strict=True)
     for seq, arrays in enumerate(sequences):
         yield (
             seq,
             functools.partial(
                 oracle.attend,
                 *arrays,
+                weights_dtype=problem.row.compute_dtype,
                 window=options.get("sliding_window"),
                 soft_cap=options.get("attn_logits_soft_cap"),
                 sinks=problem.sinks if options.get("sinks") else None,
@@ -264,11 +351,12 @@ def expected(problem: Problem, options: dict[str, Any]) -> Expected:
 
 def expected_of_step(problem: Problem, options: dict[str, Any]) -> Expected:
     """What the oracle says of `answer_step`."""
-    chunk = options.get("chunk", MAX_BLOCKS * PAGE_SIZE)
+    chunk = options.get("chunk", MAX_TOKENS)
+    attend = functools.partial(oracle.attend, weights_dtype=problem.row.compute_dtype)
     for row, seq, position in problem.tokens():
         seen = slice(position // chunk * chunk, position + 1)
-        keys, values = problem.keys[seq][seen], problem.values[seq][seen]
-        yield row, functools.partial(oracle.attend, problem.queries[row], keys, values)
+        keys, values = (tokens[seq][seen] for tokens in problem.stored)
+        yield row, functools.partial(attend, problem.queries[row], keys, values)
 
 
 def compare(out: np.ndarray, lse: np.ndarray, oracles: Expected) -> tuple[float, float]:

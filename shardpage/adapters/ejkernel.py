@@ -48,6 +48,7 @@ def page_attention(
     sinks: Float[Array, " num_heads"] | None = None,
     return_lse: bool = False,
     interpret: bool | None = None,
+    scales: Any = None,
 ) -> (
     Float[Array, "num_seqs num_heads head_dim"]
     | tuple[Float[Array, "num_seqs num_heads head_dim"], Float[Array, "num_seqs num_heads"]]
@@ -55,11 +56,12 @@ def page_attention(
     """Attends with one query token per sequence over keys and values kept in pages.
 
     Query head `h` uses KV head `h // (num_heads // num_kv_heads)`. Softmax and accumulation are
-    in float32; matmul operands have the cache's dtype.
+    in float32; matmul operands have the cache's dtype, bfloat16 if it is quantised.
 
     Args:
       query: `[num_seqs, num_heads, head_dim]`, any float dtype of 16 bits or more.
-      key_cache: pages of keys in one of the layouts of `kv_layout`; float32, bfloat16 or float16.
+      key_cache: pages of keys in one of the layouts of `kv_layout`; float32, bfloat16 or float16,
+        or with `scales` int8, float8_e4m3fn or float8_e5m2.
       value_cache: pages of values, as key_cache; None with a fused cache.
       context_lens: `[num_seqs]` int32, tokens of each sequence in the cache. 0 gives zeros, and
         -inf in lse.
@@ -93,6 +95,7 @@ def page_attention(
       sinks: `[num_heads]`, a logit per query head that joins the softmax denominator once.
       return_lse: also return the natural log of the softmax denominator (sinks included).
       interpret: run a Pallas kernel in interpret mode; None where there is no TPU.
+      scales: of a quantised cache, `cache.scales`, or as `PagedKVCache.of` takes them.
 
     Returns:
       `[num_seqs, num_heads, head_dim]` in the query's dtype; with `return_lse`, a pair of that
@@ -111,7 +114,8 @@ def page_attention(
     array_checks.rank("query", query, "[num_seqs, num_heads, head_dim]")
     array_checks.cache_arrays(key_cache, value_cache)
     kv = _layout(kv_layout, query.shape[1], key_cache, value_cache)
-    cache = PagedKVCache.of(key_cache, value_cache, kv_layout=kv.label, head_dim=query.shape[-1])
+    options: dict[str, Any] = {"kv_layout": kv.label, "head_dim": query.shape[-1]}
+    cache = PagedKVCache.of(key_cache, value_cache, **options, scales=scales)
     with errors_named(
         scale="attn_scale",
         soft_cap="attn_logits_soft_cap",

@@ -98,8 +98,9 @@ def ragged_page_attention_v3(
     """ejkernel's `ragged_page_attention_v3`: writes the new tokens, attends; the cache is donated.
 
     The last entry of `distribution` is the number of sequences. With head_dim 64 key and value of a
-    head share a row of 128, where the cache has that many. `q_scale`, on caches of 16 bits and
-    more, `cfg` and `vmem_limit_bytes` have no effect.
+    head share a row of 128, where the cache has that many. Of a float8 cache, keys and values are
+    float8 as well, and `k_scale` and `v_scale` are what they are multiples of. `q_scale` (queries
+    stay as they are), `cfg` and `vmem_limit_bytes` have no effect.
 
     Raises:
       ValueError: if arguments contradict each other.
@@ -108,11 +109,12 @@ def ragged_page_attention_v3(
     del q_scale, cfg
     ragged.checked_hints(vmem_limit_bytes=vmem_limit_bytes)
     options = ragged.Options(
-        ragged.scaled(softmax_scale, k_scale),
+        softmax_scale,
         logits_soft_cap,
         sliding_window,
         v_scale=v_scale,
         tuning=_tuning(platform),
+        k_scale=k_scale,
     )
     tokens = (queries, keys, values, kv_cache)
     arrays = (*tokens, kv_lens, block_tables, query_start_loc, distribution, softmax_aux)
@@ -214,7 +216,7 @@ def _v3(options, queries, keys, values, kv_cache, kv_lens, tables, starts, distr
     num_kv_heads, head_dim = keys.shape[1:]
     per_word = kv_cache.shape[3]
     shared = head_dim == 64 and kv_cache.shape[2] == -(-num_kv_heads // per_word)
-    cache = ragged.words(kv_cache, num_kv_heads, head_dim, shared=shared)
+    cache = ragged.words(kv_cache, num_kv_heads, head_dim, options, shared=shared)
     out, cache = _named_step(options, ragged.Tokens(queries, keys, values, sinks), cache, batch)
     return out, cache.key
 

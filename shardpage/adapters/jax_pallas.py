@@ -107,8 +107,9 @@ def ragged_paged_attention(
 ) -> Float[Array, "max_num_tokens num_heads head_dim"]:
     """`jax.experimental.pallas.ops.tpu.ragged_paged_attention.ragged_paged_attention`.
 
-    Reads `kv_pages` (k0 v0 k1 v1 ...) where they lie; they hold the new tokens already. Rows behind
-    the last token are zeros. `mask_value`, `num_queries_per_block` and `vmem_limit_bytes` change no
+    Reads `kv_pages` (k0 v0 k1 v1 ...) where they lie; they hold the new tokens already. Of float8
+    pages `k_scale` and `v_scale` are what they are multiples of. Rows behind the last token are
+    zeros. `mask_value`, `num_queries_per_block` and `vmem_limit_bytes` change no
     result and have no effect. `backend` is ours: None takes "xla" for such pages.
 
     Raises:
@@ -121,12 +122,16 @@ def ragged_paged_attention(
     batch = ragged.rows(kv_lens, page_indices, cu_q_lens, num_seqs[0])
     words: dict[str, Any] = {"scale": "sm_scale", "window": "sliding_window"}
     with errors_named(**words, pages_per_block="num_kv_pages_per_block"):
-        cache = PagedKVCache.of(kv_pages, kv_layout="interleaved", head_dim=q.shape[2])
         options = ragged.Options(
-            ragged.scaled(sm_scale, k_scale),
+            sm_scale,
             soft_cap,
             sliding_window,
             v_scale=v_scale,
             tuning=Tuning(backend=backend, pages_per_block=num_kv_pages_per_block),
+            k_scale=k_scale,
         )
+        rank("kv_pages", kv_pages, "[num_pages, page_size, 2 * num_kv_heads, head_dim]")
+        scales = ragged.scales("kv_pages", kv_pages, kv_pages.shape[2] // 2, options)
+        layout = {"kv_layout": "interleaved", "head_dim": q.shape[2]}
+        cache = PagedKVCache.of(kv_pages, **layout, scales=scales)
         return ragged.step(ragged.Tokens(q, None, None, None), cache, batch, options)[0]

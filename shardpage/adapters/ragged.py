@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..arguments import array, integer, shown
+from ..arguments import array, integer, number, shown
 from ..attention import attend
 from ..cache import PagedKVCache
 from ..options import Tuning
-from ..page_format import PACKED_ROW
+from ..page_format import PACKED_ROW, QUANTISED, SCALE_DTYPE
 from ..step import make_plan
 from ..write import write_kv
 
@@ -35,10 +36,11 @@ class Options(NamedTuple):
     soft_cap: float | None = None
     window: int | None = None
     causal: bool = True
-    v_scale: float | None = None  # on the output
+    v_scale: float | None = None  # on the values
     out_dtype: Any = None  # None for the query's
     temperature_len: float | None = None  # see `_temperature`
     tuning: Tuning | None = None
+    k_scale: float | None = None  # on the keys
 
 
 class Tokens(NamedTuple):
@@ -99,7 +101,10 @@ def step(
     update: bool = True,
     **split: Any,
 ) -> tuple[Float[Array, "max_num_tokens num_heads head_dim"], PagedKVCache]:
-    """Writes the new tokens, unless there are none, and attends; the cache comes back."""
+    """Writes the new tokens, unless there are none, and attends; the cache comes back.
+
+    Of a quantised cache, which has `k_scale` and `v_scale` as scales, tokens are quantised already.
+    """
     query = tokens.query
     num_queries, num_heads, _ = query.shape
     plan = make_plan(
@@ -113,17 +118,36 @@ def step(
         **split,
     )
     if update and tokens.key is not None:
-        cache = write_kv(cache, tokens.key, tokens.value, plan)
+        cache = write_kv(cache, *_dequantised(tokens, cache), plan)
     out_dtype = jnp.dtype(options.out_dtype or query.dtype)
-    factor = options.v_scale if options.v_scale is not None else 1.0
+    scale, factor = options.scale, 1.0
+    if cache.scale == "none":
+        factor = options.v_scale if options.v_scale is not None else 1.0
+        scale = scale if options.k_scale is None or scale is None else scale * options.k_scale
     if factor != 1 or out_dtype.itemsize > query.dtype.itemsize:  # rounded once, at the end
         query = query.astype(jnp.float32)
     if options.temperature_len is not None:
         warm = _temperature(plan.positions, options.temperature_len)
         query = query.astype(jnp.float32) * warm[:, None, None]
-    how = {"scale": options.scale, "soft_cap": options.soft_cap, "sinks": tokens.sinks}
+    how = {"scale": scale, "soft_cap": options.soft_cap, "sinks": tokens.sinks}
     out: Any = attend(query, cache, plan, **how)
     return (out if factor == 1 else out * factor).astype(out_dtype), cache
+
+
+def _dequantised(tokens: Tokens, cache: PagedKVCache) -> tuple[jax.Array, jax.Array]:
+    """New keys and values as numbers, which are stored as what they were."""
+    key, value = tokens.key, tokens.value
+    if cache.scale == "none":
+        return key, value
+    for name, x in {"keys": key, "values": value}.items():
+        if x.dtype != cache.key.dtype:
+            raise ValueError(
+                f"{name} are {x.dtype} for a cache of {cache.key.dtype}; pass what it stores: "
+                f"({name} / scale).astype({cache.key.dtype.name!r})"
+            )
+    (scales,) = cache.scales
+    scaled = (x.astype(jnp.float32) * scales[:, i, None] for i, x in enumerate((key, value)))
+    return tuple(scaled)
 
 
 def _temperature(positions: Any, length: float) -> Any:
@@ -142,7 +166,13 @@ def filled_step(
 
 
 def words(
-    kv_cache: Any, num_kv_heads: int, head_dim: int, *, shared: bool, shards: int = 1
+    kv_cache: Any,
+    num_kv_heads: int,
+    head_dim: int,
+    options: Options,
+    *,
+    shared: bool,
+    shards: int = 1,
 ) -> PagedKVCache:
     """A cache `[pages, page, rows / n, n, 128]`: k0 v0 k1 v1 ..., or, `shared`, k0|v0 k1|v1 ...
 
@@ -163,14 +193,36 @@ def words(
             f"kv_cache has shape {kv_cache.shape}; {num_kv_heads} KV heads of {head_dim=}, over "
             f"{shards} shards, take {wanted}"
         )
-    padding = 0 if shared else row_dim - head_dim
-    layout = "interleaved_words"
-    return PagedKVCache.of(kv_cache, kv_layout=layout, head_dim=head_dim, padding=padding)
+    heads = num_words * per_word // (1 if shared else 2)
+    return PagedKVCache.of(
+        kv_cache,
+        kv_layout="interleaved_words",
+        head_dim=head_dim,
+        padding=0 if shared else row_dim - head_dim,
+        scales=scales("kv_cache", kv_cache, heads, options),
+    )
 
 
-def scaled(scale: float, k_scale: float | None) -> float:
-    """The factor on the logits where keys stand for `k_scale` times themselves."""
-    return scale if k_scale is None else scale * k_scale
+def scales(name: str, pages: Any, num_kv_heads: int, options: Options) -> Any:
+    """Scales of a cache's keys and values, the same for all heads; None if it is not quantised."""
+    array(name, pages)
+    if pages.dtype == jnp.int8:
+        raise NotImplementedError(
+            f"{name} is int8, of which -128 says here that a token is NaN; keep it in float8, or a "
+            "cache of ours: PagedKVCache.zeros(..., dtype='int8')"
+        )
+    if pages.dtype.name not in QUANTISED:
+        return None
+    factors = {"k_scale": options.k_scale, "v_scale": options.v_scale}
+    return tuple(np.full(num_kv_heads, _positive(*each), SCALE_DTYPE) for each in factors.items())
+
+
+def _positive(name: str, factor: float | None) -> float:
+    meaning = "above 0, or None for 1"
+    factor = 1.0 if factor is None else number(name, factor, meaning)
+    if factor <= 0:
+        raise ValueError(f"{name}={factor} must be {meaning}: numbers are stored over it")
+    return factor
 
 
 def checked_hints(**hints: Any) -> None:

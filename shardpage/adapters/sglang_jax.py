@@ -85,8 +85,9 @@ def ragged_paged_attention(
     keys and values, which theirs donates too, stay valid). A sequence's entries of `page_indices`
     begin at `cu_kv_lens / page_size`. The softmax is in float32, whatever `softmax_dtype` is. What
     tunes or guards their kernel (block sizes, limits, checks, `mask_value`, `skip_kv_mask`) has no
-    effect, nor has `q_scale` on caches of 16 bits and more. `backend` is ours: None takes "xla"
-    for such pages.
+    effect, nor has `q_scale`: queries stay as they are. Of a float8 cache, keys and values are
+    float8 as well, and `k_scale` and `v_scale` are what they are multiples of. `backend` is ours:
+    None takes "xla" for such pages.
 
     Raises:
       ValueError: if arguments contradict each other.
@@ -113,11 +114,8 @@ def ragged_paged_attention(
         xai_temperature_len = number("xai_temperature_len", xai_temperature_len, "above 1, or None")
         if xai_temperature_len <= 1:
             raise ValueError(f"{xai_temperature_len=} must be above 1: its logarithm divides")
-    cache = ragged.words(kv_cache_fused, keys.shape[1], queries.shape[2], shared=False)
-    tables = _tables(page_indices, cu_kv_lens, cache.format.page_size)
-    batch = ragged.rows(kv_lens, tables, cu_q_lens, ragged.last_of(distribution))
     options = ragged.Options(
-        ragged.scaled(sm_scale, k_scale),
+        sm_scale,
         soft_cap,
         sliding_window,
         bool(causal),
@@ -125,7 +123,11 @@ def ragged_paged_attention(
         ragged.out_dtype_of(queries, out_dtype),
         xai_temperature_len,
         Tuning(backend=backend),
+        k_scale,
     )
+    cache = ragged.words(kv_cache_fused, keys.shape[1], queries.shape[2], options, shared=False)
+    tables = _tables(page_indices, cu_kv_lens, cache.format.page_size)
+    batch = ragged.rows(kv_lens, tables, cu_q_lens, ragged.last_of(distribution))
     if attention_sink is not None:
         sinks = jnp.asarray(attention_sink, jnp.float32)
         attention_sink = jnp.broadcast_to(sinks, queries.shape[1]) if sinks.ndim == 0 else sinks

@@ -90,8 +90,9 @@ def ragged_paged_attention(
     """tpu-inference's `kernels.ragged_paged_attention.v3.kernel.ragged_paged_attention`.
 
     Accumulates in float32 whatever `out_dtype` is. Of `distribution` the last entry, the number of
-    sequences, decides. A `q_scale` quantises queries to the cache's dtype: of 16 bits and more that
-    changes nothing. What tunes or guards their kernel (block sizes, limits, checks, `mask_value`,
+    sequences, decides. Of a float8 cache, keys and values are float8 as well, and `k_scale` and
+    `v_scale` are what they are multiples of. A `q_scale` would quantise queries, which stay as they
+    are. What tunes or guards their kernel (block sizes, limits, checks, `mask_value`,
     `skip_kv_mask`) has no effect. `backend` is ours: None takes "xla" for such pages.
 
     Raises:
@@ -110,16 +111,17 @@ def ragged_paged_attention(
         m_block_sizes=m_block_sizes,
     )
     batch = ragged.rows(kv_lens, page_indices, cu_q_lens, ragged.last_of(distribution))
-    cache = ragged.words(kv_cache, keys.shape[1], queries.shape[2], shared=False)
     options = ragged.Options(
-        ragged.scaled(sm_scale, k_scale),
+        sm_scale,
         soft_cap,
         sliding_window,
         use_causal_mask,
         v_scale,
         ragged.out_dtype_of(queries, out_dtype),
         tuning=Tuning(backend=backend),
+        k_scale=k_scale,
     )
+    cache = ragged.words(kv_cache, keys.shape[1], queries.shape[2], options, shared=False)
     tokens = ragged.Tokens(queries, keys, values, None)
     with errors_named(**_WORDS):
         out, cache = ragged.filled_step(tokens, cache, batch, options, update=update_kv_cache)
@@ -186,14 +188,15 @@ def ragged_paged_attention_hd64(
         num_queries_per_block=num_queries_per_block,
     )
     batch = ragged.rows(kv_lens, page_indices, cu_q_lens, ragged.last_of(distribution))
-    cache = ragged.words(kv_cache, keys.shape[1], queries.shape[2], shared=True)
     options = ragged.Options(
-        ragged.scaled(sm_scale, k_scale),
+        sm_scale,
         soft_cap,
         sliding_window,
         v_scale=v_scale,
         tuning=Tuning(backend=backend),
+        k_scale=k_scale,
     )
+    cache = ragged.words(kv_cache, keys.shape[1], queries.shape[2], options, shared=True)
     tokens = ragged.Tokens(queries, keys, values, attention_sink)
     with errors_named(**_WORDS):
         out, cache = ragged.filled_step(tokens, cache, batch, options)
@@ -248,7 +251,18 @@ def sharded_ragged_paged_attention(
     split, shards = Split.of(mesh, layout), layout.shards(mesh)
     k, v = (_repeated(x, shards.heads) for x in (k, v))
     shared = q.shape[2] == 64
-    cache = ragged.words(kv_cache, k.shape[1], q.shape[2], shared=shared, shards=shards.heads)
+    options = ragged.Options(
+        sm_scale,
+        attn_logits_soft_cap,
+        attention_chunk_size,
+        use_causal_mask,
+        v_scale,
+        None if shared else ragged.out_dtype_of(q, None),
+        tuning=Tuning(backend=backend),
+        k_scale=k_scale,
+    )
+    sizes = (k.shape[1], q.shape[2])
+    cache = ragged.words(kv_cache, *sizes, options, shared=shared, shards=shards.heads)
     spare = (cache.format.num_kv_heads - k.shape[1]) // shards.heads
     *filled, batch = sharded.run(
         _batch_here,
@@ -259,15 +273,6 @@ def sharded_ragged_paged_attention(
         (_TOKENS, _TOKENS, _TOKENS, ("heads",), ("seqs",)),
     )
     tokens = ragged.Tokens(*filled)
-    options = ragged.Options(
-        ragged.scaled(sm_scale, k_scale),
-        attn_logits_soft_cap,
-        attention_chunk_size,
-        use_causal_mask,
-        v_scale,
-        None if shared else ragged.out_dtype_of(q, None),
-        tuning=Tuning(backend=backend),
-    )
     names = {"scale": "sm_scale", "window": "attention_chunk_size", "causal": "use_causal_mask"}
     with errors_named(**names, soft_cap="attn_logits_soft_cap"):
         out, cache = ragged.step(

@@ -2,7 +2,8 @@
 
 A backend works on whole caches and on intervals of local pages. It knows nothing of meshes, sinks,
 windows or invalid tables, and takes what it is handed whatever that was made from. Page ids are of
-one layer: `cache.in_layer` makes ids in the arrays of them.
+one layer: `cache.in_layer` makes ids in the arrays of them. Scales of tokens are the backend's to
+apply; scales of KV heads are in its queries already, and its results get them afterwards.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from ..options import Attention, BackendName, Tuning
 from ..page_format import PageFormat
 from ..partial import Partial
 from ..plan import Reads, Writes
+from ..quantise import Stored
 
 # Imported when first used: Pallas takes a second.
 _MODULES = {"xla": ".xla", "pallas_tpu": ".pallas_tpu", "pallas_gpu": ".pallas_gpu"}
@@ -61,13 +63,12 @@ class Backend(Protocol):
     def write(
         self,
         cache: PagedKVCache,
-        key: jax.Array,
-        value: jax.Array,
+        tokens: Stored,
         writes: Writes,
         work: Any,
         tuning: Tuning,
     ) -> PagedKVCache:
-        """Puts tokens `[tokens, num_kv_heads, key_dim]` of the cache's dtype into their slots."""
+        """Puts tokens, and the scales of each, into their slots."""
         ...
 
 

@@ -126,8 +126,11 @@ class Model:
         """How the weights are split."""
         return WeightSplit(self.mesh)
 
-    def empty_cache(self, num_pages: int, page_size: int, dtype) -> PagedKVCache:
-        """An empty cache of `num_pages` pages per layer, in its sharding."""
+    def empty_cache(self, num_pages: int, page_size: int, dtype, scales=None) -> PagedKVCache:
+        """An empty cache of `num_pages` pages per layer, in its sharding.
+
+        `dtype` and `scales` are those of `PagedKVCache.zeros`.
+        """
         config = self.config
         return PagedKVCache.zeros(
             num_pages,
@@ -135,6 +138,7 @@ class Model:
             page_size,
             config.head_dim,
             dtype=dtype,
+            scales=scales,
             num_layers=config.num_layers,
             mesh=self.mesh,
         )

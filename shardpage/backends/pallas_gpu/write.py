@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
 from ...options import Tuning
 from ...page_format import PageFormat
 from ...plan import Writes
+from ...quantise import Stored
 from ...varying import vary_together
 from . import pages, write_kernel
 from .config import refuse
@@ -24,13 +24,13 @@ def prepare_writes(writes: Writes, num_pages: int, page_format: PageFormat, tuni
 
 def write(
     cache: PagedKVCache,
-    key: Float[Array, "tokens num_kv_heads key_dim"],
-    value: Float[Array, "tokens num_kv_heads value_dim"],
+    tokens: Stored,
     writes: Writes,
     work: None,
     tuning: Tuning,
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
+    key, value, _ = tokens
     if not len(key):
         return cache
     writes = writes._replace(page=cache.in_layer(writes.page))

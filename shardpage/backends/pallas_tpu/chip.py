@@ -24,6 +24,7 @@ class Chip:
     smem_bytes: int
     hbm_bytes_per_us: float
     step_blocks: int = 8  # that a kernel works on at once, to hide the latencies of each
+    widens: bool = False  # quantised elements first: its matrix units take none beside bfloat16
 
     @property
     def bytes_in_flight(self) -> int:
@@ -51,6 +52,7 @@ def chip_of(tuning: Tuning) -> Chip:
         vmem_bytes=max(16 * MIB, info.vmem_capacity_bytes // 2),
         smem_bytes=info.smem_capacity_bytes,
         hbm_bytes_per_us=info.mem_bw_bytes_per_second / 1e6,
+        widens=info.generation < 5,
     )
 
 

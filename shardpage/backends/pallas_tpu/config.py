@@ -3,9 +3,9 @@
 import dataclasses
 
 from ...options import Tuning
-from ...page_format import PageFormat
+from ...page_format import QUANTISED, PageFormat
 from .chip import Chip, chip_of
-from .geometry import LANES, SUBLANES, Geometry
+from .geometry import LANES, Geometry, page_tile_rows, round_up
 from .sizes import (
     Demand,
     Sizes,
@@ -16,7 +16,7 @@ from .sizes import (
 )
 from .walk import Lengths
 
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16", *QUANTISED)
 _LARGE_COPY_BYTES = 32 << 10
 
 
@@ -97,11 +97,12 @@ def _share(page_format: PageFormat, num_heads: int, tuning: Tuning) -> tuple[Geo
     """What one core works on."""
     check_format(page_format)
     queries_per_kv_head = num_heads // page_format.num_kv_heads
-    cores = choose_cores(page_format, chip_of(tuning), tuning)
+    chip = chip_of(tuning)
+    cores = choose_cores(page_format, chip, tuning)
     if cores.by_heads:
         heads = page_format.num_kv_heads // cores.count
         page_format = dataclasses.replace(page_format, num_kv_heads=heads)
-    return Geometry(page_format, queries_per_kv_head), cores
+    return Geometry(page_format, queries_per_kv_head, chip.widens), cores
 
 
 def check_format(page_format: PageFormat) -> None:
@@ -122,11 +123,13 @@ def check_format(page_format: PageFormat) -> None:
             f"rows of {pack} tokens of {head_dim=} are {page_format.row_dim} elements long; a row "
             f"holds one token, or packs as many as fill {LANES}"
         )
-    if page_format.page_rows % SUBLANES:
-        nearest = -(-page_format.page_rows // SUBLANES) * SUBLANES * pack
+    # Of bfloat16, half a tile is loaded as fast; of one byte, less than a tile cannot be copied.
+    tile_rows = page_tile_rows(page_format)
+    if page_format.page_rows % tile_rows:
+        nearest = round_up(page_format.page_rows, tile_rows) * pack
         raise NotImplementedError(
             f"page_size={page_format.page_size}, {pack} per cache row, does not fill tiles of "
-            f"{SUBLANES} rows; use page_size={nearest}, or backend='xla'"
+            f"{tile_rows} rows; use page_size={nearest}, or backend='xla'"
         )
 
 

@@ -17,6 +17,7 @@ from ...varying import result_as, vary_together
 from . import decode_kernel, rows, walk
 from .chip import chip_of, interpreter
 from .config import Config, configure, queries_per_call
+from .fetch import hbm_arrays
 from .geometry import LANES, round_up
 from .softmax import Logits
 from .transforms import as_kernel
@@ -135,7 +136,8 @@ def _call(
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     agenda = hbm if config.sizes.paged else scalar
     layer = jnp.zeros(1, jnp.int32) if cache.layer is None else cache.layer.reshape(1)
-    inputs = vary_together(schedule, ids, layer, query_rows, cache.arrays)
+    caches = hbm_arrays(cache)
+    inputs = vary_together(schedule, ids, layer, query_rows, caches)
     whole = lambda shape, by_core=True: pl.BlockSpec(
         (1, *shape),
         lambda core: (core if by_core else 0, *(0,) * len(shape)),
@@ -153,7 +155,7 @@ def _call(
         ids=agenda,
         layer=scalar,
         query=whole(query_rows.shape[1:], cores.by_heads),
-        caches=(hbm,) * len(cache.arrays),
+        caches=(hbm,) * len(caches),
     )
     return pl.pallas_call(
         functools.partial(decode_kernel.kernel, config=config, how=how),

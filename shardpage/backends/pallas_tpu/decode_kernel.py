@@ -20,11 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...page_format import PageFormat
 from . import softmax, walk
 from .agenda import Paged, Resident
 from .config import Config
-from .fetch import Ring
+from .fetch import Ring, page_buffers
 from .geometry import LANES, SUBLANES
 from .walk import Block
 
@@ -46,13 +45,13 @@ class Inputs(NamedTuple):
     ids: Any  # page ids, likewise
     layer: Any  # [1] in scalar memory: whose pages are meant
     query: Any  # [1, queries, rows, row_dim]
-    caches: Sequence[Any]  # in HBM
+    caches: Sequence[Any]  # in HBM: the arrays, and the scales of tokens
 
 
 class Scratch(NamedTuple):
     """References to what a core keeps in fast memory."""
 
-    pages: Any  # for each ring and cache array [places, step_pages, *page_shape]
+    pages: Any  # for each ring and each of `caches` [places, step_pages, *page_shape]
     sums: softmax.Sums  # of the segment at work
     suspect: Any  # [8, row_dim]: NaN if any result has been
     steps: Any  # [agenda_steps * step_lanes] in scalar memory, if it is paged
@@ -87,7 +86,9 @@ class Kernel:
         page_format = config.geometry.format
         # Where ids count from: said once here, it costs nothing in each copy.
         begin = how.first_page(layer[0])
-        caches = [_pages_from(page_format, cache, jnp.maximum(begin, 0)) for cache in caches]
+        axes = [page_format.layout.value.pages] * page_format.num_arrays + [0]  # scales', if any
+        first = jnp.maximum(begin, 0)
+        caches = [_pages_from(x, first, axis) for x, axis in zip(caches, axes, strict=False)]
         self.is_missing = begin < 0  # there is no such layer
         num_blocks = jnp.where(self.is_missing, 0, schedule.num_blocks[walk_core])
         self.num_steps = _cdiv(num_blocks, self.sizes.step_blocks)
@@ -260,8 +261,7 @@ class Kernel:
         return segment if splits == 1 else lax.div(segment, splits)
 
 
-def _pages_from(page_format: PageFormat, cache: Any, first: jax.Array) -> Any:
-    axis = page_format.layout.value.pages
+def _pages_from(cache: Any, first: jax.Array, axis: int) -> Any:
     return cache.at[(*(slice(None),) * axis, pl.ds(first, cache.shape[axis]))]
 
 
@@ -278,7 +278,7 @@ def kernel(*refs, config: Config, how: How) -> None:
 
 def scratch_shapes(config: Config) -> Scratch:
     geometry, page_format, sizes = config.geometry, config.geometry.format, config.sizes
-    rows, row_dim, dtype = geometry.rows, page_format.row_dim, page_format.dtype
+    rows, row_dim = geometry.rows, page_format.row_dim
     float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     twice = lambda shape: (shape,) * _RINGS
     semaphores = lambda count: pltpu.SemaphoreType.DMA((count,))
@@ -286,9 +286,8 @@ def scratch_shapes(config: Config) -> Scratch:
     if_paged = lambda count: count if sizes.paged else 1
     scalars = lambda count: pltpu.SMEM((if_paged(count),), jnp.int32)
     not_used = sizes.run_pages - 1  # ids that are read behind the last
-    pages = pltpu.VMEM((sizes.ring_places, sizes.step_pages, *page_format.page_shape), dtype)
     return Scratch(
-        pages=twice((pages,) * page_format.num_arrays),
+        pages=twice(page_buffers(page_format, sizes.ring_places, sizes.step_pages)),
         sums=softmax.Sums(float32(rows, LANES), float32(rows, LANES), float32(rows, row_dim)),
         suspect=float32(SUBLANES, row_dim),
         steps=scalars(sizes.agenda_steps * sizes.step_lanes),

@@ -14,10 +14,35 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...page_format import PageFormat
+from ...cache import PagedKVCache
+from ...page_format import SCALE_DTYPE, PageFormat
 from .sizes import Sizes
 
 _UNROLL = 8  # page copies issued between two branches, in loops
+
+
+def hbm_arrays(cache: PagedKVCache) -> tuple[jax.Array, ...]:
+    """What pages are fetched from: the cache's arrays, and the scales of tokens."""
+    return cache.arrays + (kept_in_hbm(cache.scales) if cache.scale == "token" else ())
+
+
+def kept_in_hbm(scales: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Scales where they are: some megabytes the compiler would copy to fast memory, all of them."""
+    return tuple(pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in scales)
+
+
+def parts_of_page(page_format: PageFormat, caches: Sequence[Any], page: Any, heads: Any):
+    """References to the parts of a page, or of several: in each array, and among the scales."""
+    at = page_format.page_at(page, heads)
+    arrays, scales = caches[: page_format.num_arrays], caches[page_format.num_arrays :]
+    return [*(cache.at[at] for cache in arrays), *(scale.at[page, heads] for scale in scales)]
+
+
+def page_buffers(page_format: PageFormat, *lead: int) -> tuple[Any, ...]:
+    """Fast memory for the parts of `lead` pages."""
+    pages = pltpu.VMEM((*lead, *page_format.page_shape), page_format.dtype)
+    scales = pltpu.VMEM((*lead, *page_format.page_scales_shape), SCALE_DTYPE)
+    return (pages,) * page_format.num_arrays + (scales,) * (page_format.scale == "token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +51,8 @@ class Ring:
 
     format: PageFormat
     sizes: Sizes
-    caches: Sequence[Any]  # from the page that ids count from
-    pages: Sequence[Any]  # [places, step_pages, *page_shape] for each cache array
+    caches: Sequence[Any]  # from the page that ids count from; then the scales of tokens, if any
+    pages: Sequence[Any]  # [places, step_pages, *page_shape] for each of them
     semaphores: Any  # [places], which count the bytes of a whole step
     first_head: jax.Array | int
 
@@ -59,14 +84,15 @@ class Ring:
         """Fetches a page, and those that follow it, if they are among the first."""
         # Read whether it is needed or not: that is one instruction, and predicated it is three.
         pages = page_ids(page) if count == 1 else pl.ds(page_ids(page), count)
-        source = self.format.page_at(pages, pl.ds(self.first_head, self.format.num_kv_heads))
+        heads = pl.ds(self.first_head, self.format.num_kv_heads)
+        sources = parts_of_page(self.format, self.caches, pages, heads)
 
         @pl.when(page + (count - 1) < num_pages)
         def _():
-            for cache, ring in zip(self.caches, self.pages, strict=True):
+            for source, ring in zip(sources, self.pages, strict=True):
                 first = index * self.sizes.block_pages + page
                 target = ring.at[place, first if count == 1 else pl.ds(first, count)]
-                pltpu.make_async_copy(cache.at[source], target, self.semaphores.at[place]).start()
+                pltpu.make_async_copy(source, target, self.semaphores.at[place]).start()
 
     def wait(self, step_pages: jax.Array, place: jax.Array) -> None:
         """Waits for the pages of a step: one wait for each binary digit of their number."""

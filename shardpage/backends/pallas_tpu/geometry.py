@@ -22,12 +22,18 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def page_tile_rows(page_format: PageFormat) -> int:
+    """Rows that a page must be a multiple of."""
+    return 4 * SUBLANES if page_format.dtype.itemsize == 1 else SUBLANES
+
+
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """The query rows of what one core works on."""
 
     format: PageFormat  # with the KV heads of one core
     queries_per_kv_head: int
+    widens: bool = False  # see `Chip`
 
     @property
     def rows_in_use(self) -> int:

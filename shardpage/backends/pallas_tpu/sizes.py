@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from ...page_format import PageFormat
+from ...page_format import SCALE_DTYPE, PageFormat
 from .chip import MIB, Chip
 from .geometry import LANES, SUBLANES, Geometry, round_up
 
@@ -17,7 +17,7 @@ _STEP_BYTES = 4 * MIB
 _BLOCK_BYTES = 2 * MIB
 _PASS_BYTES = 2 * MIB
 _MIN_BLOCK_TOKENS = 128
-_MAX_BLOCK_TOKENS = 512
+_MAX_BLOCK_TOKENS = 512  # of two bytes an element, or of more; twice as many of one
 # Tiles of logits, 8 rows of 128 tokens, that a step's softmaxes keep in registers.
 _STEP_TILES = 64
 _MIN_RING_PLACES = 2
@@ -97,14 +97,23 @@ def query_vmem_bytes(geometry: Geometry, num_splits: int) -> int:
     """Bytes of one query and its results, all of which stay during a call."""
     row = round_up(geometry.format.row_dim, LANES)
     results = 4 * (geometry.rows * row + round_up(geometry.lse_tiles, SUBLANES) * LANES)
-    return geometry.rows * row * geometry.format.dtype.itemsize + num_splits * results
+    return geometry.rows * row * geometry.format.compute_dtype.itemsize + num_splits * results
 
 
 def vmem_page_bytes(page_format: PageFormat) -> int:
     """Bytes of one page of all cache arrays in VMEM, padded to tiles."""
     rows = round_up(page_format.page_rows, SUBLANES)
     row = round_up(page_format.row_dim, LANES) * page_format.dtype.itemsize
-    return 2 * page_format.num_kv_heads * rows * row
+    elements = 2 * page_format.num_kv_heads * rows * row
+    if page_format.scale != "token":
+        return elements
+    *heads, lanes = page_format.page_scales_shape
+    return elements + math.prod(heads) * round_up(lanes, LANES) * SCALE_DTYPE.itemsize
+
+
+def _elements_bytes(page_format: PageFormat) -> int:
+    """Of those, the bytes of keys and values."""
+    return vmem_page_bytes(dataclasses.replace(page_format, scale="none"))
 
 
 def choose_sizes(demand: Demand, chip: Chip, block_pages: int | None = None) -> Sizes:
@@ -150,7 +159,7 @@ def heads_per_pass(geometry: Geometry, block_pages: int) -> int:
         for heads in range(1, num_heads)
         if num_heads % heads == 0 and heads * geometry.rows_per_head % row_tile == 0
     ]
-    head_bytes = block_pages * vmem_page_bytes(geometry.format) / num_heads
+    head_bytes = block_pages * _elements_bytes(geometry.format) / num_heads
     fitting = [heads for heads in (*apart, num_heads) if heads * head_bytes <= _PASS_BYTES]
     return max(fitting, default=min(apart, default=num_heads))
 
@@ -191,8 +200,9 @@ def _run_pages(page_format: PageFormat, block_pages: int) -> int:
 
 def _model_block_pages(demand: Demand) -> int:
     page_format = demand.geometry.format
-    token_bytes = vmem_page_bytes(page_format) / page_format.page_size
-    tokens = max(_MIN_BLOCK_TOKENS, min(_MAX_BLOCK_TOKENS, _BLOCK_BYTES / token_bytes))
+    token_bytes = _elements_bytes(page_format) / page_format.page_size
+    most = _MAX_BLOCK_TOKENS * (2 if page_format.dtype.itemsize == 1 else 1)
+    tokens = max(_MIN_BLOCK_TOKENS, min(most, _BLOCK_BYTES / token_bytes))
     pages = 1 << (max(1, int(tokens) // page_format.page_size).bit_length() - 1)
     return min(pages, LANES, _power_of_two(demand.max_pages))
 
@@ -200,7 +210,7 @@ def _model_block_pages(demand: Demand) -> int:
 def _model_step_blocks(demand: Demand, block_pages: int) -> int:
     """As many blocks as hide each other's latencies, keep in registers, and there are."""
     geometry = demand.geometry
-    bytes_each = block_pages * vmem_page_bytes(geometry.format)
+    bytes_each = block_pages * _elements_bytes(geometry.format)
     tiles_each = geometry.rows // SUBLANES * -(-block_pages * geometry.format.page_rows // LANES)
     there_are = demand.num_queries * max(demand.num_splits, -(-demand.max_pages // block_pages))
     return max(1, min(_STEP_BYTES // bytes_each, _STEP_TILES // tiles_each, there_are))

@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ...options import UNCAPPED, factor_under_cap
+from ...page_format import PageFormat
+from ...quantise import largest
 from .geometry import LANES, Geometry
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -38,8 +40,10 @@ class Logits:
             return self.scale * LOG2_E
         return factor_under_cap(self.scale, self.soft_cap) or self.scale
 
-    def __call__(self, dots: jax.Array) -> jax.Array:
-        logits = self.of_scaled(dots * self.factor)
+    def __call__(self, dots: jax.Array, scales: jax.Array | None = None) -> jax.Array:
+        """Logits of dot products; `scales` of the keys, where each has one."""
+        factor = self.factor if scales is None else scales * self.factor
+        logits = self.of_scaled(dots * factor)
         return logits if self.soft_cap is not None else finite_or_nan(logits)
 
     def of_scaled(self, scaled: jax.Array) -> jax.Array:
@@ -79,12 +83,12 @@ class View:
     """A block in fast memory, and the queries that see it."""
 
     geometry: Geometry
-    buffers: Sequence[Any]  # [places, step_pages, *page_shape]
+    buffers: Sequence[Any]  # [places, step_pages, *page_shape]; the last one of scales, if any
     place: jax.Array | int
     first_page: int
     num_pages: int
     used_pages: jax.Array  # that hold tokens to be seen
-    query: Any  # [rows, row_dim] in the caches' dtype
+    query: Any  # [rows, row_dim] in the dtype of matmuls
     span: Span
 
     @property
@@ -96,27 +100,63 @@ class View:
         """What some KV heads see of it, from a multiple of `count` on; and their rows."""
         part = self.geometry.of_heads(count)
         rows = pl.ds(pl.multiple_of(first * part.rows_per_head, part.rows), part.rows)
-        axes = 3 if part.format.fused else 2  # before the heads
-        heads = (*(slice(None),) * axes, pl.ds(first, count))
+        of_page = (slice(None),) * (3 if part.format.fused else 2)
+        axes = [of_page] * part.format.num_arrays + [(slice(None),) * 2]  # before the heads
         changed: dict[str, Any] = {
-            "buffers": [buffer.at[heads] for buffer in self.buffers],
+            "buffers": [
+                buffer.at[(*before, pl.ds(first, count))]
+                for buffer, before in zip(self.buffers, axes, strict=False)
+            ],
             "query": self.query.at[rows],
         }
         return dataclasses.replace(self, geometry=part, **changed), rows
 
     def keys(self, head: int) -> jax.Array:
         """A head's keys, [num_rows, row_dim]."""
-        pages = self._pages(0, pl.ds(self.first_page, self.num_pages))[:, head]
-        return pages.reshape(self.num_rows, -1)
+        return self.widened(self._elements(0, head))
 
     def values(self, head: int) -> jax.Array:
         """A head's values, [num_rows, row_dim]; zeros in pages that are not used."""
-        pages = self._pages(1, pl.ds(self.first_page, self.num_pages))[:, head]
-        words = pltpu.bitcast(pages.reshape(self.num_rows, -1), jnp.int32)
+        values = self._elements(1, head)
+        if not self.may_be_nan:
+            return self.widened(values)
+        words = pltpu.bitcast(values, jnp.int32)
         words = words.reshape(self.num_pages, -1, words.shape[-1])
         page = lax.broadcasted_iota(jnp.int32, words.shape, 0)
         words = jnp.where(page < self.used_pages, words, 0).reshape(-1, words.shape[-1])
-        return pltpu.bitcast(words, pages.dtype)
+        return self.widened(pltpu.bitcast(words, values.dtype))
+
+    def widened(self, elements: jax.Array) -> jax.Array:
+        """Elements as the matrix units take them."""
+        page_format = self.geometry.format
+        wide = self.geometry.widens and page_format.quantised
+        return elements.astype(page_format.compute_dtype) if wide else elements
+
+    @property
+    def may_be_nan(self) -> bool:
+        """Whether an element that must not be seen could be: a weight of 0 does not silence it."""
+        return self.geometry.format.dtype != np.int8
+
+    def scales(self, which: int, group: int) -> jax.Array | None:
+        """Scales of keys or values for a group's rows, [1 or rows_per_group, num_rows]."""
+        geometry = self.geometry
+        if geometry.format.scale != "token":
+            return None
+        pages = self.buffers[-1].at[self.place]
+        parts = [
+            self._scales_of(pages, which, head, copy)
+            for head in geometry.heads_of(group)
+            for copy in range(geometry.format.pack)
+        ]
+        return _by_own_part(geometry, parts)
+
+    def _scales_of(self, pages: Any, which: int, head: int, copy: int) -> jax.Array:
+        """Of a head's tokens that are `copy`th in their rows: [1, num_rows]."""
+        page_format = self.geometry.format
+        first = which * page_format.page_size + copy * page_format.page_rows
+        lanes = slice(first, first + page_format.page_rows)
+        own = [pages[self.first_page + page, head][:, lanes] for page in range(self.num_pages)]
+        return own[0] if len(own) == 1 else jnp.concatenate(own, axis=1)
 
     def clean(self, which: int) -> None:
         """Zeros the keys or values in the first and the last page that must not be seen.
@@ -129,6 +169,10 @@ class View:
             span = Span(self.span.start - first, self.span.stop - first)
             seen = _seen_elements(self.geometry, self.geometry.format.page_rows, span)
             elements[...] = jnp.where(seen, elements[...], 0)
+
+    def _elements(self, which: int, head: int) -> jax.Array:
+        pages = self._pages(which, pl.ds(self.first_page, self.num_pages))[:, head]
+        return pages.reshape(self.num_rows, -1)
 
     def _pages(self, which: int, pages: Any) -> Any:
         """Reference to keys or values of some pages, or of one."""
@@ -143,15 +187,16 @@ def attend(views: Sequence[View], logits: Logits) -> list[Sums]:
     Nothing of the tokens outside of a block's span reaches its result, whatever they are.
     """
     chains = [(view, group) for view in views for group in range(view.geometry.num_groups)]
-    if views[0].geometry.format.pack > 1:  # other tokens of a row are in its products
-        for view in views:
+    for view in views:
+        if view.geometry.format.pack > 1 and view.may_be_nan:  # a row's others are in its products
             view.clean(0)
     # Phase by phase rather than block by block: one's matmul hides another's softmax.
     scores = [_scores(view, group, logits) for view, group in chains]
     for view in views:
-        view.clean(1)
+        if view.may_be_nan:
+            view.clean(1)
     weights = [
-        _weights(each, view.geometry) for each, (view, _) in zip(scores, chains, strict=True)
+        _weights(each, *chain) for each, chain in zip(scores, chains, strict=True)
     ]
     outs = [_values(view, group, w.out) for w, (view, group) in zip(weights, chains, strict=True)]
     sums = [w._replace(out=out) for w, out in zip(weights, outs, strict=True)]
@@ -203,18 +248,52 @@ def _scores(view: View, group: int, logits: Logits) -> jax.Array:
     geometry = view.geometry
     keys = [view.keys(head) for head in geometry.heads_of(group)]
     queries = view.query[_rows(geometry, group), :]
-    scores = logits(_own_rows(geometry, [dot(queries, key, over=1) for key in keys]))
+    dots = _own_rows(geometry, [dot(queries, key, over=1) for key in keys])
+    scores = logits(dots, view.scales(0, group))
+    if geometry.format.scale == "head":
+        ones = first_elements(geometry.format, geometry.rows_per_group, _copies(geometry))
+        first = _own_rows(geometry, [dot(ones, key, over=1) for key in keys])
+        scores = jnp.where(is_token(geometry.format, first), scores, jnp.nan)
     return jnp.where(_seen_logits(geometry, view.num_rows, view.span), scores, -jnp.inf)
 
 
-def _weights(scores: jax.Array, geometry: Geometry) -> Sums:
+def first_elements(page_format: PageFormat, rows: int, copy: Any) -> jax.Array:
+    """A matrix whose product with keys is the first element of each: of a row's token `copy`."""
+    lane = lax.broadcasted_iota(jnp.int32, (rows, page_format.row_dim), 1)
+    one = jnp.where(lane == copy * page_format.key_dim, 1.0, 0.0)
+    return one.astype(page_format.compute_dtype)
+
+
+def is_token(page_format: PageFormat, first: jax.Array) -> jax.Array:
+    """Whether tokens are numbers, by the first elements of their keys: see `quantise.INT8_NAN`.
+
+    A product may make 480 of float8_e4m3fn's NaN, which no number is stored as either.
+    """
+    return jnp.abs(first) <= largest(page_format.dtype)
+
+
+def _copies(geometry: Geometry) -> Any:
+    """Which token of a cache row each row of a group is for."""
+    if geometry.format.pack == 1:
+        return 0
+    row = lax.broadcasted_iota(jnp.int32, (geometry.rows_per_group, geometry.format.row_dim), 0)
+    if geometry.rows_per_group > geometry.rows_per_head:  # several heads, of 2 ** n rows each
+        row &= geometry.rows_per_head - 1
+    return lax.div(row, geometry.queries_per_kv_head)
+
+
+def _weights(scores: jax.Array, view: View, group: int) -> Sums:
     """The maximum and the total, and for now the weights in place of the output."""
     largest = jnp.maximum(jnp.max(scores, axis=1, keepdims=True), -FLOAT32_MAX)
     weights = jnp.exp2(scores - largest)
     total = jnp.sum(weights, axis=1, keepdims=True)
     shape = (scores.shape[0], LANES)
     maximum, total = (jnp.broadcast_to(x, shape) for x in (largest, total))
-    return Sums(maximum, total, weights.astype(geometry.format.compute_dtype))
+    scales = view.scales(1, group)
+    if scales is not None:
+        # A token that is NaN is so in the logits of who sees it: both its scales are NaN.
+        weights *= jnp.where(jnp.abs(scales) <= FLOAT32_MAX, scales, 0.0)
+    return Sums(maximum, total, weights.astype(view.geometry.format.compute_dtype))
 
 
 def across(column: jax.Array, width: int) -> jax.Array:
@@ -243,6 +322,20 @@ def _own_rows(geometry: Geometry, by_head: list[jax.Array]) -> jax.Array:
         head = row >> (geometry.rows_per_head.bit_length() - 1)  # a power of two
         for index in range(1, len(by_head)):
             result = jnp.where(head == index, by_head[index], result)
+    return result
+
+
+def _by_own_part(geometry: Geometry, parts: list[jax.Array]) -> jax.Array:
+    """To each row of a group what is its KV head's, and its copy's of a cache row."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = (geometry.rows_per_group, parts[0].shape[1])
+    row, rows = lax.broadcasted_iota(jnp.int32, shape, 0), geometry.rows_per_head
+    result = jnp.broadcast_to(parts[0], shape)
+    pack = geometry.format.pack
+    for index in range(1, len(parts)):
+        first = index // pack * rows + index % pack * geometry.queries_per_kv_head
+        result = jnp.where(row >= first, parts[index], result)
     return result
 
 

@@ -1,23 +1,27 @@
 """`write` of the TPU backend: only the tiles that get tokens are read and written, in place."""
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache, first_page
 from ...options import Tuning
 from ...page_format import PageFormat
 from ...plan import Writes
+from ...quantise import Stored
 from ...varying import result_as, vary_together
 from . import write_kernel
 from .chip import chip_of, interpreter
 from .config import check_format
+from .fetch import kept_in_hbm
 from .geometry import LANES, SUBLANES, round_up
 from .transforms import as_kernel
 
@@ -27,13 +31,19 @@ _TOKEN_BYTES = 4 << 20
 
 def prepare_writes(
     writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning
-) -> tuple[write_kernel.Schedule, ...]:
+) -> tuple[tuple[write_kernel.Schedule, ...], ...]:
     """Sorts the tokens of each call of the kernel; see `shardpage.backends` for the contract."""
     check_format(page_format)
-    tiles = write_kernel.Tiles(page_format)
     parts = _parts(writes.page.shape[0], page_format)
+    tiles: list[write_kernel.Tiles] = [write_kernel.Tiles(page_format)]
+    if page_format.scale == "token":
+        tiles.append(write_kernel.ScaleTiles(page_format))
+    slots = [each.slot(writes.slot) for each in tiles]
     return tuple(
-        write_kernel.schedule(tiles, num_pages, writes.page[part], writes.slot[part])
+        tuple(
+            write_kernel.schedule(each, num_pages, writes.page[part], slot[part])
+            for each, slot in zip(tiles, slots, strict=True)
+        )
         for part in parts
     )
 
@@ -47,45 +57,73 @@ def _parts(num_tokens: int, page_format: PageFormat) -> list[slice]:
 
 def write(
     cache: PagedKVCache,
-    key: Float[Array, "tokens num_kv_heads key_dim"],
-    value: Float[Array, "tokens num_kv_heads value_dim"],
+    tokens: Stored,
     writes: Writes,
-    work: tuple[write_kernel.Schedule, ...],
+    work: tuple[tuple[write_kernel.Schedule, ...], ...],
     tuning: Tuning,
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
-    for part, schedule in zip(_parts(key.shape[0], cache.format), work, strict=True):
-        words = _words(key[part], value[part], cache.format)
-        cache = cache.replace(as_kernel(_write, tuning)(cache, words, schedule))
+    parts, together = _parts(len(tokens.key), cache.format), chip_of(tuning).step_blocks
+    for part, schedules in zip(parts, work, strict=True):
+        some = jax.tree.map(operator.itemgetter(part), tokens)
+        tiles: write_kernel.Tiles = write_kernel.Tiles(cache.format, together)
+        words = _words(some, tiles)
+        cache = cache.replace(_put(tuning, tiles, cache, cache.arrays, words, schedules[0]))
+        if cache.scale == "token":
+            tiles = write_kernel.ScaleTiles(cache.format, together)
+            words = _scale_words(some, tiles)
+            scales = _put(tuning, tiles, cache, kept_in_hbm(cache.scales), words, schedules[1])
+            cache = cache.replace(cache.arrays, scales)
     return cache
 
 
-def _words(key: jax.Array, value: jax.Array, page_format: PageFormat) -> jax.Array:
-    """Tokens as words that have an element in each place: in both halves, in all parts of a row.
+def _words(tokens: Stored, tiles: write_kernel.Tiles) -> jax.Array:
+    """Tokens as words that have an element in each place: of all rows, and all parts of a row.
 
     All keys, then all values: so XLA has nothing to move.
     """
-    both = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in (key, value)])
-    if page_format.dtype.itemsize == 2:
-        half = lax.bitcast_convert_type(both, jnp.uint16).astype(jnp.uint32)
-        both = half | half << 16
-    words = jnp.tile(lax.bitcast_convert_type(both, jnp.int32), page_format.pack)
-    row_parts = write_kernel.Tiles(page_format).row_parts
-    return words.reshape(-1, page_format.row_dim // row_parts)
+    both = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in (tokens.key, tokens.value)])
+    if tiles.rows_per_word > 1:
+        width = 8 * tiles.dtype.itemsize
+        element = lax.bitcast_convert_type(both, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+        both = element * np.uint32(sum(1 << place for place in range(0, 32, width)))
+    words = jnp.tile(lax.bitcast_convert_type(both, jnp.int32), tiles.row_tokens)
+    return words.reshape(-1, tiles.row_dim // tiles.row_parts)
 
 
-def _write(
-    tuning: Tuning, cache: PagedKVCache, words: jax.Array, schedule: write_kernel.Schedule
+def _scale_words(tokens: Stored, tiles: write_kernel.Tiles) -> jax.Array:
+    """A token's scales in each place of a row: of its key, then of its value."""
+    assert tokens.scales is not None
+    words = lax.bitcast_convert_type(tokens.scales, jnp.int32)
+    words = jnp.repeat(words, tiles.row_tokens, axis=-1)
+    return words.reshape(-1, tiles.row_dim // tiles.row_parts)
+
+
+def _put(
+    tuning: Tuning,
+    tiles: write_kernel.Tiles,
+    cache: PagedKVCache,
+    arrays: tuple[jax.Array, ...],
+    words: jax.Array,
+    schedule: write_kernel.Schedule,
 ) -> tuple[jax.Array, ...]:
-    chip = chip_of(tuning)
-    tiles = write_kernel.Tiles(cache.format, chip.step_blocks)
-    layer = jnp.zeros(1, jnp.int32) if cache.layer is None else cache.layer.reshape(1)
-    *before, arrays = vary_together(schedule, layer, words, cache.arrays)
+    """Puts tokens into tiles of these arrays of a cache."""
     layers = {"num_layers": cache.num_layers or 1, "num_pages": cache.num_pages}
-    begin = functools.partial(first_page, **layers)
+    call = functools.partial(_call, tiles, functools.partial(first_page, **layers))
+    layer = jnp.zeros(1, jnp.int32) if cache.layer is None else cache.layer.reshape(1)
+    return as_kernel(call, tuning)(schedule, layer, words, arrays)
+
+
+def _call(
+    tiles: write_kernel.Tiles,
+    begin: Callable[[jax.Array], jax.Array],
+    tuning: Tuning,
+    *inputs: Any,
+) -> tuple[jax.Array, ...]:
+    schedule, *before, arrays = vary_together(*inputs)
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
-    hbm_arrays, num_before = (hbm,) * len(arrays), len(schedule) + 2
+    hbm_arrays, num_before = (hbm,) * len(arrays), len(schedule) + len(before)
     shape_of = lambda array: result_as(array, array.shape, array.dtype)
     return pl.pallas_call(
         functools.partial(write_kernel.kernel, tiles=tiles, first_page=begin),
@@ -100,8 +138,8 @@ def _write(
         input_output_aliases={num_before + i: i for i in range(len(arrays))},
         scratch_shapes=write_kernel.scratch_shapes(tiles),
         compiler_params=pltpu.CompilerParams(
-            disable_bounds_checks=True, vmem_limit_bytes=chip.vmem_bytes
+            disable_bounds_checks=True, vmem_limit_bytes=chip_of(tuning).vmem_bytes
         ),
         interpret=interpreter(tuning),
-        name="shardpage_write",
-    )(*before, arrays)
+        name=tiles.kernel_name,
+    )(schedule, *before, arrays)

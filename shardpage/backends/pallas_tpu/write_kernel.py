@@ -1,8 +1,9 @@
 """Putting tokens into pages in place: a ring of tiles on their way in and out again.
 
-HBM is written in tiles: 8 or 16 rows of one page, for all KV heads. A tile that gets tokens is
+HBM is written in tiles: 8, 16 or 32 rows of one page, for all KV heads. A tile that gets tokens is
 read, changed and written back; nothing else of the cache is touched. Tokens come sorted, so that
-a tile is on its way only once however many tokens go there, and tiles never meet.
+a tile is on its way only once however many tokens go there, and tiles never meet. Scales of tokens
+are written in the same way: a tile is the row of all scales of a page, of each KV head.
 
 Tiles are taken a few at a time, in one straight piece of code whose copies are predicated. Tiles
 and tokens are handled as words of 32 bits: of two rows of bfloat16, say, the half of each word that
@@ -10,6 +11,7 @@ belongs to one. A tile that a prompt fills is put together at once: its tokens f
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from ...page_format import PageFormat
+from ...page_format import SCALE_DTYPE, PageFormat
 from .geometry import LANES, SUBLANES, round_up
 
 _RING_BYTES = 6 << 20
@@ -39,20 +41,66 @@ class Tiles:
     most_together: int = _MAX_TOGETHER
 
     @property
+    def dtype(self) -> np.dtype:
+        return self.format.dtype
+
+    @property
+    def num_arrays(self) -> int:
+        return self.format.num_arrays
+
+    @property
+    def heads_shape(self) -> tuple[int, ...]:
+        """Axes of a page before its rows."""
+        return self.format.heads_shape
+
+    @property
+    def page_rows(self) -> int:
+        return self.format.page_rows
+
+    @property
+    def row_dim(self) -> int:
+        return self.format.row_dim
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens per row."""
+        return self.format.pack
+
+    @property
+    def kernel_name(self) -> str:
+        return "shardpage_write"
+
+    def slot(self, slot: Any) -> Any:
+        """Slots of a page in the order in which a row has them."""
+        return slot
+
+    def token_of(self, lane: jax.Array) -> jax.Array:
+        """Which token of its row an element belongs to."""
+        return lax.div(lane, self.format.key_dim)
+
+    def at(self, page: Any, first_row: Any) -> tuple:
+        """The index of a tile in a cache array."""
+        return self.format.page_at(page, slice(None), pl.ds(first_row, self.rows))
+
+    @property
     def rows(self) -> int:
         """Rows per tile and head: the smallest block that every generation writes unshifted."""
-        rows = SUBLANES * 4 // self.format.dtype.itemsize
-        return rows if self.format.page_rows % rows == 0 else SUBLANES
+        rows = SUBLANES * 4 // self.dtype.itemsize
+        return rows if self.page_rows % rows == 0 else SUBLANES
+
+    @property
+    def rows_per_word(self) -> int:
+        return 4 // self.dtype.itemsize
 
     @property
     def shape(self) -> tuple[int, ...]:
         """One tile of one cache array."""
-        return (*self.format.heads_shape, self.rows, self.format.row_dim)
+        return (*self.heads_shape, self.rows, self.row_dim)
 
     @property
     def max_tokens(self) -> int:
         """Tokens that one tile may get."""
-        return self.rows * self.format.pack
+        return self.rows * self.row_tokens
 
     @property
     def together(self) -> int:
@@ -71,7 +119,7 @@ class Tiles:
     def row_parts(self) -> int:
         """Rows of tokens in memory that a row is: of 128 elements, of which alone loads may be
         strided; or as it is."""
-        whole, rest = divmod(self.format.row_dim, LANES)
+        whole, rest = divmod(self.row_dim, LANES)
         return 1 if rest else whole
 
     @property
@@ -82,13 +130,59 @@ class Tiles:
     @property
     def may_be_full(self) -> bool:
         """Whether a tile may be put together at once."""
-        return self.format.pack == 1 and self.format.row_dim // self.row_parts <= LANES
+        return self.row_tokens == 1 and self.row_dim // self.row_parts <= LANES
 
     @property
     def _num_bytes(self) -> int:
         *others, row_dim = self.shape
         elements = math.prod(others) * round_up(row_dim, LANES)
-        return self.format.num_arrays * elements * self.format.dtype.itemsize
+        return self.num_arrays * elements * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleTiles(Tiles):
+    """The rows of scales of such pages."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        return SCALE_DTYPE
+
+    @property
+    def num_arrays(self) -> int:
+        return 1
+
+    @property
+    def heads_shape(self) -> tuple[int, ...]:
+        return self.format.page_scales_shape[:1]
+
+    @property
+    def page_rows(self) -> int:
+        return 1
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+    @property
+    def row_dim(self) -> int:
+        return self.format.page_scales_shape[-1]
+
+    @property
+    def row_tokens(self) -> int:
+        return self.format.page_size
+
+    @property
+    def kernel_name(self) -> str:
+        return "shardpage_write_scales"
+
+    def slot(self, slot: Any) -> Any:
+        return self.format.scale_lane(slot)
+
+    def token_of(self, lane: jax.Array) -> jax.Array:
+        return lax.rem(lane, self.format.page_size)  # of keys, then of values
+
+    def at(self, page: Any, first_row: Any) -> tuple:
+        return (page,)
 
 
 class Schedule(NamedTuple):
@@ -112,7 +206,7 @@ def schedule(
     """Sorts tokens by the tile that they go to. A page id outside of the cache drops a token."""
     num_tokens = page.shape[0]
     held = (page >= 0) & (page < num_pages)
-    tiles_per_page = tiles.format.page_rows // tiles.rows
+    tiles_per_page = tiles.page_rows // tiles.rows
     tile = page * tiles_per_page + slot // tiles.max_tokens
     tile = jnp.where(held, tile, num_pages * tiles_per_page)
     order = jnp.argsort(tile).astype(jnp.int32)
@@ -149,9 +243,9 @@ class Scratch(NamedTuple):
 
 
 def scratch_shapes(tiles: Tiles) -> Scratch:
-    buffer = pltpu.VMEM((tiles.ring, tiles.together, *tiles.shape), tiles.format.dtype)
+    buffer = pltpu.VMEM((tiles.ring, tiles.together, *tiles.shape), tiles.dtype)
     semaphores = pltpu.SemaphoreType.DMA((tiles.ring,))
-    return Scratch((buffer,) * tiles.format.num_arrays, semaphores, semaphores)
+    return Scratch((buffer,) * tiles.num_arrays, semaphores, semaphores)
 
 
 def kernel(
@@ -229,8 +323,7 @@ class Kernel:
     def copies(self, tile: Tile, semaphores: Any, *, in_: bool) -> list[Any]:
         page = self.schedule.page[tile.number] + self.first_page
         first_row = pl.multiple_of(self.schedule.row[tile.number], self.tiles.rows)
-        rows = pl.ds(first_row, self.tiles.rows)
-        at = self.tiles.format.page_at(page, slice(None), rows)
+        at = self.tiles.at(page, first_row)
         ends = [
             (cache.at[at], buffer.at[tile.place, tile.member])
             for cache, buffer in zip(self.caches, self.scratch.tiles, strict=True)
@@ -265,13 +358,12 @@ class Kernel:
 
     def put_full(self, tile: Tile, first_token: jax.Array) -> None:
         """Replaces a tile with tokens that follow each other."""
-        in_word = 4 // self.tiles.format.dtype.itemsize
+        in_word = self.tiles.rows_per_word
         count = self.tiles.rows // in_word
-        low = jnp.int32((1 << 16) - 1)
         for ref, head in self.heads(tile):
             parts = [self.words(first_token + i, head, count, in_word) for i in range(in_word)]
-            words = parts[0] if in_word == 1 else (parts[0] & low) | (parts[1] & ~low)
-            ref[...] = pltpu.bitcast(words, self.tiles.format.dtype)
+            own = [part & self.bits_of(jnp.int32(i)) for i, part in enumerate(parts)]
+            ref[...] = pltpu.bitcast(functools.reduce(jnp.bitwise_or, own), self.tiles.dtype)
 
     def put(self, tile: Tile, token: jax.Array, really: jax.Array | bool) -> None:
         """Replaces a token's elements in its tile."""
@@ -280,11 +372,11 @@ class Kernel:
         for ref, head in self.heads(tile):
             old = pltpu.bitcast(ref[...], jnp.int32)
             words = (old & others) | (self.words(number, head) & own)
-            ref[...] = pltpu.bitcast(words, self.tiles.format.dtype)
+            ref[...] = pltpu.bitcast(words, self.tiles.dtype)
 
     def heads(self, tile: Tile) -> Iterator[tuple[Any, int]]:
         """A tile's rows of each head, keys' first, with the head's number in a token."""
-        heads = np.ndindex(len(self.caches), *self.tiles.format.heads_shape)
+        heads = np.ndindex(len(self.caches), *self.tiles.heads_shape)
         for number, (which, *head) in enumerate(heads):
             yield self.scratch.tiles[which].at[(tile.place, tile.member, *head)], number
 
@@ -299,13 +391,17 @@ class Kernel:
 
     def own_bits(self, slot: jax.Array, really: jax.Array | bool) -> jax.Array:
         """The bits of a tile's words, [rows of words, row_dim], that belong to a slot."""
-        page_format = self.tiles.format
-        row, in_word = lax.div(slot, page_format.pack), 4 // page_format.dtype.itemsize
-        halves = jnp.where(row & 1 == 1, jnp.int32(-1 << 16), jnp.int32((1 << 16) - 1))
-        bits = jnp.where(really, jnp.int32(-1) if in_word == 1 else halves, 0)
-        shape = (self.tiles.rows // in_word, page_format.row_dim)
+        tiles, in_word = self.tiles, self.tiles.rows_per_word
+        row = lax.div(slot, tiles.row_tokens)
+        bits = jnp.where(really, self.bits_of(row & (in_word - 1)), 0)
+        shape = (tiles.rows // in_word, tiles.row_dim)
         own = lax.broadcasted_iota(jnp.int32, shape, 0) == lax.div(row, in_word)
-        if page_format.pack > 1:
+        if tiles.row_tokens > 1:
             lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-            own &= lax.div(lane, page_format.key_dim) == lax.rem(slot, page_format.pack)
+            own &= tiles.token_of(lane) == lax.rem(slot, tiles.row_tokens)
         return jnp.where(own, bits, 0)
+
+    def bits_of(self, row: jax.Array) -> jax.Array:
+        """The bits of a word that belong to one of its rows."""
+        width = 8 * self.tiles.dtype.itemsize
+        return jnp.int32(-1) if width == 32 else jnp.int32((1 << width) - 1) << (row * width)

@@ -23,11 +23,13 @@ from jaxtyping import Array, Float
 
 from ...cache import PagedKVCache
 from ...options import Attention, Tuning
+from ...page_format import PageFormat
 from ...partial import Partial, finish, mark, merge, merge_segments
 from ...plan import Reads
 from ...varying import vary_over, vary_together, varying_axes
 from .backward import gradients
 from .block import block_attention, fetch
+from .pages import apart
 from .walk import Items, Walk, walk_blocks
 
 
@@ -47,8 +49,9 @@ def attend(
     """
     refuse_kernel_options(tuning)
     rows = query.astype(cache.format.compute_dtype)
-    arrays = vary_together(rows, cache.unpacked(), reads, work)
-    how = How(attention, tuning.platform, query.dtype if final else jnp.float32)
+    arrays = vary_together(rows, apart(cache), reads, work)
+    out_dtype = query.dtype if final else jnp.float32
+    how = How(attention, tuning.platform, out_dtype, cache.format)
     partial = cast(Partial, _attend(how, *arrays))
     return finish(mark(partial, reads.invalid_in(cache)), query.dtype) if final else partial
 
@@ -73,6 +76,7 @@ class How(NamedTuple):
     attention: Attention
     platform: str | None
     out_dtype: Any  # float32 if something is merged with the results, or for gradients
+    page_format: PageFormat
 
 
 class State(NamedTuple):
@@ -88,15 +92,15 @@ def _attend(
     how: How, query: jax.Array, cache: PagedKVCache, reads: Reads, work: tuple[Walk, ...]
 ) -> Partial:
     num_queries, num_heads, _ = query.shape
-    attention, platform, out_dtype = how
-    page_size, on_gpu = cache.format.page_size, platform == "gpu"
+    attention, platform, out_dtype, page_format = how
+    page_size, on_gpu = page_format.page_size, platform == "gpu"
 
     def attend_block(items: Items, state: State) -> State:
-        key, value = fetch(cache, items)
+        tokens = fetch(cache, items)
         # As `fetch` does it, lest a bfloat16 array be widened whole, before the loop.
         queries, rows = lax.optimization_barrier((query, items.query))
         queries = queries.at[rows].get(mode="clip")
-        block = block_attention(queries, key, value, items.valid, attention, platform)
+        block = block_attention(queries, tokens, items.valid, attention, platform)
         begins = items.begins[:, None, None]
         out, lse = state.current
         before = Partial(jnp.where(begins[..., None], 0.0, out), jnp.where(begins, -jnp.inf, lse))
@@ -107,7 +111,7 @@ def _attend(
         return State(put(state.out, new), put(state.lse, current.lse), current)
 
     def empty(*shape: int, dtype: Any = jnp.float32) -> Partial:
-        out = jnp.zeros((*shape, num_heads, cache.format.value_dim), dtype)
+        out = jnp.zeros((*shape, num_heads, page_format.value_dim), dtype)
         lse = jnp.full(out.shape[:-1], -jnp.inf, jnp.float32)
         axes = varying_axes(query, cache, reads)
         return Partial(*(vary_over(x, axes) for x in (out, lse)))
@@ -137,6 +141,11 @@ def _words(out: jax.Array) -> jax.Array:
 
 
 def _forward(how, query, cache, reads, work):
+    if how.page_format.quantised:
+        raise NotImplementedError(
+            f"gradients through a cache of {how.page_format.dtype.name}: rounding has none; use a "
+            "cache of float32, bfloat16 or float16"
+        )
     exactly = how._replace(out_dtype=jnp.float32)
     partial = cast(Partial, _attend(exactly, query, cache, reads, work))
     return _as(how.out_dtype, partial), (query, cache, reads, work, partial)

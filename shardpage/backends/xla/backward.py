@@ -1,5 +1,6 @@
 """Gradients of the XLA backend: the same walk again, with the softmax recomputed from lse."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from ...partial import Partial, finite
 from ...plan import Reads
 from ...varying import vary_over, varying_axes
 from .block import fetch, join_heads, masked_logits, split_heads
-from .pages import scatter_add
+from .pages import Tokens, apart, scatter_add, together
 from .walk import Items, Walk, walk_blocks
 
 
@@ -26,7 +27,7 @@ def gradients(
     partial: Partial,
     cotangent: Partial,
 ) -> tuple[jax.Array, PagedKVCache]:
-    """Cotangents of query and cache, from those of `(out, lse)`.
+    """Cotangents of query and cache, which is `apart`, from those of `(out, lse)`.
 
     With weights w = exp(logits - lse), out = sum(w v): d out / d logits = w (v - out) and
     d lse / d logits = w (FlashAttention-2, Dao 2023, section 3.1, with the lse term added).
@@ -38,13 +39,11 @@ def gradients(
 
     def add_block(items: Items, state: tuple[jax.Array, PagedKVCache]):
         d_query, d_cache = state
-        key, value = (
-            jnp.where(jnp.any(items.valid, 1)[:, None, :, None], x, jnp.zeros((), x.dtype))
-            for x in fetch(cache, items)
-        )
+        read = jnp.any(items.valid, 1)[:, None, :, None]
+        key, value = (jnp.where(read, x, jnp.zeros((), x.dtype)) for x in fetch(cache, items)[:2])
         by_head = lambda x: split_heads(x.at[items.query].get(mode="clip"), key)
         queries = by_head(query)
-        capped = masked_logits(queries, key, items.valid, attention, platform)
+        capped = masked_logits(queries, Tokens(key, value), items.valid, attention, platform)
         valid = items.valid[:, None, :, None]
         weights = jnp.where(valid, jnp.exp(capped - by_head(lse)[..., None]), 0.0)
         key, value, queries = (x.astype(jnp.float32) for x in (key, value, queries))
@@ -61,7 +60,11 @@ def gradients(
 
     axes = varying_axes(query, cache, reads)
     zero = lambda x: vary_over(jnp.zeros(x.shape, jnp.float32), axes)
-    grads = jax.tree.map(zero, (query, cache))
+    whole = together(cache)
+    grads = zero(query), whole.replace(map(zero, whole.arrays))
     for walk in work:
-        grads = walk_blocks(walk, reads, cache.format.page_size, add_block, grads)
-    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (query, cache))
+        grads = walk_blocks(walk, reads, whole.format.page_size, add_block, grads)
+    d_query, d_cache = grads
+    pairs = zip(apart(d_cache).arrays, cache.arrays, strict=True)
+    d_cache = dataclasses.replace(cache, arrays=tuple(g.astype(x.dtype) for g, x in pairs))
+    return d_query.astype(query.dtype), dataclasses.replace(d_cache, layer=None)

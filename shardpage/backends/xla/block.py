@@ -2,35 +2,48 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ...cache import PagedKVCache
 from ...options import HUGE_SOFT_CAP, UNCAPPED, Attention
 from ...partial import Partial, finite, normalize
-from .pages import gather
+from ...quantise import INT8_NAN
+from .pages import Tokens, gather, together
 from .products import query_key, weight_value
 from .walk import Items
 
 
-def fetch(
-    cache: PagedKVCache, items: Items
-) -> tuple[Float[Array, "lanes kv_heads tokens dim"], Float[Array, "lanes kv_heads tokens dim"]]:
-    """Gathers the items' keys and values; what no query of a tile reads is zero in the values.
+def fetch(cache: PagedKVCache, items: Items) -> Tokens:
+    """Gathers the items' keys and values, as matmuls take them, of a cache that is `apart`.
 
-    A masked logit cannot undo a NaN there, since 0 * NaN = NaN in the second matmul.
+    What no query of a tile reads is zero in values that could be NaN: a masked logit cannot undo
+    that, since 0 * NaN = NaN in the second matmul.
     """
     # Without the barrier XLA's CPU compiler widens a bfloat16 cache to float32 *before* the loop:
     # a hidden copy of twice its size.
     cache, ids = lax.optimization_barrier((cache, items.ids))
-    key, value = gather(cache, ids)
-    read = jnp.any(items.valid, axis=1)
-    return key, jnp.where(read[:, None, :, None], value, jnp.zeros((), value.dtype))
+    cache = together(cache)
+    fetched, dtype = gather(cache, ids), cache.format.dtype
+    key, value = (x.astype(cache.format.compute_dtype) for x in fetched[:2])
+    if dtype != np.int8:
+        read = jnp.any(items.valid, axis=1)
+        value = jnp.where(read[:, None, :, None], value, jnp.zeros((), value.dtype))
+    key_scale, value_scale = fetched.key_scale, fetched.value_scale
+    if value_scale is not None:
+        # A token that is NaN, in whichever of its scales, is so in the logits of who reads it.
+        finite_scale = jnp.isfinite(value_scale)
+        key_scale = jnp.where(finite_scale, key_scale, jnp.nan)
+        value_scale = jnp.where(finite_scale, value_scale, 0.0)
+    elif dtype == np.int8:
+        key_scale = jnp.where(fetched.key[..., 0] == INT8_NAN, jnp.nan, 1.0)
+    return Tokens(key, value, key_scale, value_scale, dtype != np.int8)
 
 
 def masked_logits(
     query: Float[Array, "lanes kv_heads tile queries dim"],
-    key: Float[Array, "lanes kv_heads tokens dim"],
+    tokens: Tokens,
     valid: Bool[Array, "lanes tile tokens"],
     attention: Attention,
     platform: str | None,
@@ -40,7 +53,10 @@ def masked_logits(
     NaN where a NaN or an infinity was read: it must not look like a masked logit.
     """
     rows = query.reshape(*query.shape[:2], -1, query.shape[-1])
-    logits = query_key(rows, key, platform) * attention.scale_of(query.shape[-1])
+    factor = attention.scale_of(query.shape[-1])
+    if tokens.key_scale is not None:
+        factor = tokens.key_scale[:, :, None] * factor
+    logits = query_key(rows, tokens.key, platform) * factor
     logits = jnp.where(jnp.isfinite(logits), logits, jnp.nan)
     if attention.soft_cap is not None:
         logits = _soft_capped(logits, attention.soft_cap)
@@ -56,22 +72,23 @@ def _soft_capped(logits: jax.Array, cap: float) -> jax.Array:
 
 def block_attention(
     query: Float[Array, "lanes tile num_heads dim"],
-    key: Float[Array, "lanes kv_heads tokens dim"],
-    value: Float[Array, "lanes kv_heads tokens dim"],
+    tokens: Tokens,
     valid: Bool[Array, "lanes tile tokens"],
     attention: Attention,
     platform: str | None,
 ) -> Partial:
     """Softmax attention of each lane's tile of queries over one block of its keys."""
-    queries = split_heads(query, key)
-    logits = masked_logits(queries, key, valid, attention, platform)
+    queries, value = split_heads(query, tokens.key), tokens.value
+    logits = masked_logits(queries, tokens, valid, attention, platform)
     peak = finite(jnp.max(logits, axis=-1))
     weights = jnp.exp(logits - peak[..., None])
     total = jnp.sum(weights, axis=-1)
-    if query.shape[1] > 1:
+    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+    if tokens.value_scale is not None:
+        rows *= tokens.value_scale[:, :, None]
+    if query.shape[1] > 1 and tokens.may_be_nan:
         value, broken = _finite_values(value, valid)
         total = jnp.where(broken[..., None], jnp.nan, total)
-    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
     out = weight_value(rows, value, platform).reshape(*queries.shape[:-1], -1)
     return Partial(*map(join_heads, normalize(out, total, peak)))
 

@@ -16,6 +16,7 @@ from ....plan import Reads, rank
 from ....tiles import Tiles
 from ....varying import result_as, vary_together
 from ..chip import chip_of, interpreter
+from ..fetch import hbm_arrays
 from ..geometry import LANES, round_up
 from ..softmax import Logits
 from ..transforms import as_kernel
@@ -110,10 +111,11 @@ def _call(
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
-    inputs = kernel.Inputs(walk, ids, first_page.reshape(1), query, cache.arrays, before)
+    caches = hbm_arrays(cache)
+    inputs = kernel.Inputs(walk, ids, first_page.reshape(1), query, caches, before)
     specs = kernel.Inputs(
         Schedule(scalar, scalar, scalar, hbm), hbm, scalar, hbm,
-        (hbm,) * len(cache.arrays), (hbm,) * len(before),
+        (hbm,) * len(caches), (hbm,) * len(before),
     )  # fmt: skip
     inputs = vary_together(*inputs)
     lse_shape = (query.shape[0], walk.spans.shape[0], config.head_rows, config.tile_tokens)

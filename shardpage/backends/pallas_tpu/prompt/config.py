@@ -39,6 +39,7 @@ class Config:
     tile_tokens: int  # a power of two
     block_pages: int  # a power of two, at most 128
     places: int  # in the ring; a power of two
+    widens: bool = False  # see `Chip`
 
     @property
     def num_heads(self) -> int:
@@ -122,7 +123,7 @@ class Config:
         kv_heads, row = self.format.num_kv_heads, round_up(self.format.row_dim, LANES)
         rows, tokens = kv_heads * self.rows, self.tile_tokens * self.head_rows
         pages = self.places * self.block_pages * vmem_page_bytes(self.format)
-        queries = self.format.pack * rows * row * self.format.dtype.itemsize
+        queries = self.format.pack * rows * row * self.format.compute_dtype.itemsize
         sums = 4 * rows * (3 * LANES + 2 * row)
         moved = 2 * 4 * tokens * row
         spilled = 4 * round_up(self.block_rows, LANES) * (self.format.pack * self.part_rows + row)
@@ -154,10 +155,9 @@ def configure(
         page_format = dataclasses.replace(page_format, num_kv_heads=heads)
     room = chip.vmem_bytes - _RESERVE_BYTES
     config, places = None, _PLACES_OF_FEW if few else _PLACES
+    shape = (page_format, queries_per_kv_head, cores, num_queries, max_pages)
     for tokens, pages in _ever_smaller(page_format, queries_per_kv_head, few, tuning):
-        config = Config(
-            page_format, queries_per_kv_head, cores, num_queries, max_pages, tokens, pages, places
-        )
+        config = Config(*shape, tokens, pages, places, chip.widens)
         if config.vmem_bytes <= room:
             return config
     assert config is not None
@@ -173,7 +173,7 @@ def _ever_smaller(
     page_format: PageFormat, queries_per_kv_head: int, few: bool, tuning: Tuning
 ) -> Iterator[tuple[int, int]]:
     """Tokens of a tile and pages of a block, first the best ones."""
-    least = 4 * SUBLANES // page_format.dtype.itemsize  # rows of a tile in memory
+    least = 4 * SUBLANES // page_format.compute_dtype.itemsize  # rows of a tile in memory
     tokens = min(_MAX_TILE_TOKENS, _power_of_two_within(_TILE_ROWS // queries_per_kv_head))
     tokens = least if few else max(least, tokens)
     fixed = tuning.pages_per_block

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..fetch import page_buffers, parts_of_page
 from ..geometry import LANES, SUBLANES
 from ..softmax import Logits
 from . import softmax
@@ -36,7 +37,7 @@ class Inputs(NamedTuple):
     ids: Any  # [rows * windows, 1, 128] in HBM
     first_page: Any  # [1] in scalar memory: added to all ids; -1 of no layer, read as any
     query: Any  # [shards, queries, head_rows, row_dim] float32, in HBM
-    caches: Sequence[Any]  # in HBM
+    caches: Sequence[Any]  # in HBM: the arrays, and the scales of tokens
     before: Sequence[Any]  # nothing, or what `out` is to keep of other queries: the same memory
 
 
@@ -50,11 +51,11 @@ class Outputs(NamedTuple):
 class Scratch(NamedTuple):
     """References to what a core keeps in fast memory."""
 
-    pages: Any  # of each cache array [places, block_pages, *page_shape]
+    pages: Any  # of each of `caches` [places, block_pages, *page_shape]
     ids: Any  # [id_places * 128] in scalar memory
     arriving: Any  # queries, [tile_tokens, head_rows, row_dim]
     spans: Any  # [2, tile_tokens, 128]: of two, one is on its way
-    queries: Any  # [kv_heads, pack, rows, row_dim] in the caches' dtype
+    queries: Any  # [kv_heads, pack, rows, row_dim] in the dtype of matmuls
     sums: softmax.Sums
     before: softmax.Before
     out: Any  # leaving, [tile_tokens, head_rows, row_dim]
@@ -173,13 +174,13 @@ class Kernel:
     def copy_page(
         self, page_id: jax.Array, page: jax.Array, place: jax.Array, needed: jax.Array
     ) -> None:
-        source = self.config.format.page_at(page_id, self.heads)
+        sources = parts_of_page(self.config.format, self.inputs.caches, page_id, self.heads)
         semaphore = self.scratch.page_semaphores.at[place]
 
         @pl.when(needed)
         def _():
-            for cache, pages in zip(self.inputs.caches, self.scratch.pages, strict=True):
-                pltpu.make_async_copy(cache.at[source], pages.at[place, page], semaphore).start()
+            for source, pages in zip(sources, self.scratch.pages, strict=True):
+                pltpu.make_async_copy(source, pages.at[place, page], semaphore).start()
 
     def wait_pages(self, count: jax.Array, place: jax.Array) -> None:
         """One wait for each binary digit of their number."""
@@ -331,11 +332,8 @@ def scratch_shapes(config: Config) -> Scratch:
     kv_heads, rows, row_dim = page_format.num_kv_heads, config.rows, page_format.row_dim
     float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     semaphores = lambda count: pltpu.SemaphoreType.DMA((count,))
-    pages = pltpu.VMEM(
-        (config.places, config.block_pages, *page_format.page_shape), page_format.dtype
-    )
     return Scratch(
-        pages=(pages,) * page_format.num_arrays,
+        pages=page_buffers(page_format, config.places, config.block_pages),
         ids=pltpu.SMEM((2 * config.places * LANES,), jnp.int32),
         arriving=float32(tokens, config.head_rows, row_dim),
         spans=pltpu.VMEM((2, tokens, LANES), jnp.int32),

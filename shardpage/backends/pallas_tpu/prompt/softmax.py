@@ -23,8 +23,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from ....quantise import largest
 from ..geometry import LANES, SUBLANES
-from ..softmax import FLOAT32_MAX, LOG2_E, Logits, across, dot, finite_or_nan
+from ..softmax import (
+    FLOAT32_MAX,
+    LOG2_E,
+    Logits,
+    across,
+    dot,
+    finite_or_nan,
+    first_elements,
+    is_token,
+)
 from .config import Config
 
 # Maxima serve as long as no weights of a block sum to more. They lose nothing by being large, for
@@ -52,7 +62,7 @@ class Block:
     """Keys and values of a block or a piece of one, in fast memory."""
 
     config: Config
-    buffers: Any  # of each cache array [block_pages, *page_shape]
+    buffers: Any  # of each cache array [block_pages, *page_shape]; then of the scales, if any
     first_page: Any
     num_pages: int
 
@@ -68,6 +78,32 @@ class Block:
     def values(self, head: Any) -> jax.Array:
         return self._elements(1, head)
 
+    def scales(self, which: int, head: Any, copy: int) -> jax.Array | None:
+        """Of the keys or values that are `copy`th in their rows, [1, block_rows]."""
+        page_format = self.config.format
+        if page_format.scale != "token":
+            return None
+        first = which * page_format.page_size + copy * page_format.page_rows
+        lanes, pages = slice(first, first + page_format.page_rows), self.buffers[-1]
+        own = [pages[self.first_page + page, head][:, lanes] for page in range(self.num_pages)]
+        return own[0] if len(own) == 1 else jnp.concatenate(own, axis=1)
+
+    def sizes(self, which: int, head: Any, elements: jax.Array) -> jax.Array:
+        """In one tile, sums of what these elements are without their signs, or more."""
+        page_format = self.config.format
+        if not page_format.quantised:
+            return _size(elements)
+        if page_format.scale == "head":  # scaled already
+            return jnp.full((SUBLANES, LANES), largest(page_format.dtype), jnp.float32)
+        scales = [self.scales(which, head, copy) for copy in range(page_format.pack)]
+        row = jnp.concatenate(scales, axis=1) * largest(page_format.dtype)
+        return _size(jnp.broadcast_to(row, (SUBLANES, row.shape[1])))
+
+    def flaws(self, keys: jax.Array, copy: int) -> jax.Array:
+        """1 for each token that is marked as NaN, else 0; [8, block_rows], of equal rows."""
+        ones = first_elements(self.config.format, SUBLANES, copy)
+        return jnp.where(is_token(self.config.format, dot(ones, keys, over=1)), 0.0, 1.0)
+
     def _elements(self, which: int, head: Any) -> jax.Array:
         page_format = self.config.format
         pages = pl.ds(self.first_page, self.num_pages)
@@ -75,7 +111,9 @@ class Block:
             elements = self.buffers[0][pages, which, head]
         else:
             elements = self.buffers[which][pages, head]
-        return elements.reshape(self.rows, page_format.row_dim)
+        elements = elements.reshape(self.rows, page_format.row_dim)
+        wide = self.config.widens and page_format.quantised
+        return elements.astype(page_format.compute_dtype) if wide else elements
 
 
 def query_rows(config: Config, rows: jax.Array, copy: int) -> jax.Array:
@@ -85,9 +123,19 @@ def query_rows(config: Config, rows: jax.Array, copy: int) -> jax.Array:
     return rows.astype(config.format.compute_dtype)
 
 
-def _scores(queries: jax.Array, keys: jax.Array, logits: Logits) -> jax.Array:
+def _scores(
+    queries: jax.Array, keys: jax.Array, scales: jax.Array | None, logits: Logits
+) -> jax.Array:
     """Logits, [rows, block_rows]; one may be -inf."""
-    return logits.of_scaled(dot(queries, keys, over=1) * logits.factor)
+    factor = logits.factor if scales is None else scales * logits.factor
+    return logits.of_scaled(dot(queries, keys, over=1) * factor)
+
+
+def _scaled(config: Config, weights: jax.Array, scales: jax.Array | None) -> jax.Array:
+    """Weights as the product with values takes them."""
+    if scales is not None:
+        weights *= scales
+    return weights.astype(config.format.compute_dtype)
 
 
 def begin(sums: Sums, queries: Any, block: Block, logits: Logits) -> None:
@@ -96,11 +144,12 @@ def begin(sums: Sums, queries: Any, block: Block, logits: Logits) -> None:
 
     def of_parts(numbers: list[Any], carry: tuple[()]) -> tuple[()]:
         for head, rows in map(config.part, numbers):
-            keys, largest = block.keys(head), jnp.full((config.part_rows, LANES), -FLOAT32_MAX)
+            keys, highest = block.keys(head), jnp.full((config.part_rows, LANES), -FLOAT32_MAX)
             for copy in range(config.format.pack):
-                score = _scores(queries[head, copy, rows], keys, logits)
-                largest = jnp.maximum(largest, jnp.max(score, axis=1, keepdims=True))
-            sums.maximum[head, rows] = largest
+                own = queries[head, copy, rows]
+                score = _scores(own, keys, block.scales(0, head, copy), logits)
+                highest = jnp.maximum(highest, jnp.max(score, axis=1, keepdims=True))
+            sums.maximum[head, rows] = highest
             sums.total[head, rows], sums.out[head, rows] = (
                 jnp.zeros((config.part_rows, ref.shape[-1])) for ref in (sums.total, sums.out)
             )
@@ -154,10 +203,12 @@ def _add_whole(
     for head, rows in parts:
         keys = block.keys(head)
         if elements:
-            size += _size(keys)
+            size += block.sizes(0, head, keys)
         for copy in range(config.format.pack):
             own = queries[head, copy, rows]
-            score = _scores(own, keys, logits)
+            score = _scores(own, keys, block.scales(0, head, copy), logits)
+            if config.format.scale == "head":
+                size += _lane_sums(jnp.where(block.flaws(keys, copy) > 0, jnp.nan, 0.0))
             size += _size(own if elements else score)
             scores.append(score)
     for head, rows in parts:
@@ -165,16 +216,17 @@ def _add_whole(
         maximum, total, out = (ref[head, rows] for ref in sums)
         before.total[head, rows], before.out[head, rows] = total, out
         added, products = jnp.zeros_like(total), []
-        for _ in range(config.format.pack):
+        for copy in range(config.format.pack):
             score = scores.pop(0)
             weights = jnp.exp2(score - across(maximum, score.shape[1]))
             added += _lane_sums(weights)
-            products.append(dot(weights.astype(config.format.compute_dtype), values, over=0))
+            weights = _scaled(config, weights, block.scales(1, head, copy))
+            products.append(dot(weights, values, over=0))
         out += _of_copies(config, products)
         sums.total[head, rows], sums.out[head, rows] = total + added, out
         weight += _size(added)
         # Values within the bound of queries and keys overflow with no weight that is allowed.
-        size += _size(values if elements else out - out)
+        size += block.sizes(1, head, values) if elements else _size(out - out)
     return weight, size
 
 
@@ -228,8 +280,14 @@ def _add_masked(
         value, of_values = _silenced(config, block.values(head))
         values.append(value)
         for copy, (of_key, of_value) in enumerate(zip(of_keys, of_values, strict=True)):
-            score = _scores(queries[head, copy, rows], keys, logits)
-            scores.append(_masked(config, finite_or_nan(score), spans, of_key + of_value, copy))
+            flawed, scales = of_key + of_value, block.scales(0, head, copy)
+            if scales is not None:
+                flawed += jnp.where(jnp.abs(scales) <= FLOAT32_MAX, 0.0, 1.0)
+                scales = _finite(scales)
+            if config.format.scale == "head":
+                flawed += block.flaws(block.keys(head), copy)[:1]
+            score = _scores(queries[head, copy, rows], keys, scales, logits)
+            scores.append(_masked(config, finite_or_nan(score), spans, flawed, copy))
     for (head, rows), value in zip(parts, values, strict=True):
         own = [scores.pop(0) for _ in range(config.format.pack)]
         before = jnp.where(begins, -FLOAT32_MAX, sums.maximum[head, rows])
@@ -238,10 +296,12 @@ def _add_masked(
             maximum = jnp.maximum(maximum, jnp.max(score, axis=1, keepdims=True))
         fade = jnp.exp2(before - maximum)
         total, products = jnp.where(begins, 0.0, sums.total[head, rows]) * fade, []
-        for score in own:
+        for copy, score in enumerate(own):
             weights = jnp.exp2(score - across(maximum, score.shape[1]))
             total += _lane_sums(weights)
-            products.append(dot(weights.astype(config.format.compute_dtype), value, over=0))
+            scales = block.scales(1, head, copy)
+            scales = None if scales is None else _finite(scales)
+            products.append(dot(_scaled(config, weights, scales), value, over=0))
         out = _of_copies(config, products)
         before_out = jnp.where(begins, 0.0, sums.out[head, rows])
         sums.maximum[head, rows], sums.total[head, rows] = maximum, total
@@ -319,6 +379,8 @@ def _copy_lanes(config: Config, array: jax.Array, copy: int) -> jax.Array:
 
 def _silenced(config: Config, elements: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
     """Zeros for what is not finite; and how many of those each token of a row has: [1, rows]."""
+    if jnp.issubdtype(elements.dtype, jnp.integer):
+        return elements, [jnp.zeros((1, elements.shape[0]), jnp.float32)] * config.format.pack
     finite = jnp.abs(elements.astype(jnp.float32)) <= FLOAT32_MAX
     flawed = jnp.where(finite, 0.0, 1.0).astype(elements.dtype)
     ones = jnp.ones((SUBLANES, elements.shape[1]), jnp.float32)
@@ -329,6 +391,10 @@ def _silenced(config: Config, elements: jax.Array) -> tuple[jax.Array, list[jax.
             own = jnp.where(_copy_lanes(config, ones, copy), ones, 0.0)
         counts.append(dot(own.astype(elements.dtype), flawed, over=1)[:1])
     return jnp.where(finite, elements, 0), counts
+
+
+def _finite(scales: jax.Array) -> jax.Array:
+    return jnp.where(jnp.abs(scales) <= FLOAT32_MAX, scales, 0.0)
 
 
 def _masked(
