@@ -117,8 +117,9 @@ SPECS = ("data=8", "kv=4,data=2", "context=8", "data=2,context=4", "data=2,conte
 )
 def test_every_mesh_gives_the_oracles_numbers(dtype, scale, spec, kv_layout):
     mesh = build_mesh(spec)
-    num_kv_heads = 8 if kv_layout == "interleaved_words" else 4  # fill words on each shard
-    step = quantised("capped_with_sinks", dtype, scale, num_kv_heads=num_kv_heads, window=30)
+    step = quantised("capped_with_sinks", dtype, scale, window=30)
+    if kv_layout == "interleaved_words":  # heads fill words on each shard
+        step = step.replace(num_heads=16, num_kv_heads=16)
     inputs = on(mesh, step, kv_layout, in_turn(PLACEMENTS, len(spec)))
     steps.assert_exact(inputs, *run(inputs, mesh=mesh, written=True))
 
