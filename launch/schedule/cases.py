@@ -79,7 +79,8 @@ STEPS = (
     _step("64 x 8 of 4096", [(4096, 8)] * 64, 4, 8, 64),
     _step("64 x 1 of 4096", [(4096, 1)] * 64, 4, 8, 64),
 )
-ALL: dict[str, Shape | Step] = {shape.name: shape for shape in (*CASES, *QUANTISED_CASES, *SHAPES, *STEPS)}
+_KNOWN: tuple[Shape | Step, ...] = (*CASES, *QUANTISED_CASES, *SHAPES, *STEPS)
+ALL = {shape.name: shape for shape in _KNOWN}
 # Of all pages, in a step: more than the compiler could keep within the chip.
 _POOL_BYTES = 1 << 30
 # Pages of a block of JAX's paged_attention.

@@ -76,16 +76,12 @@ def forward(
     mesh, layout = self.metadata.mesh, _layout(self.metadata.partition_manager, cache_view)
     pages = cache_view.kv_pages
     num_heads, head_dim = query.shape[1:]
-    cache = ragged.words(
-        pages,
-        key.shape[1],
-        head_dim,
-        shared=head_dim == 64,
-        shards=layout.shards(mesh).heads,
-    )
+    options = ragged.Options(softmax_scale, logits_soft_cap, sliding_window, tuning=Tuning())
+    shards = layout.shards(mesh).heads
+    shape = (key.shape[1], head_dim, options)
+    cache = ragged.words(pages, *shape, shared=head_dim == 64, shards=shards)
     sinks = None if softmax_aux is None else softmax_aux.astype(jnp.float32)
     tokens = ragged.Tokens(query, key.astype(pages.dtype), value.astype(pages.dtype), sinks)
-    options = ragged.Options(softmax_scale, logits_soft_cap, sliding_window, tuning=Tuning())
     with errors_named(**_WORDS, sinks="softmax_aux"):
         out, cache = ragged.step(
             tokens.filled(cache.format.num_kv_heads - key.shape[1]),

@@ -195,9 +195,7 @@ def attend(views: Sequence[View], logits: Logits) -> list[Sums]:
     for view in views:
         if view.may_be_nan:
             view.clean(1)
-    weights = [
-        _weights(each, *chain) for each, chain in zip(scores, chains, strict=True)
-    ]
+    weights = [_weights(each, *chain) for each, chain in zip(scores, chains, strict=True)]
     outs = [_values(view, group, w.out) for w, (view, group) in zip(weights, chains, strict=True)]
     sums = [w._replace(out=out) for w, out in zip(weights, outs, strict=True)]
     groups = len(chains) // len(views)

@@ -111,7 +111,7 @@ def _select(how: How, array: jax.Array, tokens: jax.Array, writes: Writes) -> ja
 def _select_jvp(how: How, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     """Integers have no derivative; the scatter's is the same."""
     moving, writes = primals[:2], primals[2]
-    scatter = lambda *moving: _scatter(how, *moving, writes)
+    scatter = lambda array, tokens: _scatter(how, array, tokens, writes)
     return _select(how, *primals), jax.jvp(scatter, moving, tangents[:2])[1]
 
 

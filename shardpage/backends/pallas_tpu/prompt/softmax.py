@@ -95,8 +95,9 @@ class Block:
             return _size(elements)
         if page_format.scale == "head":  # scaled already
             return jnp.full((SUBLANES, LANES), largest(page_format.dtype), jnp.float32)
-        scales = [self.scales(which, head, copy) for copy in range(page_format.pack)]
-        row = jnp.concatenate(scales, axis=1) * largest(page_format.dtype)
+        scales = (self.scales(which, head, copy) for copy in range(page_format.pack))
+        row = jnp.concatenate([x for x in scales if x is not None], axis=1)
+        row *= largest(page_format.dtype)
         return _size(jnp.broadcast_to(row, (SUBLANES, row.shape[1])))
 
     def flaws(self, keys: jax.Array, copy: int) -> jax.Array:
