@@ -11,8 +11,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import meshes
 from launch.__main__ import app
 from launch.devices import fitting_specs
+from launch.generate import serve
 from launch.generate.console import PlainOutput
 from launch.jobs.generate import read_prompts
 from launch.verify import checks, oracle
@@ -73,6 +75,16 @@ def test_a_quantised_cache_says_its_bytes(tiny, tmp_path):
     assert report["kv_bytes_per_token"] == num_bytes
     assert report["settings"]["kv_dtype"] == "int8"
     assert f"KV cache of int8: {num_bytes} bytes a token" in one_line(result.output)
+
+
+def test_pages_of_a_quantised_cache_fill_a_tpus_tiles_unless_told_otherwise():
+    pytest.importorskip("libtpu", reason="TPU slices need libtpu: shardpage[tpu]")
+    tpu, cpu = meshes.topology("v5e:2x2", "data=4"), meshes.make("data=-1")
+    options = lambda **given: serve.Options(["x"], kv_dtype="int8", **given)
+    assert serve.choose_page_size(options(), tpu) == 64
+    assert serve.choose_page_size(options(page_size=32), tpu) == 32
+    assert serve.choose_page_size(options(), cpu) == 16
+    assert serve.choose_page_size(serve.Options(["x"]), tpu) == 16
 
 
 def test_a_prompt_too_long_for_the_pool_fails_and_the_others_are_answered(tiny, tmp_path):
