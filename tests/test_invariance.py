@@ -20,7 +20,13 @@ QUERIES = RNG.standard_normal((LENGTH, HEADS, DIM), np.float32)
 
 @functools.partial(jax.jit, static_argnames=("mesh", "window", "dtype"))
 def step(query, pages, lens, query_lens, tables, *, mesh, window, dtype):
-    cache = PagedKVCache.of(*pages.astype(dtype), kv_layout="blocks_first", head_dim=DIM)
+    scales, query_dtype = None, dtype
+    if dtype == "int8":  # what is stored is any number, and so are the scales
+        pages, query_dtype = jnp.clip(20 * pages, -127, 127), "float32"
+        scales = 0.05 + jnp.abs(pages[0, ..., :2].mT).reshape(PAGES, KV_HEADS, 1, -1) / 2000
+    pages = pages.astype(dtype)
+    layout = {"kv_layout": "blocks_first", "head_dim": DIM}
+    cache = PagedKVCache.of(*pages, **layout, scales=scales)
     plan = make_plan(
         cache,
         lens,
@@ -32,7 +38,7 @@ def step(query, pages, lens, query_lens, tables, *, mesh, window, dtype):
         mesh=mesh,
         tuning=Tuning(backend="xla", invariant=True),
     )
-    return attend(query.astype(dtype), cache, plan)
+    return attend(query.astype(query_dtype), cache, plan)
 
 
 def answers(cuts, place, seed, mesh=None, window=None, dtype="float32"):
@@ -64,7 +70,7 @@ def answers(cuts, place, seed, mesh=None, window=None, dtype="float32"):
     return np.concatenate(outs)
 
 
-@pytest.mark.parametrize(("window", "dtype"), [(None, "float32"), (40, "bfloat16")])
+@pytest.mark.parametrize(("window", "dtype"), [(None, "float32"), (40, "bfloat16"), (None, "int8")])
 def test_batch_place_pages_and_chunks_change_no_bit(window, dtype):
     expected = answers([LENGTH], 0, seed=1, window=window, dtype=dtype)
     assert np.isfinite(expected).all()

@@ -64,6 +64,26 @@ def test_written_and_attended_to(dtype, scale, kv_layout, packed, step):
     steps.assert_exact(inputs, *run(inputs, written=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "kv_layout", "packed", "spec"),
+    [
+        ("int8", "token", "fused", False, None),
+        ("float8_e4m3fn", "head", "blocks_first", False, None),
+        ("int8", "head", "heads_first", True, None),
+        ("float8_e5m2", "token", "fused", True, None),
+        ("int8", "token", "fused", False, "data=2,context=2"),
+    ],
+)
+def test_interpreted_kernels(dtype, scale, kv_layout, packed, spec):
+    """A prompt and a running sequence, each in the kernel for its kind, and written by another."""
+    sizes = {"page_size": 64 if packed else 32, "max_blocks": 2}
+    seqs = ((40, 21), (33, 1)) * (2 if spec else 1)
+    step = quantised("prompt", dtype, scale, seqs=seqs, num_queries=24, **sizes)
+    mesh = None if spec is None else build_mesh(spec)
+    inputs = on(mesh, step, kv_layout) if mesh else steps.make(step, kv_layout, packed=packed)
+    steps.assert_exact(inputs, *run(inputs, "pallas_tpu", mesh, written=True))
+
+
 @kinds
 def test_what_is_written_is_what_the_oracle_stores_bit_by_bit(dtype, scale):
     """Where tokens were written; all else stays what it was."""

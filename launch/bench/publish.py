@@ -205,6 +205,17 @@ def _ratios(report: dict[str, Any]) -> str:
     return _table(cells)
 
 
+def _quantised_calls(report: dict[str, Any]) -> str:
+    """Issue over HBM cycles of the bytes that are read, and thousands of cycles of the call."""
+    calls = {(c["case"], c["topology"]): c for c in report["calls"]}
+    topologies = list(dict.fromkeys(topology for _, topology in calls))
+    cells = [["case", *(t.partition(":")[0] for t in topologies)]]
+    for case in dict.fromkeys(case for case, _ in calls):
+        found = (calls[case, topology] for topology in topologies)
+        cells.append([case, *(f"{c['ratio']:.2f}, {c['cycles'] / 1e3:.0f}" for c in found)])
+    return _table(cells)
+
+
 def _two_cores(report: dict[str, Any]) -> str:
     """Both cores of a chip: issue over HBM cycles, and microseconds at 1 us of latency."""
     calls = {(c["case"], c["topology"], c["kernel"]): c for c in report["calls"]}
@@ -322,6 +333,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tpu_us": ("tpu_schedule", _microseconds),
     "tpu_two_cores": ("tpu_two_cores", _two_cores),
     "tpu_prompts": ("tpu_prompts", _prompts),
+    "tpu_quantised": ("tpu_quantised", _quantised_calls),
     "tpu_step": ("tpu_step", _step),
     "tpu_estimates": ("tpu_step", _estimates),
 }
