@@ -30,6 +30,8 @@ test_pallas_tpu.py::TestMegacore::{test_two_cores[*],test_one_sequence*,test_spl
 test_pallas_tpu.py::test_write_puts_what_xla_puts[{float32-128,bfloat16-64,bfloat16-80,float32-192}-*]
 test_pallas_tpu.py::test_write_puts_what_xla_puts[bfloat16-256-*-{random,swapped}]
 test_pallas_tpu.py::test_write_puts_what_xla_puts[*-heads_first-{prompt,swapped}]
+test_pallas_tpu.py::test_write_puts_what_xla_puts[float8*]
+test_pallas_tpu.py::test_write_puts_what_xla_puts[int8-*-{random,swapped}]
 test_pallas_gpu.py::TestInterpreted::test_attend[*]
 test_pallas_gpu.py::TestLowersForCuda::test_attend[*]
 !test_pallas_gpu.py::TestLowersForCuda::test_attend[decode-*]

@@ -319,7 +319,7 @@ def bad(**changes):
         ({"positions": np.zeros((4, 1), np.int32)}, r"positions must be \[num_tokens\]"),
         ({"block_tables": np.zeros(3, np.int32)}, r"block_tables must be \[num_seqs, max_blocks\]"),
         ({"dtype": jnp.int16}, "dtype=int16 is no cache's; choose one of"),
-        ({"dtype": jnp.int8}, r"a cache of int8 needs scales; .* of\(..., scales=\)"),
+        ({"dtype": jnp.int8}, r"a cache of int8 needs scales; .*\.of\(..., scales=\)"),
         ({"value_pages": 5}, r"key_cache is bfloat16\[.*\] but value_cache bfloat16\[5, .*must be"),
         ({"backend": "cuda"}, r"backend='cuda' is none of \('xla', 'pallas_tpu', 'pallas_gpu'\)"),
         ({"mesh": "data=8"}, r"num_seqs=2 must be divisible by the 8 shards"),

@@ -64,8 +64,8 @@ def zeros(*shape: int, dtype=jnp.float32):
         ({"block_tables": zeros(8, 0, dtype=jnp.int32)}, "block_tables has 0 columns; it needs at"),
         ({"sinks": zeros(4)}, r"sinks has shape \(4,\); pass one logit per query head: \(8,\)"),
         (
-            {"key_cache": zeros(32, 4, 16, 64, dtype=jnp.int8)},
-            r"key_cache.dtype=int8 is no cache's; choose one of \('float32', 'bfloat16', 'flo",
+            {"key_cache": zeros(32, 4, 16, 64, dtype=jnp.int16)},
+            r"key_cache.dtype=int16 is no cache's; choose one of \('float32', 'bfloat16', 'flo",
         ),
         (
             {"value_cache": zeros(31, 4, 16, 64)},

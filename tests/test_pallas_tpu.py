@@ -22,8 +22,9 @@ from shardpage.backends.pallas_tpu.config import check_format, configure
 from shardpage.backends.pallas_tpu.geometry import Geometry
 from shardpage.backends.pallas_tpu.sizes import heads_per_pass
 from shardpage.options import Attention, Tuning
-from shardpage.page_format import KVLayout, PageFormat
+from shardpage.page_format import QUANTISED, KVLayout, PageFormat
 from shardpage.plan import Reads, Writes
+from shardpage.quantise import Stored
 
 from . import reference, tolerance
 from .backends import LOOK_FOR_RACES, attend, attend_as
@@ -385,6 +386,9 @@ WRITES = [
     ("bfloat16", 80, 1, 8, 1),
     ("bfloat16", 256, 1, 16, 1),
     ("float32", 192, 1, 8, 1),
+    ("int8", 128, 1, 32, 2),
+    ("float8_e4m3fn", 64, 2, 64, 1),
+    ("float8_e5m2", 128, 1, 64, 1),
 ]
 
 
@@ -397,10 +401,11 @@ WRITES = [
 def test_write_puts_what_xla_puts(kv_layout, dtype, head_dim, pack, page_size, num_kv_heads, order):
     """Single tokens, whole tiles and dropped tokens at once; a prompt's fill tiles in order."""
     rng = np.random.default_rng(0)
-    num_pages, num_tokens = 6, 40
-    draw = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
+    num_pages, num_tokens = 6, 80 if page_size >= 32 and dtype in QUANTISED else 40
+    normal = lambda shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+    draw = lambda shape: (30 * normal(shape)).astype(dtype)
     cache = jax.tree.map(
-        lambda array: draw(array.shape),
+        lambda array: (30 * normal(array.shape)).astype(array.dtype),
         PagedKVCache.abstract(
             num_pages, num_kv_heads, page_size, head_dim,
             dtype=dtype, kv_layout=kv_layout, packed=pack > 1,
@@ -416,10 +421,13 @@ def test_write_puts_what_xla_puts(kv_layout, dtype, head_dim, pack, page_size, n
         place[[14, 16]], place[[20, 21]] = place[[16, 14]], place[[21, 20]]
     pages = np.where(dropped, num_pages, place // page_size).astype(np.int32)
     writes = Writes(jnp.asarray(pages), jnp.asarray(place % page_size))
-    wanted = xla.write(cache, key, value, writes, None, Tuning())
+    scales = normal((num_tokens, num_kv_heads, 2)) if cache.scale == "token" else None
+    tokens = Stored(key, value, scales)
+    wanted = xla.write(cache, tokens, writes, None, Tuning())
     tuning = Tuning(interpret=LOOK_FOR_RACES)
     work = pallas_tpu.prepare_writes(writes, num_pages, cache.format, tuning)
-    actual = pallas_tpu.write(cache, key, value, writes, work, tuning)
+    write = jax.jit(lambda *arrays: pallas_tpu.write(*arrays, tuning))
+    actual = write(cache, tokens, writes, work)
     chex.assert_trees_all_equal(actual, wanted)
 
 
@@ -431,7 +439,7 @@ def test_write_of_nothing():
     dropped = Writes(jnp.array([2, -1, 2], jnp.int32), jnp.zeros(3, jnp.int32))
     tuning = Tuning(interpret=LOOK_FOR_RACES)
     work = pallas_tpu.prepare_writes(dropped, 2, cache.format, tuning)
-    written = pallas_tpu.write(cache, token, token, dropped, work, tuning)
+    written = pallas_tpu.write(cache, Stored(token, token), dropped, work, tuning)
     chex.assert_trees_all_equal(written, cache)
 
 
