@@ -9,17 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from . import descriptor
+from . import descriptor, scales_of
 from .arguments import array, integer, shown
 from .page_format import (
     PACKED_ROW,
     QUANTISED,
     SCALE_DTYPE,
-    SMALLEST_SCALE,
     Axis,
     KVLayout,
     KVLayoutName,
@@ -47,6 +45,8 @@ class PagedKVCache:
         page and KV head the scales of its keys, then those of its values (with an axis of layers
         before that of pages); or one `[kv_heads, 2]`, of the keys and of the values of a KV head
         (with an axis of layers before that of heads). An element is what is stored times its scale.
+        A token that is NaN has NaN for both its scales, or, where they are of KV heads, -128 (int8)
+        or NaN in the first element of its key: arrays of your own must say it so, too.
       layout: order of the arrays' axes; static.
       head_dim: elements per token and head; static. Rows of a packed cache hold several tokens.
       num_layers: layers that it holds; None of a cache of one layer, without such an axis; static.
@@ -86,7 +86,8 @@ class PagedKVCache:
             scales are missing, too many, or of another shape or dtype.
         """
         cache = cls._unscaled(key, value, kv_layout, head_dim, padding)
-        return dataclasses.replace(cache, scales=_checked_scales(cache, scales))
+        shape = cache.format, cache.num_pages, cache.num_layers
+        return dataclasses.replace(cache, scales=scales_of.arrays(scales, *shape))
 
     @classmethod
     def _unscaled(
@@ -118,23 +119,22 @@ class PagedKVCache:
 
         Takes the arguments of `abstract`, and raises its errors.
         """
-        given = options.get("scales")
+        make = lambda x: _zeros(x.shape, x.dtype, x.format)()
+        sizes, given = (num_pages, num_kv_heads, page_size, head_dim), options.get("scales")
         if isinstance(given, str) and given == "head":
             raise ValueError(
                 "scales='head' says that there is one of each KV head; pass them: "
                 "scales=(key_scales, value_scales), arrays [num_kv_heads], largest element / "
                 "largest that is stored"
             )
-        by_head = given is not None and not isinstance(given, str)
-        if by_head:
-            options |= {"scales": "head"}
-        abstract = cls.abstract(num_pages, num_kv_heads, page_size, head_dim, **options)
-        if by_head and abstract.scales:
-            scales = (_head_scales(abstract, given),)
-            arrays, wanted = (dataclasses.replace(abstract, scales=()), abstract.scales[0])
-            cache = jax.tree.map(lambda x: _zeros(x.shape, x.dtype, x.format)(), arrays)
-            return dataclasses.replace(cache, scales=jax.device_put(scales, wanted.sharding))
-        return jax.tree.map(lambda x: _zeros(x.shape, x.dtype, x.format)(), abstract)
+        if given is None or isinstance(given, str):
+            return jax.tree.map(make, cls.abstract(*sizes, **options))
+        options["scales"] = "head"
+        abstract = cls.abstract(*sizes, **options)
+        pair = scales_of.of_heads(given, num_kv_heads, abstract.num_layers)
+        made = jax.tree.map(make, dataclasses.replace(abstract, scales=()))
+        scales = jax.device_put(pair, abstract.scales[0].sharding)
+        return dataclasses.replace(made, scales=(scales,))
 
     @classmethod
     def abstract(
@@ -191,7 +191,7 @@ class PagedKVCache:
         best = "fused" if on_tpu else "blocks_first"
         kv = KVLayout.named(best if kv_layout is None else kv_layout)
         dtype = np.dtype(dtype)
-        scale = _scale_of(scales, dtype)
+        scale = scales_of.option(scales, dtype)
         page_format = PageFormat(
             kv, num_kv_heads, page_size, head_dim, head_dim, dtype, scale=scale
         ).packed(packed, on_tpu)
@@ -363,75 +363,6 @@ def check_dtype(name: str, dtype: Any) -> None:
         named = shown(dtype)
     if named not in DTYPES:
         raise ValueError(f"{name}={named} is no cache's; choose one of {DTYPES}")
-
-
-def _scale_of(scales: Any, dtype: np.dtype) -> ScaleOf:
-    """What one scale of a new cache covers, from the option that says so."""
-    if dtype.name not in QUANTISED:
-        if scales is not None:
-            raise ValueError(
-                f"scales={shown(scales)} of a cache of {dtype.name}, which has none; leave them "
-                f"out, or choose dtype of {QUANTISED}"
-            )
-        return "none"
-    if scales is None or (isinstance(scales, str) and scales == "token"):
-        return "token"
-    if isinstance(scales, str) and scales == "head":
-        return "head"
-    raise ValueError(f"scales={shown(scales)} must be 'token', 'head' or, of zeros, a pair")
-
-
-def _head_scales(cache: PagedKVCache, pair: Any) -> Any:
-    """`[kv_heads, 2]` of a pair of arrays `[kv_heads]`; of several layers `[layers, ...]`."""
-    wanted = (cache.format.num_kv_heads,)
-    wanted = wanted if cache.num_layers is None else (cache.num_layers, *wanted)
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ValueError(
-            f"scales={shown(pair)} must be a pair of arrays {wanted}: of keys and of values"
-        )
-    scales = [x if isinstance(x, jax.Array) else np.asarray(x) for x in pair]
-    for name, x in zip(("key", "value"), scales, strict=True):
-        if x.shape != wanted or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} scales are {x.dtype}{list(x.shape)}; this cache takes one of each KV "
-                f"head, floating point: {wanted}"
-            )
-        if not isinstance(x, Tracer):
-            held = np.asarray(x).astype(SCALE_DTYPE)
-            if not (np.isfinite(held) & (held >= SMALLEST_SCALE)).all():
-                raise ValueError(
-                    f"{name} scales must be at least {SMALLEST_SCALE:.3g}, float32's smallest, "
-                    f"and finite; got {shown(x)}"
-                )
-    return jnp.stack([jnp.asarray(x, SCALE_DTYPE) for x in scales], axis=-1)
-
-
-def _checked_scales(cache: PagedKVCache, scales: Any) -> tuple[Any, ...]:
-    """The scales of a cache of a caller's arrays."""
-    dtype = cache.key.dtype
-    if dtype.name not in QUANTISED:
-        if scales is not None and not (isinstance(scales, tuple) and not scales):
-            raise ValueError(f"scales of a cache of {dtype.name}, which has none; leave them out")
-        return ()
-    page_format, pages = dataclasses.replace(cache.format, scale="token"), cache.num_pages
-    shape = page_format.scales_shape(pages)
-    shape = shape if cache.num_layers is None else (cache.num_layers, *shape)
-    if scales is None:
-        raise ValueError(
-            f"a cache of {dtype.name} has scales; pass scales=, an array {shape} of each token's, "
-            "or a pair of arrays of each KV head's"
-        )
-    if isinstance(scales, tuple | list) and len(scales) == 2:
-        return (_head_scales(cache, scales),)
-    scales = scales[0] if isinstance(scales, tuple) and len(scales) == 1 else scales
-    array("scales", scales)
-    by_head = (*(() if cache.num_layers is None else (cache.num_layers,)), *shape[-3:-2], 2)
-    if scales.dtype != SCALE_DTYPE or scales.shape not in (shape, by_head):
-        raise ValueError(
-            f"scales are {scales.dtype}{list(scales.shape)}; this cache takes float32 {shape}, of "
-            f"each token, or {by_head}, of each KV head"
-        )
-    return (scales,)
 
 
 def _scales_spec(scale: ScaleOf, num_layers: int | None, layout: ShardLayout) -> PartitionSpec:

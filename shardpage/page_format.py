@@ -10,6 +10,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,6 +30,13 @@ ScaleOf = Literal["none", "head", "token"]
 QUANTISED = ("int8", "float8_e4m3fn", "float8_e5m2")
 SCALE_DTYPE = np.dtype(np.float32)
 SMALLEST_SCALE = float(np.finfo(SCALE_DTYPE).smallest_normal)
+
+
+def updates_widen(dtype: np.dtype) -> bool:
+    """Whether XLA's CPU compiler (of jaxlib 0.10) makes a wide copy of a whole array of it around
+    a scatter or a dynamic_update_slice."""
+    narrow = dtype.name == "bfloat16" or dtype.name.startswith("float8")
+    return narrow and jax.__version_info__ < (0, 11)
 
 
 @dataclasses.dataclass(frozen=True)

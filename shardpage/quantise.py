@@ -86,14 +86,19 @@ def _rounded(dtype: np.dtype, elements: jax.Array) -> jax.Array:
     return (jnp.round(clipped) if dtype == np.int8 else clipped).astype(dtype)
 
 
+def no_gradients(dtype: np.dtype) -> NotImplementedError:
+    """The error for who differentiates through such a cache."""
+    return NotImplementedError(
+        f"gradients through a cache of {dtype.name}: rounding has none; use a cache of float32, "
+        "bfloat16 or float16"
+    )
+
+
 def _refuse_gradients(store: Any, dtype: np.dtype, *arrays: jax.Array) -> Stored:
     """Calls `store`; whoever differentiates it is told that rounding has no gradient."""
 
     def refuse(*_: Any) -> Any:
-        raise NotImplementedError(
-            f"gradients through a cache of {dtype.name}: rounding has none; use a cache of "
-            "float32, bfloat16 or float16"
-        )
+        raise no_gradients(dtype)
 
     call = jax.custom_vjp(lambda *arrays: store(dtype, *arrays))
     call.defvjp(refuse, refuse)

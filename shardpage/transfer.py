@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from . import array_checks, sharded, transfer_checks
 from .arguments import instance
 from .cache import PagedKVCache
-from .page_format import SCALE_DTYPE, ScaleOf
-from .quantise import INT8_NAN
+from .page_format import SCALE_DTYPE, ScaleOf, updates_widen
+from .quantise import mark
 from .shard_layout import ShardLayout, Split, axis_names
 from .tables import PageRange, within
 
@@ -30,8 +30,6 @@ _SCALES: dict[ScaleOf, tuple] = {
     "token": (None, None, None, "heads", None),
     "head": (None, None, "heads"),
 }
-# What jaxlib 0.10's CPU compiler widens whole around an update.
-_WIDENED = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 class QuantisedPages(NamedTuple):
@@ -190,15 +188,14 @@ def _unless_of_other_scales(cache: PagedKVCache, elements: jax.Array, scales: An
     """Elements that stand for what they did; NaN where their KV head has another scale here."""
     same = (scales == _head_scales(cache))[:, None, :, :, None, None]
     dtype = cache.format.dtype
-    nan = np.int8(INT8_NAN) if dtype == np.int8 else np.array(np.nan, dtype)
-    kept = jnp.where(same, _bits(elements), nan.view(np.uint8))
+    kept = jnp.where(same, _bits(elements), mark(dtype).view(np.uint8))
     return lax.bitcast_convert_type(kept, dtype)
 
 
 def _put(array: jax.Array, pages: jax.Array, at: jax.Array, axis: int) -> jax.Array:
     """Puts pages at these places along the axis, where there are such places."""
     one_by_one, at_once = (functools.partial(f, axis=axis) for f in (_one_by_one, _at_once))
-    if array.dtype.name not in _WIDENED or jax.__version_info__ >= (0, 11):
+    if not updates_widen(array.dtype):
         return one_by_one(array, pages, at)
     return lax.platform_dependent(array, pages, at, cpu=at_once, default=one_by_one)
 

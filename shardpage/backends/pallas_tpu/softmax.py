@@ -113,24 +113,18 @@ class View:
 
     def keys(self, head: int) -> jax.Array:
         """A head's keys, [num_rows, row_dim]."""
-        return self.widened(self._elements(0, head))
+        return as_matrix(self.geometry, self._elements(0, head))
 
     def values(self, head: int) -> jax.Array:
         """A head's values, [num_rows, row_dim]; zeros in pages that are not used."""
         values = self._elements(1, head)
         if not self.may_be_nan:
-            return self.widened(values)
+            return as_matrix(self.geometry, values)
         words = pltpu.bitcast(values, jnp.int32)
         words = words.reshape(self.num_pages, -1, words.shape[-1])
         page = lax.broadcasted_iota(jnp.int32, words.shape, 0)
         words = jnp.where(page < self.used_pages, words, 0).reshape(-1, words.shape[-1])
-        return self.widened(pltpu.bitcast(words, values.dtype))
-
-    def widened(self, elements: jax.Array) -> jax.Array:
-        """Elements as the matrix units take them."""
-        page_format = self.geometry.format
-        wide = self.geometry.widens and page_format.quantised
-        return elements.astype(page_format.compute_dtype) if wide else elements
+        return as_matrix(self.geometry, pltpu.bitcast(words, values.dtype))
 
     @property
     def may_be_nan(self) -> bool:
@@ -142,21 +136,14 @@ class View:
         geometry = self.geometry
         if geometry.format.scale != "token":
             return None
-        pages = self.buffers[-1].at[self.place]
+        buffer = self.buffers[-1].at[self.place]
+        pages = range(self.first_page, self.first_page + self.num_pages)
         parts = [
-            self._scales_of(pages, which, head, copy)
+            scale_row(geometry.format, [buffer[page, head] for page in pages], which, copy)
             for head in geometry.heads_of(group)
             for copy in range(geometry.format.pack)
         ]
         return _by_own_part(geometry, parts)
-
-    def _scales_of(self, pages: Any, which: int, head: int, copy: int) -> jax.Array:
-        """Of a head's tokens that are `copy`th in their rows: [1, num_rows]."""
-        page_format = self.geometry.format
-        first = which * page_format.page_size + copy * page_format.page_rows
-        lanes = slice(first, first + page_format.page_rows)
-        own = [pages[self.first_page + page, head][:, lanes] for page in range(self.num_pages)]
-        return own[0] if len(own) == 1 else jnp.concatenate(own, axis=1)
 
     def clean(self, which: int) -> None:
         """Zeros the keys or values in the first and the last page that must not be seen.
@@ -179,6 +166,22 @@ class View:
         if self.geometry.format.fused:
             return self.buffers[0].at[self.place, pages, which]
         return self.buffers[which].at[self.place, pages]
+
+
+def as_matrix(where: Any, elements: jax.Array) -> jax.Array:
+    """Elements as the matrix units take them; `where` has a `format`, and says if it `widens`."""
+    wide = where.widens and where.format.quantised
+    return elements.astype(where.format.compute_dtype) if wide else elements
+
+
+def scale_row(
+    page_format: PageFormat, pages: Sequence[jax.Array], which: int, copy: int
+) -> jax.Array:
+    """Scales of the keys (0) or values (1) that are `copy`th in their rows, [1, cache rows], of
+    pages' [1, 2 * page_size]."""
+    first = which * page_format.page_size + copy * page_format.page_rows
+    own = [page[:, first : first + page_format.page_rows] for page in pages]
+    return own[0] if len(own) == 1 else jnp.concatenate(own, axis=1)
 
 
 def attend(views: Sequence[View], logits: Logits) -> list[Sums]:

@@ -26,6 +26,7 @@ from ...options import Attention, Tuning
 from ...page_format import PageFormat
 from ...partial import Partial, finish, mark, merge, merge_segments
 from ...plan import Reads
+from ...quantise import no_gradients
 from ...varying import vary_over, vary_together, varying_axes
 from .backward import gradients
 from .block import block_attention, fetch
@@ -142,10 +143,7 @@ def _words(out: jax.Array) -> jax.Array:
 
 def _forward(how, query, cache, reads, work):
     if how.page_format.quantised:
-        raise NotImplementedError(
-            f"gradients through a cache of {how.page_format.dtype.name}: rounding has none; use a "
-            "cache of float32, bfloat16 or float16"
-        )
+        raise no_gradients(how.page_format.dtype)
     exactly = how._replace(out_dtype=jnp.float32)
     partial = cast(Partial, _attend(exactly, query, cache, reads, work))
     return _as(how.out_dtype, partial), (query, cache, reads, work, partial)

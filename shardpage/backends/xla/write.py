@@ -9,14 +9,11 @@ from jax import lax
 
 from ...cache import PagedKVCache
 from ...options import Tuning
-from ...page_format import KVLayout, PageFormat
+from ...page_format import KVLayout, PageFormat, updates_widen
 from ...plan import Writes
 from ...quantise import Stored
 from .attend import refuse_kernel_options
 from .pages import apart, scale_at
-
-# What jaxlib 0.10's CPU compiler widens whole around a scatter or a dynamic_update_slice.
-_WIDENED = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 def prepare_writes(writes: Writes, num_pages: int, page_format: PageFormat, tuning: Tuning) -> None:
@@ -66,7 +63,7 @@ def _put_scales(cache: PagedKVCache, scales: jax.Array, writes: Writes) -> Paged
 
 def _put(how: How, array: jax.Array, tokens: jax.Array, writes: Writes) -> jax.Array:
     scatter, select = (functools.partial(f, how) for f in (_scatter, _select))
-    if array.dtype.name not in _WIDENED or jax.__version_info__ >= (0, 11):
+    if not updates_widen(array.dtype):
         return scatter(array, tokens, writes)
     return lax.platform_dependent(array, tokens, writes, cpu=select, default=scatter)
 

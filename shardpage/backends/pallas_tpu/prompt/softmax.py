@@ -30,10 +30,12 @@ from ..softmax import (
     LOG2_E,
     Logits,
     across,
+    as_matrix,
     dot,
     finite_or_nan,
     first_elements,
     is_token,
+    scale_row,
 )
 from .config import Config
 
@@ -83,10 +85,8 @@ class Block:
         page_format = self.config.format
         if page_format.scale != "token":
             return None
-        first = which * page_format.page_size + copy * page_format.page_rows
-        lanes, pages = slice(first, first + page_format.page_rows), self.buffers[-1]
-        own = [pages[self.first_page + page, head][:, lanes] for page in range(self.num_pages)]
-        return own[0] if len(own) == 1 else jnp.concatenate(own, axis=1)
+        pages = [self.buffers[-1][self.first_page + i, head] for i in range(self.num_pages)]
+        return scale_row(page_format, pages, which, copy)
 
     def sizes(self, which: int, head: Any, elements: jax.Array) -> jax.Array:
         """In one tile, sums of what these elements are without their signs, or more."""
@@ -112,9 +112,7 @@ class Block:
             elements = self.buffers[0][pages, which, head]
         else:
             elements = self.buffers[which][pages, head]
-        elements = elements.reshape(self.rows, page_format.row_dim)
-        wide = self.config.widens and page_format.quantised
-        return elements.astype(page_format.compute_dtype) if wide else elements
+        return as_matrix(self.config, elements.reshape(self.rows, page_format.row_dim))
 
 
 def query_rows(config: Config, rows: jax.Array, copy: int) -> jax.Array:
