@@ -64,8 +64,8 @@ class TestConfig:
         ("changes", "message"),
         [
             ({"dtype": np.dtype(np.float32)}, "no matmul for caches of float32.*backend='xla'"),
-            ({"head_dim": 8}, "head_dim=8 is no multiple of 16"),
-            ({"head_dim": 272}, "head_dim=272 is no multiple of 16 up to 256"),
+            ({"head_dim": 8}, "head_dim=8 of bfloat16 is no multiple of 16"),
+            ({"head_dim": 272}, "head_dim=272 of bfloat16 is no multiple of 16 up to 256"),
             ({"page_size": 20}, "page_size=20 does not fill tiles.*use page_size=24"),
         ],
     )

@@ -16,6 +16,7 @@ from ...varying import result_as, vary_together
 from . import attend_kernel, merge_kernel, pages
 from .config import Config, configure
 from .mosaic import WARPGROUP, as_kernel, compiler_params, in_place, interpreter
+from .scratch import Scratch, scratch
 from .softmax import LOG2E, Logits
 from .tiles import Tiles, Work, tile
 
@@ -45,7 +46,8 @@ def attend(
     tiles = Tiles(reads.start, reads.stop) if work is None else work.tiles
     rows = _tiled(config, query.astype(cache.format.compute_dtype), work)
     call = as_kernel(functools.partial(_call, config, logits), tuning)
-    out, lse = call(rows, pages.arrays(cache), cache.in_layer(reads.ids), tiles)
+    scales = cache.scales if cache.scale == "token" else ()
+    out, lse = call(rows, pages.arrays(cache), scales, cache.in_layer(reads.ids), tiles)
     partial = _partial(config, out, lse, reads, work)
     if not final:
         return partial
@@ -93,30 +95,32 @@ def _call(
     tuning: Tuning,
     query: jax.Array,
     arrays: tuple[jax.Array, ...],
+    scales: tuple[jax.Array, ...],
     ids: jax.Array,
     tiles: Tiles,
 ) -> tuple[jax.Array, jax.Array]:
-    inputs = attend_kernel.Inputs(query, arrays, ids, tiles)
+    inputs = attend_kernel.Inputs(query, arrays, scales, ids, tiles)
     inputs, structure = jax.tree.flatten(vary_together(*inputs))
     outputs = attend_kernel.outputs(config)
     out_type = tuple(result_as(inputs[0], each.shape, each.dtype) for each in outputs)
-    scratch = attend_kernel.scratch(config, bool(tuning.interpret))
-    scratch = {name: x for name, x in scratch._asdict().items() if x is not None}
+    shared = scratch(config, bool(tuning.interpret))._asdict()
+    missing = {name: x for name, x in shared.items() if x is None}
+    scratch_types = {name: x for name, x in shared.items() if x is not None}
     params = compiler_params(exact_math=logits.soft_cap is not None)
 
     def body(*refs: Any, **scratch_refs: Any) -> None:
         ins = attend_kernel.Inputs(*jax.tree.unflatten(structure, refs[: len(inputs)]))
         outs = attend_kernel.Outputs(*refs[len(inputs) :])
-        scratch = attend_kernel.Scratch(**scratch_refs)
-        attend_kernel.Kernel(config, logits, ins, outs, scratch).run()
+        shared = Scratch(**scratch_refs, **missing)
+        attend_kernel.Kernel(config, logits, ins, outs, shared).run()
 
     outs = plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=scratch,
+        scratch_types=scratch_types,
         grid=(config.num_ctas,),
         grid_names=("cta",),
-        num_threads=config.consumers + 1,
+        num_threads=config.warpgroups,
         thread_name="warpgroup",
         kernel_name="shardpage_attend",
         compiler_params=params,

@@ -3,6 +3,8 @@
     fetch     K0 V0 K1 V1 | K2 V2 ...           into a ring of blocks, one copy per page and head
     attend          S0 P0 O0 | S1 P1 O1 ...     products, softmax, weighted values (`blocks.py`)
 
+Of a quantised cache a warpgroup between them widens the blocks (`widen.py`).
+
 Each CTA walks over its share of all units (`share.py`). Whole units are finished here; the parts of
 cut ones leave as partial softmaxes, which `merge_kernel.py` merges.
 """
@@ -18,24 +20,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import softmax
 from .blocks import Blocks
-from .config import Config, query_smem_rows, swizzle_bytes
-from .mosaic import MMA_ROWS, WARPGROUP
+from .config import Config, scale_lanes
+from .mosaic import MMA_ROWS, REGISTERS, WARPGROUP
 from .pages import rows_at
+from .scratch import Ring, Scratch
 from .share import Segment, Share, first_block, for_each_segment, last_cta, share_of
 from .softmax import Logits
 from .tiles import Tiles
+from .widen import Widener
 
-# A thread's, by how many warpgroups attend: 65536 are shared by all threads, at most 255 a thread.
-_FETCH_REGISTERS = {1: 128, 2: 40}
-_ATTEND_REGISTERS = {1: 240, 2: 232}
 
-_TILING: Any = plgpu.TilingTransform  # abstract, as JAX's annotations have it
-_SWIZZLE: Any = plgpu.SwizzleTransform
+class Registers(NamedTuple):
+    """A thread's, at most 255; 65536 are shared by all threads."""
+
+    fetch: int
+    attend: int
+    widen: int = 0
+
+
+# By how many warpgroups attend.
+_REGISTERS = {1: Registers(128, 240), 2: Registers(40, 232)}
+_REGISTERS_WIDENED = {1: Registers(104, 240, 160), 2: Registers(40, 200, 72)}
 
 
 class Inputs(NamedTuple):
     query: Any  # [copies, query_rows, key_dim]
     arrays: tuple[Any, ...]  # of the cache
+    scales: tuple[Any, ...]  # of its tokens, [pages, kv_heads, 1, 2 * page_size]
     ids: Any  # [rows, pages]
     tiles: Tiles
 
@@ -48,21 +59,6 @@ class Outputs(NamedTuple):
     cut: Any  # [ctas, 2]: the unit that a share ends inside of, or -1, and the CTA that ends it
 
 
-class Scratch(NamedTuple):
-    query: Any
-    key: Any
-    value: Any
-    out: Any
-    lse: Any
-    query_full: Any
-    query_free: Any
-    key_full: Any
-    value_full: Any
-    key_free: Any
-    value_free: Any
-    weights: Any = None
-
-
 def outputs(config: Config) -> Outputs:
     """Shapes and dtypes of the results."""
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -73,36 +69,6 @@ def outputs(config: Config) -> Outputs:
         float32(2 * config.num_ctas, *unit),
         float32(2 * config.num_ctas, WARPGROUP),
         jax.ShapeDtypeStruct((config.num_ctas, 2), jnp.int32),
-    )
-
-
-def scratch(config: Config, interpreted: bool) -> Scratch:
-    """Shared memory and barriers of a CTA."""
-    page_format, dtype = config.format, config.format.dtype
-
-    def tiled(*shape):
-        swizzle = swizzle_bytes(shape[-1])
-        transforms = (_TILING((8, swizzle // 2)), _SWIZZLE(swizzle))
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-    blocks = (config.stages, config.block_tokens)
-    pieces = config.block_tokens // config.piece_tokens
-    wave = (config.consumers, MMA_ROWS)
-    barrier = lambda arrivals, count: plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
-    return Scratch(
-        query=tiled(query_smem_rows(config), page_format.key_dim),
-        key=tiled(*blocks, page_format.key_dim),
-        value=tiled(*blocks, page_format.value_dim),
-        out=plgpu.SMEM((*wave, config.store_chunk), jnp.float32),
-        lse=plgpu.SMEM(wave, jnp.float32),
-        query_full=barrier(1, config.query_slots),
-        query_free=barrier(config.consumers, config.query_slots),
-        key_full=barrier(pieces, config.stages),
-        value_full=barrier(pieces, config.stages),
-        key_free=barrier(config.consumers, config.stages),
-        value_free=barrier(config.consumers, config.stages),
-        # The interpreter has no matmul of an operand in registers.
-        weights=tiled(*wave, config.block_tokens) if interpreted else None,
     )
 
 
@@ -120,24 +86,44 @@ class Kernel:
         config, tiles = self.config, self.inputs.tiles
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
         share = share_of(config, tiles.start, tiles.stop, cta)
+        registers = (_REGISTERS_WIDENED if config.wide_stages else _REGISTERS)[config.consumers]
 
         @pl.when(warpgroup == config.consumers)
         def _():
-            plgpu.set_max_registers(_FETCH_REGISTERS[config.consumers], action="decrease")
+            plgpu.set_max_registers(registers.fetch, action="decrease")
             steps, segments = self.for_each_segment(share, self.fetch)
-            self.drain(self.scratch.key_free, config.stages, steps)
-            self.drain(self.scratch.value_free, config.stages, steps)
+            self.drain(self.arriving.key_free, config.stages, steps)
+            self.drain(self.arriving.value_free, config.stages, steps)
             self.drain(self.scratch.query_free, config.query_slots, segments)
 
         @pl.when(warpgroup < config.consumers)
         def _():
-            plgpu.set_max_registers(_ATTEND_REGISTERS[config.consumers], action="increase")
+            plgpu.set_max_registers(registers.attend, action="increase")
             self.outputs.cut[cta, 0] = -1
             self.no_part(share, cta, warpgroup)
             self.for_each_segment(
                 share, lambda segment: self.attend(segment, share, cta, warpgroup)
             )
             plgpu.wait_smem_to_gmem(0)
+
+        if not config.wide_stages:
+            return
+
+        @pl.when(warpgroup == config.consumers + 1)
+        def _():
+            launched = REGISTERS // ((config.consumers + 2) * WARPGROUP) // 8 * 8
+            action = "decrease" if registers.widen < launched else "increase"
+            plgpu.set_max_registers(registers.widen, action=action)
+            blocks, widener = self.scratch.blocks, Widener(config, tiles, self.scratch)
+            steps, _ = self.for_each_segment(share, widener.segment)
+            self.drain(blocks.key_free, config.wide_stages, steps)
+            self.drain(blocks.value_free, config.wide_stages, steps)
+
+    @property
+    def arriving(self) -> Ring:
+        """Where fetched blocks go."""
+        scratch = self.scratch
+        return scratch.blocks if scratch.arriving is None else scratch.arriving
 
     def for_each_segment(self, share: Share, body: Any) -> tuple[jax.Array, jax.Array]:
         tiles = self.inputs.tiles
@@ -172,7 +158,7 @@ class Kernel:
         lax.fori_loop(0, segment.length, fetch_block, 0)
 
     def fetch_block(self, segment: Segment, i: jax.Array) -> None:
-        config, inputs, scratch = self.config, self.inputs, self.scratch
+        config, inputs, ring = self.config, self.inputs, self.arriving
         tiles, page_size, piece = inputs.tiles, config.format.page_size, config.piece_tokens
         start, stop = tiles.start[segment.tile], tiles.stop[segment.tile]
         row = segment.tile if tiles.row is None else tiles.row[segment.tile]
@@ -186,8 +172,8 @@ class Kernel:
         slot = lax.rem(segment.step + i, jnp.int32(config.stages))
 
         for which, target, free, full in (
-            (0, scratch.key, scratch.key_free, scratch.key_full),
-            (1, scratch.value, scratch.value_free, scratch.value_full),
+            (0, ring.key, ring.key_free, ring.key_full),
+            (1, ring.value, ring.value_free, ring.value_full),
         ):
 
             @pl.when(segment.step + i >= config.stages)
@@ -198,6 +184,25 @@ class Kernel:
                 source = self.piece(which, page, segment.head, lax.rem(number, per_page))
                 part = target.at[slot, pl.ds(j * piece, piece)]
                 plgpu.copy_gmem_to_smem(source, part, full.at[slot])
+                if which == 0 and config.scale_copies:
+                    offset = lax.rem(number, per_page) * piece
+                    self.fetch_scales(page, segment.head, offset, (slot, j))
+
+    def fetch_scales(
+        self, page: jax.Array, head: jax.Array, offset: jax.Array, at: tuple[Any, int]
+    ) -> None:
+        """Brings the scales of a piece with its keys: those of values too."""
+        config, scales = self.config, self.scratch.scales
+        assert scales is not None
+        source, full = self.inputs.scales[0].at[page, head, 0], self.arriving.key_full.at[at[0]]
+        if config.scale_copies == 1:  # of a whole page: side by side
+            target = scales.arrived.at[*at, pl.ds(0, 2 * config.piece_tokens)]
+            plgpu.copy_gmem_to_smem(source, target, full)
+            return
+        for lane, first in ((0, 0), (scale_lanes(config)[0], config.format.page_size)):
+            part = source.at[pl.ds(first + offset, config.piece_tokens)]
+            target = scales.arrived.at[*at, pl.ds(lane, config.piece_tokens)]
+            plgpu.copy_gmem_to_smem(part, target, full)
 
     def piece(self, which: int, page: jax.Array, head: jax.Array, number: jax.Array) -> Any:
         """Keys (0) or values (1) of one piece of a page."""

@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import softmax
 from .config import Config
 from .mosaic import MMA_ROWS, load
+from .scratch import Scratch
 from .share import Segment, first_block
 from .softmax import Logits
 from .tiles import Tiles
@@ -35,13 +36,13 @@ Carry = tuple[softmax.State, Any]  # and the weights of the last block, [64, blo
 class Blocks:
     """The blocks of a segment, for one warpgroup's queries.
 
-    `scratch` has the ring of blocks and its barriers, `attend_kernel.Scratch`.
+    `scratch` has the ring of blocks and its barriers.
     """
 
     config: Config
     logits: Logits
     tiles: Tiles
-    scratch: Any
+    scratch: Scratch
     segment: Segment
     query: Any  # [64, key_dim], in shared memory
     warpgroup: jax.Array
@@ -57,7 +58,7 @@ class Blocks:
         config: Config,
         logits: Logits,
         tiles: Tiles,
-        scratch: Any,
+        scratch: Scratch,
         segment: Segment,
         query: Any,
         warpgroup: jax.Array,
@@ -75,7 +76,7 @@ class Blocks:
     def attend(self) -> softmax.State:
         """The partial softmax over all blocks."""
         config, length = self.config, self.segment.length
-        weights = jnp.zeros((MMA_ROWS, config.block_tokens), config.format.dtype)
+        weights = jnp.zeros((MMA_ROWS, config.block_tokens), self.weights_dtype)
         weights = plgpu.layout_cast(weights, softmax.WGMMA)
         carry = softmax.nothing(config.format.value_dim), weights
         if config.consumers == 1:
@@ -87,32 +88,38 @@ class Blocks:
 
     def keys(self, i: jax.Array, carry: Carry) -> Carry:
         """Weighs a block."""
-        slot, scratch = self.slot(i), self.scratch
-        plgpu.barrier_wait(scratch.key_full.at[slot])
-        products = softmax.products(self.query, scratch.key.at[slot])
-        plgpu.barrier_arrive(scratch.key_free.at[slot])
+        slot, blocks = self.slot(i), self.scratch.blocks
+        plgpu.barrier_wait(blocks.key_full.at[slot])
+        products = softmax.products(self.query, blocks.key.at[slot])
+        products = self.times_scales(products, slot)
+        plgpu.barrier_arrive(blocks.key_free.at[slot])
         return self.weigh(i, carry[0], products)
 
     def values(self, i: jax.Array, carry: Carry) -> Carry:
         """Adds the values of a block that was weighed."""
-        slot, scratch = self.slot(i), self.scratch
-        plgpu.barrier_wait(scratch.value_full.at[slot])
+        slot, blocks = self.slot(i), self.scratch.blocks
+        state, weights = carry
+        plgpu.barrier_wait(blocks.value_full.at[slot])
         self.zero_unread(i)
-        state = softmax.add_values(*carry, scratch.value.at[slot], self.stage)
-        plgpu.barrier_arrive(scratch.value_free.at[slot])
-        return state, carry[1]
+        scaled = self.weights(i, weights)
+        state = softmax.add_values(state, scaled, blocks.value.at[slot], self.stage)
+        plgpu.barrier_arrive(blocks.value_free.at[slot])
+        return state, weights
 
     def values_and_keys(self, i: jax.Array, carry: Carry) -> Carry:
         """Adds the values of the block before, and weighs this one."""
-        slot, before, scratch = self.slot(i), self.slot(i - 1), self.scratch
-        plgpu.barrier_wait(scratch.key_full.at[slot])
-        plgpu.barrier_wait(scratch.value_full.at[before])
+        slot, before, blocks = self.slot(i), self.slot(i - 1), self.scratch.blocks
+        state, weights = carry
+        plgpu.barrier_wait(blocks.key_full.at[slot])
+        plgpu.barrier_wait(blocks.value_full.at[before])
         self.zero_unread(i - 1)
+        weights = self.weights(i - 1, weights)
         state, products = softmax.add_values_and_multiply(
-            *carry, scratch.value.at[before], self.stage, self.query, scratch.key.at[slot]
+            state, weights, blocks.value.at[before], self.stage, self.query, blocks.key.at[slot]
         )
-        plgpu.barrier_arrive(scratch.key_free.at[slot])
-        plgpu.barrier_arrive(scratch.value_free.at[before])
+        products = self.times_scales(products, slot)
+        plgpu.barrier_arrive(blocks.key_free.at[slot])
+        plgpu.barrier_arrive(blocks.value_free.at[before])
         return self.weigh(i, state, products)
 
     def weigh(self, i: jax.Array, state: softmax.State, products: jax.Array) -> Carry:
@@ -124,12 +131,33 @@ class Blocks:
             self.sticks_out(i, self.all_start, self.all_stop), mask, lambda logits: logits, logits
         )
         state, weights = softmax.weigh(state, logits, self.logits.factor)
-        return state, weights.astype(self.config.format.dtype)
+        return state, weights.astype(self.weights_dtype)
+
+    @property
+    def weights_dtype(self) -> Any:
+        """Of weights that wait for their values, and for the scales of these."""
+        scaled = self.scratch.scales is not None
+        return jnp.dtype(jnp.float32) if scaled else self.config.format.compute_dtype
+
+    def times_scales(self, products: jax.Array, slot: jax.Array) -> jax.Array:
+        """Products of queries and keys, times the scale of each token's key."""
+        if self.scratch.scales is None:
+            return products
+        scales = load(self.scratch.scales.key.at[slot], softmax.COLUMNS)
+        return products * lax.broadcast_in_dim(scales, products.shape, [1])
+
+    def weights(self, i: jax.Array, weights: jax.Array) -> jax.Array:
+        """Weights as matmuls take them, times the scale of each token's value."""
+        if self.scratch.scales is not None:
+            slot = lax.rem(self.segment.step + i, jnp.int32(self.config.wide_stages + 1))
+            scales = load(self.scratch.scales.value.at[slot], softmax.COLUMNS)
+            weights = weights * lax.broadcast_in_dim(scales, weights.shape, [1])
+        return weights.astype(self.config.format.compute_dtype)
 
     def zero_unread(self, i: jax.Array) -> None:
         @pl.when(self.sticks_out(i, self.start, self.stop))
         def _():
-            value = self.scratch.value.at[self.slot(i)]
+            value = self.scratch.blocks.value.at[self.slot(i)]
             softmax.zero_unread(value, self.first_token(i), self.start, self.stop)
 
     @property
@@ -140,7 +168,7 @@ class Blocks:
 
     def slot(self, i: jax.Array) -> jax.Array:
         """Where in the ring a block is."""
-        return lax.rem(self.segment.step + i, jnp.int32(self.config.stages))
+        return lax.rem(self.segment.step + i, jnp.int32(self.config.block_stages))
 
     def first_token(self, i: jax.Array) -> jax.Array:
         return self.first + i * self.config.block_tokens

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
+
+import numpy as np
 
 from ...options import Tuning
 from ...page_format import PageFormat
@@ -10,12 +13,16 @@ from .mosaic import MMA_ROWS, SMEM_BYTES, WARPGROUP, num_sms
 
 _DTYPES = ("bfloat16", "float16")
 _MAX_DIM = 256
+_ROW_BYTES = 32  # the least swizzle, which divides the bytes of a key and of a value
 _MAX_GROUP = 2 * MMA_ROWS
 _TILED_ROWS = 8  # of shared memory that a copy or a matmul can begin at
 _COPY_BYTES = 128  # what a copy into plain shared memory is aligned to
+_SCALE_BYTES = 4
 _RESERVED_BYTES = 1 << 10  # barriers and alignment
 # Bytes of keys and values on their way to one SM that keep the memory busy; more gain nothing.
 _IN_FLIGHT_BYTES = 128 << 10
+# Least of a quantised cache, whose blocks need room twice: as they arrive, and widened.
+_LEAST_IN_FLIGHT_BYTES = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +39,8 @@ class Config:
     num_tiles: int
     fold: int  # units whose queries share the rows of one copy
     block_tokens: int  # keys and values of one step
-    stages: int  # blocks in shared memory
+    stages: int  # blocks in shared memory, as they arrive
+    wide_stages: int  # blocks of a quantised cache that are widened
     query_slots: int  # tiles of queries in shared memory
     store_chunk: int  # columns of a result that are staged, and leave, at a time
     num_splits: int
@@ -47,6 +55,23 @@ class Config:
     def consumers(self) -> int:
         """Warpgroups that compute, of one wgmma's rows each."""
         return -(-self.rows // MMA_ROWS)
+
+    @property
+    def warpgroups(self) -> int:
+        """One that fetches, those that compute, and of quantised caches one that widens."""
+        return self.consumers + (2 if self.format.quantised else 1)
+
+    @property
+    def block_stages(self) -> int:
+        """Blocks in shared memory, as matmuls take them."""
+        return self.wide_stages or self.stages
+
+    @property
+    def scale_copies(self) -> int:
+        """Copies of scales beside one of keys: of a whole page, of keys and of values, or none."""
+        if self.format.scale != "token":
+            return 0
+        return 1 if self.piece_tokens == self.format.page_size else 2
 
     @property
     def query_rows(self) -> int:
@@ -94,7 +119,7 @@ def configure(page_format: PageFormat, num_heads: int, reads: Reads, tuning: Tun
         tile_queries, fold = _tile_queries(num_queries, num_rows, group), 1
         num_tiles = _most_tiles(num_queries, num_rows, tile_queries)
     config = Config(
-        page_format, group, tile_queries, num_tiles, fold, 0, 0, 0, 0, tuning.num_splits,
+        page_format, group, tile_queries, num_tiles, fold, 0, 0, 0, 0, 0, tuning.num_splits,
         num_sms(tuning),
     )  # fmt: skip
     return _fit(config, tuning)
@@ -102,18 +127,24 @@ def configure(page_format: PageFormat, num_heads: int, reads: Reads, tuning: Tun
 
 def refuse(page_format: PageFormat, tuning: Tuning) -> None:
     """Refuses caches and options that the kernels do not have."""
-    if page_format.dtype.name not in _DTYPES:
+    if page_format.compute_dtype.name not in _DTYPES:
         raise NotImplementedError(
             f"a Hopper GPU has no matmul for caches of {page_format.dtype.name}; use bfloat16 or "
             "float16, or backend='xla'"
         )
+    multiple = _ROW_BYTES // page_format.dtype.itemsize
     for name in ("key_dim", "value_dim"):
         dim = getattr(page_format, name)
-        if dim % 16 or dim > _MAX_DIM:
+        if dim % multiple or dim > _MAX_DIM:
             raise NotImplementedError(
-                f"head_dim={dim} is no multiple of 16 up to {_MAX_DIM}, which the kernels' matmuls "
-                "need; use backend='xla'"
+                f"head_dim={dim} of {page_format.dtype.name} is no multiple of {multiple} up to "
+                f"{_MAX_DIM}, which the kernels' copies and matmuls need; use backend='xla'"
             )
+    if page_format.scale == "token" and page_format.pack > 1:
+        raise NotImplementedError(
+            "scales of tokens in packed rows do not lie in the order of tokens, in which the "
+            "kernels take them; use packed=False, or backend='xla'"
+        )
     if page_format.page_size % _TILED_ROWS:
         raise NotImplementedError(
             f"page_size={page_format.page_size} does not fill tiles of {_TILED_ROWS} tokens, which "
@@ -136,9 +167,9 @@ def has(page_format: PageFormat) -> bool:
     return True
 
 
-def swizzle_bytes(dim: int) -> int:
-    """The widest swizzle of shared memory that divides a row of 16-bit elements."""
-    return next(width for width in (128, 64, 32) if dim * 2 % width == 0)
+def swizzle_bytes(dim: int, dtype: np.dtype) -> int:
+    """The widest swizzle of shared memory that divides a row."""
+    return next(width for width in (128, 64, _ROW_BYTES) if dim * dtype.itemsize % width == 0)
 
 
 def _tile_queries(num_queries: int, num_rows: int, group: int) -> int:
@@ -171,20 +202,35 @@ def _fit(config: Config, tuning: Tuning) -> Config:
     """Chooses what shared memory has room for: blocks as large, and as many, as pay."""
     dim = config.format.key_dim
     block_tokens = _block_tokens(config, tuning)
-    stage_bytes = block_tokens * (dim + config.format.value_dim) * 2
-    stages = max(2, _IN_FLIGHT_BYTES // stage_bytes)
-    for query_slots in (2, 1):
-        for store_chunk in _store_chunks(config.format.value_dim):
-            sized = dataclasses.replace(
-                config, block_tokens=block_tokens, stages=stages, query_slots=query_slots,
-                store_chunk=store_chunk,
-            )  # fmt: skip
-            if _smem_bytes(sized) <= SMEM_BYTES:
-                return sized
+    for sizes in _sizes(config, block_tokens):
+        sized = dataclasses.replace(config, block_tokens=block_tokens, **sizes)
+        if _smem_bytes(sized) <= SMEM_BYTES:
+            return sized
     raise NotImplementedError(
         f"tiles of {config.rows} rows and blocks of {block_tokens} tokens of head_dim={dim} do not "
         f"fit the {SMEM_BYTES} bytes of shared memory; use backend='xla'"
     )
+
+
+def _sizes(config: Config, block_tokens: int) -> Iterator[dict[str, int]]:
+    """What shared memory may be divided into; the best first."""
+    page_format = config.format
+    elements = block_tokens * (page_format.key_dim + page_format.value_dim)
+    most, least = (
+        max(2, in_flight // (elements * page_format.dtype.itemsize))
+        for in_flight in (_IN_FLIGHT_BYTES, _LEAST_IN_FLIGHT_BYTES)
+    )
+    wanted = [(most, 0)]
+    if page_format.quantised:
+        wanted = [(stages, wide) for wide in (2, 1) for stages in range(most, least - 1, -1)]
+        wanted.append((2, 1))
+    for stages, wide_stages in wanted:
+        for query_slots in (2, 1):
+            for store_chunk in _store_chunks(page_format.value_dim):
+                yield {
+                    "stages": stages, "wide_stages": wide_stages, "query_slots": query_slots,
+                    "store_chunk": store_chunk,
+                }  # fmt: skip
 
 
 def _block_tokens(config: Config, tuning: Tuning) -> int:
@@ -195,6 +241,8 @@ def _block_tokens(config: Config, tuning: Tuning) -> int:
     """
     dim = config.format.value_dim
     most = 64 if dim > 128 else 128 if dim > 64 or config.consumers > 1 else 256
+    if config.format.quantised:  # twice in shared memory, and fewer registers
+        most = min(most, 64 if config.consumers > 1 else 128)
     if tuning.pages_per_block is None:
         return most
     asked = tuning.pages_per_block * config.format.page_size
@@ -203,8 +251,9 @@ def _block_tokens(config: Config, tuning: Tuning) -> int:
 
 def _store_chunks(dim: int) -> list[int]:
     """Columns that may leave at a time; widest first."""
-    columns = swizzle_bytes(dim) // 2
-    return [chunk for chunk in range(dim, 0, -columns) if dim % chunk == 0]
+    columns = swizzle_bytes(dim, np.dtype(np.float16)) // 2
+    widths = [*range(dim, 0, -columns), 32]
+    return [chunk for chunk in widths if dim % chunk == 0]
 
 
 def query_smem_rows(config: Config) -> int:
@@ -213,12 +262,29 @@ def query_smem_rows(config: Config) -> int:
     return rows + _round_up(max(0, config.consumers * MMA_ROWS - config.query_rows), _TILED_ROWS)
 
 
+def scale_lanes(config: Config) -> tuple[int, int]:
+    """Where in shared memory the scales of a piece's values begin, and how many lanes it has."""
+    aligned = _COPY_BYTES // _SCALE_BYTES
+    piece = config.piece_tokens
+    values = piece if config.scale_copies == 1 else _round_up(piece, aligned)
+    return values, _round_up(values + piece, aligned)
+
+
 def _smem_bytes(config: Config) -> int:
     page_format, rows = config.format, config.consumers * MMA_ROWS
-    blocks = config.stages * config.block_tokens * (page_format.key_dim + page_format.value_dim) * 2
-    queries = query_smem_rows(config) * page_format.key_dim * 2
+    wide_bytes = page_format.compute_dtype.itemsize
+    token_bytes = config.stages * page_format.dtype.itemsize + config.wide_stages * wide_bytes
+    blocks = config.block_tokens * (page_format.key_dim + page_format.value_dim) * token_bytes
+    queries = query_smem_rows(config) * page_format.key_dim * wide_bytes
     out = rows * (config.store_chunk + 1) * 4
-    return blocks + queries + out + _RESERVED_BYTES
+    return blocks + _scales_bytes(config) + queries + out + _RESERVED_BYTES
+
+
+def _scales_bytes(config: Config) -> int:
+    if not config.scale_copies:
+        return 0
+    arriving = config.stages * config.block_tokens // config.piece_tokens * scale_lanes(config)[1]
+    return (arriving + (2 * config.wide_stages + 1) * config.block_tokens) * _SCALE_BYTES
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -16,6 +16,7 @@ _load: Any = plgpu.load  # whose signature differs
 WARPGROUP = 128  # threads, of which one program is made
 MMA_ROWS = 64  # rows of one wgmma
 SMEM_BYTES = 227 << 10  # of one CTA
+REGISTERS = 65536  # of one SM
 _NUM_SMS = 132  # of H100 and H200 in SXM modules
 
 

@@ -18,6 +18,7 @@ from .mosaic import MMA_ROWS, load
 
 WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)
+COLUMNS = WGMMA.reduce(0)
 LOG2E = math.log2(math.e)
 LOWEST = -3e38  # a peak before any logit; -inf would be NaN in a difference of two
 

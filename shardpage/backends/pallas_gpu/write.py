@@ -30,7 +30,7 @@ def write(
     tuning: Tuning,
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
-    key, value, _ = tokens
+    key, value, scales = tokens
     if not len(key):
         return cache
     writes = writes._replace(page=cache.in_layer(writes.page))
@@ -39,7 +39,16 @@ def write(
     call = as_kernel(functools.partial(_write, cache.format), tuning)
     arrays = call(pages.arrays(cache), key, value, writes)
     pairs = zip(arrays, cache.arrays, strict=True)
-    return cache.replace(array.reshape(shaped.shape) for array, shaped in pairs)
+    cache = cache.replace(array.reshape(shaped.shape) for array, shaped in pairs)
+    return cache if scales is None else _put_scales(cache, scales, writes)
+
+
+def _put_scales(cache: PagedKVCache, scales: jax.Array, writes: Writes) -> PagedKVCache:
+    """Single elements, which no copy brings: XLA's scatter, in place."""
+    lane = writes.slot[:, None] + jnp.array([0, cache.format.page_size])
+    at = (writes.page[:, None], slice(None), 0, lane)
+    put = lambda array: array.at[at].set(scales.swapaxes(1, 2), mode="drop")
+    return cache.replace(cache.arrays, map(put, cache.scales))
 
 
 def _write(
