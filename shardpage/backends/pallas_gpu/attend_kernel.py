@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import softmax
 from .blocks import Blocks
 from .config import Config, scale_lanes
-from .mosaic import MMA_ROWS, REGISTERS, WARPGROUP
+from .mosaic import MMA_ROWS, WARPGROUP
 from .pages import rows_at
 from .scratch import Ring, Scratch
 from .share import Segment, Share, first_block, for_each_segment, last_cta, share_of
@@ -40,7 +40,7 @@ class Registers(NamedTuple):
 
 # By how many warpgroups attend.
 _REGISTERS = {1: Registers(128, 240), 2: Registers(40, 232)}
-_REGISTERS_WIDENED = {1: Registers(104, 240, 160), 2: Registers(40, 200, 72)}
+_REGISTERS_WIDENED = {1: Registers(64, 240, 96), 2: Registers(40, 200, 72)}
 
 
 class Inputs(NamedTuple):
@@ -109,15 +109,13 @@ class Kernel:
         if not config.wide_stages:
             return
 
-        @pl.when(warpgroup == config.consumers + 1)
+        @pl.when(warpgroup > config.consumers)
         def _():
-            launched = REGISTERS // ((config.consumers + 2) * WARPGROUP) // 8 * 8
-            action = "decrease" if registers.widen < launched else "increase"
-            plgpu.set_max_registers(registers.widen, action=action)
-            blocks, widener = self.scratch.blocks, Widener(config, tiles, self.scratch)
+            plgpu.set_max_registers(registers.widen, action="decrease")
+            number = warpgroup - config.consumers - 1
+            widener = Widener(config, tiles, self.scratch, number)
             steps, _ = self.for_each_segment(share, widener.segment)
-            self.drain(blocks.key_free, config.wide_stages, steps)
-            self.drain(blocks.value_free, config.wide_stages, steps)
+            widener.drain(steps, self.drain)
 
     @property
     def arriving(self) -> Ring:
@@ -184,24 +182,24 @@ class Kernel:
                 source = self.piece(which, page, segment.head, lax.rem(number, per_page))
                 part = target.at[slot, pl.ds(j * piece, piece)]
                 plgpu.copy_gmem_to_smem(source, part, full.at[slot])
-                if which == 0 and config.scale_copies:
+                if which == 1 and config.scale_copies:
                     offset = lax.rem(number, per_page) * piece
                     self.fetch_scales(page, segment.head, offset, (slot, j))
 
     def fetch_scales(
         self, page: jax.Array, head: jax.Array, offset: jax.Array, at: tuple[Any, int]
     ) -> None:
-        """Brings the scales of a piece with its keys: those of values too."""
+        """Brings the scales of a piece with its values: those of keys too."""
         config, scales = self.config, self.scratch.scales
         assert scales is not None
-        source, full = self.inputs.scales[0].at[page, head, 0], self.arriving.key_full.at[at[0]]
+        source, full = self.inputs.scales[0].at[page, head, 0], self.arriving.value_full.at[at[0]]
         if config.scale_copies == 1:  # of a whole page: side by side
-            target = scales.arrived.at[*at, pl.ds(0, 2 * config.piece_tokens)]
+            target = scales.arriving.at[*at, pl.ds(0, 2 * config.piece_tokens)]
             plgpu.copy_gmem_to_smem(source, target, full)
             return
         for lane, first in ((0, 0), (scale_lanes(config)[0], config.format.page_size)):
             part = source.at[pl.ds(first + offset, config.piece_tokens)]
-            target = scales.arrived.at[*at, pl.ds(lane, config.piece_tokens)]
+            target = scales.arriving.at[*at, pl.ds(lane, config.piece_tokens)]
             plgpu.copy_gmem_to_smem(part, target, full)
 
     def piece(self, which: int, page: jax.Array, head: jax.Array, number: jax.Array) -> Any:

@@ -91,7 +91,7 @@ class Blocks:
         slot, blocks = self.slot(i), self.scratch.blocks
         plgpu.barrier_wait(blocks.key_full.at[slot])
         products = softmax.products(self.query, blocks.key.at[slot])
-        products = self.times_scales(products, slot)
+        products = self.times_scales(i, products)
         plgpu.barrier_arrive(blocks.key_free.at[slot])
         return self.weigh(i, carry[0], products)
 
@@ -117,7 +117,7 @@ class Blocks:
         state, products = softmax.add_values_and_multiply(
             state, weights, blocks.value.at[before], self.stage, self.query, blocks.key.at[slot]
         )
-        products = self.times_scales(products, slot)
+        products = self.times_scales(i, products)
         plgpu.barrier_arrive(blocks.key_free.at[slot])
         plgpu.barrier_arrive(blocks.value_free.at[before])
         return self.weigh(i, state, products)
@@ -139,20 +139,22 @@ class Blocks:
         scaled = self.scratch.scales is not None
         return jnp.dtype(jnp.float32) if scaled else self.config.format.compute_dtype
 
-    def times_scales(self, products: jax.Array, slot: jax.Array) -> jax.Array:
+    def times_scales(self, i: jax.Array, products: jax.Array) -> jax.Array:
         """Products of queries and keys, times the scale of each token's key."""
         if self.scratch.scales is None:
             return products
-        scales = load(self.scratch.scales.key.at[slot], softmax.COLUMNS)
-        return products * lax.broadcast_in_dim(scales, products.shape, [1])
+        return self.by_token(self.scratch.scales.key, i, products)
 
     def weights(self, i: jax.Array, weights: jax.Array) -> jax.Array:
         """Weights as matmuls take them, times the scale of each token's value."""
         if self.scratch.scales is not None:
-            slot = lax.rem(self.segment.step + i, jnp.int32(self.config.wide_stages + 1))
-            scales = load(self.scratch.scales.value.at[slot], softmax.COLUMNS)
-            weights = weights * lax.broadcast_in_dim(scales, weights.shape, [1])
+            weights = self.by_token(self.scratch.scales.value, i, weights)
         return weights.astype(self.config.format.compute_dtype)
+
+    def by_token(self, scales: Any, i: jax.Array, rows: jax.Array) -> jax.Array:
+        slot = lax.rem(self.segment.step + i, jnp.int32(self.config.scale_stages))
+        scales = load(scales.at[slot], softmax.COLUMNS)
+        return rows * lax.broadcast_in_dim(scales, rows.shape, [1])
 
     def zero_unread(self, i: jax.Array) -> None:
         @pl.when(self.sticks_out(i, self.start, self.stop))

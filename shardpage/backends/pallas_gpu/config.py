@@ -58,8 +58,21 @@ class Config:
 
     @property
     def warpgroups(self) -> int:
-        """One that fetches, those that compute, and of quantised caches one that widens."""
-        return self.consumers + (2 if self.format.quantised else 1)
+        """One that fetches, those that compute, and those that widen."""
+        return self.consumers + 1 + self.wideners
+
+    @property
+    def wideners(self) -> int:
+        """Of keys and of values of a quantised cache, or one of both: matmuls bind there."""
+        if not self.format.quantised:
+            return 0
+        return 2 if self.consumers == 1 else 1
+
+    @property
+    def scale_stages(self) -> int:
+        """Blocks in shared memory that have scales: of one more they come before its keys, when
+        the values of the first may be in use."""
+        return self.wide_stages + 1
 
     @property
     def block_stages(self) -> int:
@@ -284,7 +297,7 @@ def _scales_bytes(config: Config) -> int:
     if not config.scale_copies:
         return 0
     arriving = config.stages * config.block_tokens // config.piece_tokens * scale_lanes(config)[1]
-    return (arriving + (2 * config.wide_stages + 1) * config.block_tokens) * _SCALE_BYTES
+    return (arriving + 2 * config.scale_stages * config.block_tokens) * _SCALE_BYTES
 
 
 def _round_up(count: int, multiple: int) -> int:

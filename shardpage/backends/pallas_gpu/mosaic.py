@@ -14,9 +14,9 @@ _BEFORE_REFS = jax.__version_info__ < (0, 11)
 _load: Any = plgpu.load  # whose signature differs
 
 WARPGROUP = 128  # threads, of which one program is made
+WARP = 32
 MMA_ROWS = 64  # rows of one wgmma
 SMEM_BYTES = 227 << 10  # of one CTA
-REGISTERS = 65536  # of one SM
 _NUM_SMS = 132  # of H100 and H200 in SXM modules
 
 

@@ -27,10 +27,9 @@ class Ring(NamedTuple):
 class Scales(NamedTuple):
     """Of tokens: as they arrive, and in the order of tokens."""
 
-    arrived: Any  # [stages, pieces, lanes]: of keys, then of values
-    key: Any  # [wide_stages, block_tokens]
-    # One block more: they come with its keys, when the values before it may be in use.
-    value: Any  # [wide_stages + 1, block_tokens]
+    arriving: Any  # [stages, pieces, lanes]: of keys, then of values
+    key: Any  # [scale_stages, block_tokens]
+    value: Any
 
 
 class Scratch(NamedTuple):
@@ -55,16 +54,17 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
     floats = lambda *shape: plgpu.SMEM(shape, jnp.float32)
     arriving = scales = None
     if config.wide_stages:
-        arrivals = pieces * (1 + config.scale_copies), pieces
+        arrivals = pieces, pieces * (1 + config.scale_copies)
         arriving = _ring(config, page_format.dtype, config.stages, arrivals, takers=1)
-        blocks = _ring(config, dtype, config.wide_stages, (1, 1), config.consumers)
+        arrivals = 2 if config.scale_copies else 1, 1
+        blocks = _ring(config, dtype, config.wide_stages, arrivals, config.consumers)
     else:
         blocks = _ring(config, dtype, config.stages, (pieces, pieces), config.consumers)
     if config.scale_copies:
         scales = Scales(
             floats(config.stages, pieces, scale_lanes(config)[1]),
-            floats(config.wide_stages, config.block_tokens),
-            floats(config.wide_stages + 1, config.block_tokens),
+            floats(config.scale_stages, config.block_tokens),
+            floats(config.scale_stages, config.block_tokens),
         )
     return Scratch(
         query=_tiled(dtype, query_smem_rows(config), page_format.key_dim),
