@@ -52,9 +52,20 @@ class Config:
         return self.tile_queries * self.group
 
     @property
-    def consumers(self) -> int:
-        """Warpgroups that compute, of one wgmma's rows each."""
+    def row_groups(self) -> int:
+        """Of one wgmma's rows each, and a warpgroup's."""
         return -(-self.rows // MMA_ROWS)
+
+    @property
+    def halves(self) -> int:
+        """Warpgroups that take a part of each block's tokens. One is as fast as the memory brings
+        16-bit blocks, not quantised ones: they come in half the time."""
+        return 2 if self.format.quantised and self.row_groups == 1 else 1
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that compute."""
+        return self.row_groups * self.halves
 
     @property
     def warpgroups(self) -> int:
@@ -66,7 +77,7 @@ class Config:
         """Of keys and of values of a quantised cache, or one of both: matmuls bind there."""
         if not self.format.quantised:
             return 0
-        return 2 if self.consumers == 1 else 1
+        return 2 if self.row_groups == 1 else 1
 
     @property
     def scale_stages(self) -> int:
@@ -94,13 +105,13 @@ class Config:
     @property
     def out_rows(self) -> int:
         """Rows of a unit in the results: whole vectors of a warpgroup."""
-        rows = self.rows if self.consumers == 1 else self.consumers * MMA_ROWS
+        rows = self.rows if self.row_groups == 1 else self.row_groups * MMA_ROWS
         return _round_up(rows, WARPGROUP // math.gcd(self.format.value_dim, WARPGROUP))
 
     @property
     def merge_width(self) -> int:
         """Elements of a unit that one CTA merges: one a thread, or four where there are many."""
-        return WARPGROUP if self.consumers == 1 else 4 * WARPGROUP
+        return WARPGROUP if self.row_groups == 1 else 4 * WARPGROUP
 
     @property
     def num_units(self) -> int:
@@ -253,9 +264,9 @@ def _block_tokens(config: Config, tuning: Tuning) -> int:
     speed, 128 at 86.
     """
     dim = config.format.value_dim
-    most = 64 if dim > 128 else 128 if dim > 64 or config.consumers > 1 else 256
+    most = 64 if dim > 128 else 128 if dim > 64 or config.row_groups > 1 else 256
     if config.format.quantised:  # twice in shared memory, and fewer registers
-        most = min(most, 64 if config.consumers > 1 else 128)
+        most = min(most, 64 if config.row_groups > 1 else 128)
     if tuning.pages_per_block is None:
         return most
     asked = tuning.pages_per_block * config.format.page_size
@@ -272,7 +283,7 @@ def _store_chunks(dim: int) -> list[int]:
 def query_smem_rows(config: Config) -> int:
     """Rows of queries in shared memory: a matmul reads 64 from wherever a tile begins."""
     rows = config.query_slots * config.query_rows
-    return rows + _round_up(max(0, config.consumers * MMA_ROWS - config.query_rows), _TILED_ROWS)
+    return rows + _round_up(max(0, config.row_groups * MMA_ROWS - config.query_rows), _TILED_ROWS)
 
 
 def scale_lanes(config: Config) -> tuple[int, int]:

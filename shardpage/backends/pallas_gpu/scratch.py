@@ -43,6 +43,8 @@ class Scratch(NamedTuple):
     lse: Any
     query_full: Any
     query_free: Any
+    half_full: Any  # the result of half the tokens, in `out` and `lse` of the other warpgroup
+    half_free: Any
     weights: Any
 
 
@@ -75,8 +77,10 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         lse=floats(*wave),
         query_full=_barriers(1, config.query_slots),
         query_free=_barriers(config.consumers, config.query_slots),
+        half_full=_barriers(1, 1) if config.halves > 1 else None,
+        half_free=_barriers(1, 1) if config.halves > 1 else None,
         # The interpreter has no matmul of an operand in registers.
-        weights=_tiled(dtype, *wave, config.block_tokens) if interpreted else None,
+        weights=_tiled(dtype, *wave, config.block_tokens // config.halves) if interpreted else None,
     )
 
 
