@@ -13,7 +13,7 @@ import pytest
 
 from shardpage import PagedKVCache, page_attention
 from shardpage.backends import default_for, pallas_gpu, xla
-from shardpage.backends.pallas_gpu import config, share, tiles
+from shardpage.backends.pallas_gpu import attend_kernel, config, share, tiles
 from shardpage.options import Attention, Tuning
 from shardpage.page_format import KVLayout, PageFormat
 from shardpage.plan import Reads, Writes
@@ -74,6 +74,17 @@ class TestConfig:
         with pytest.raises(NotImplementedError, match=message):
             config.configure(form, 8, reads_of(4), COMPILED)
         assert default_for("gpu", "NVIDIA H100 80GB HBM3", form) == "xla"
+
+    @pytest.mark.parametrize("warpgroups", attend_kernel.REGISTERS)
+    def test_registers_are_what_a_cta_begins_with(self, warpgroups):
+        """Else a warpgroup waits for ever for more: no interpreter shows it."""
+        attending, widening = warpgroups
+        registers = attend_kernel.REGISTERS[warpgroups]
+        used = registers.fetch + attending * registers.attend + widening * registers.widen
+        threads = 128 * (1 + attending + widening)
+        assert 128 * used <= 65536 // threads // 8 * 8 * threads
+        assert max(registers) <= 255
+        assert not any(count % 8 for count in registers)
 
     def test_options_of_others_are_refused(self):
         tuning = dataclasses.replace(COMPILED, cores="batch")

@@ -31,7 +31,8 @@ from .widen import Widener
 
 
 class Registers(NamedTuple):
-    """A thread's, at most 255; 65536 are shared by all threads."""
+    """A thread's, at most 255. Together no more than a CTA begins with: of 65536 for all its
+    threads, a multiple of 8 for each; else one warpgroup waits for ever for what none gives up."""
 
     fetch: int
     attend: int
@@ -39,11 +40,12 @@ class Registers(NamedTuple):
 
 
 # By how many warpgroups attend, and how many widen.
-_REGISTERS = {
+REGISTERS = {
     (1, 0): Registers(128, 240),
     (2, 0): Registers(40, 232),
+    (1, 2): Registers(64, 240, 96),
     (2, 1): Registers(40, 200, 72),
-    (2, 2): Registers(40, 168, 64),
+    (2, 2): Registers(40, 160, 56),
 }
 
 
@@ -90,7 +92,7 @@ class Kernel:
         config, tiles = self.config, self.inputs.tiles
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
         share = share_of(config, tiles.start, tiles.stop, cta)
-        registers = _REGISTERS[config.consumers, config.wideners]
+        registers = REGISTERS[config.consumers, config.wideners]
 
         @pl.when(warpgroup == config.consumers)
         def _():

@@ -60,7 +60,8 @@ class Config:
     def halves(self) -> int:
         """Warpgroups that take a part of each block's tokens. One is as fast as the memory brings
         16-bit blocks, not quantised ones: they come in half the time."""
-        return 2 if self.format.quantised and self.row_groups == 1 else 1
+        several = self.format.quantised and self.row_groups == 1
+        return 2 if several and self.block_tokens == 2 * MMA_ROWS else 1
 
     @property
     def consumers(self) -> int:
