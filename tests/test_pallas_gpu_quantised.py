@@ -28,6 +28,9 @@ from .test_quantised_values import poisoned
 
 INTERPRETED = Tuning(backend="pallas_gpu", interpret=True, chip=3)
 ON_HOPPER = Tuning(backend="pallas_gpu")
+# More blocks than there are in shared memory; of a prompt for two warpgroups, which one serves.
+LONG = {"seqs": ((900, 1), (70, 1), (1, 1)), "num_queries": 3, "max_blocks": 57, "page_size": 16}
+LONG_PROMPT = {"seqs": ((500, 80),), "num_queries": 80, "max_blocks": 32, "page_size": 16}
 LAYOUTS = [*KV_LAYOUTS, *TOKEN_LAYOUTS]
 kinds = pytest.mark.parametrize(("dtype", "scale"), KINDS)
 
@@ -106,7 +109,7 @@ def run(inputs, tuning):
     return tuple(map(np.array, attend(jnp.asarray(inputs.query), cache, plan, **options)))
 
 
-def check(dtype, scale, kv_layout, step, tuning, **changes):
+def check(dtype, scale, kv_layout, step, tuning, changes):
     inputs = steps.make(quantised(step, dtype, scale, **changes), kv_layout)
     steps.assert_exact(inputs, *run(inputs, tuning))
 
@@ -156,15 +159,16 @@ class TestInterpreted:
     @pytest.mark.parametrize(
         ("dtype", "scale", "kv_layout", "step", "changes"),
         [
-            ("int8", "token", "blocks_first", "decoding", {}),
+            ("int8", "token", "blocks_first", "decoding", LONG),
             ("int8", "head", "heads_first", "mixed", {}),
+            ("float8_e4m3fn", "token", "blocks_first", "prompt", LONG_PROMPT),
             ("float8_e4m3fn", "token", "fused", "guesses", {"page_size": 24, "max_blocks": 4}),
             ("float8_e5m2", "head", "tokens_first", "window", {"head_dim": 96}),
             ("float8_e5m2", "token", "interleaved_words", "capped_with_sinks", {"page_size": 16}),
         ],
     )
     def test_written_and_attended_to(self, dtype, scale, kv_layout, step, changes):
-        check(dtype, scale, kv_layout, step, INTERPRETED, **changes)
+        check(dtype, scale, kv_layout, step, INTERPRETED, changes)
 
     @kinds
     def test_write(self, dtype, scale):
@@ -192,7 +196,13 @@ class TestOnHopper:
         # Rows of words are padded to 128 elements, with NaN here, which int8 has not.
         dims = (64, 128, 256) if kv_layout == "interleaved_words" else (64, 96, 128, 256)
         changes["head_dim"] = in_turn(dims, number // 2)
-        check(dtype, scale, kv_layout, step, ON_HOPPER, **changes)
+        check(dtype, scale, kv_layout, step, ON_HOPPER, changes)
+
+    @pytest.mark.parametrize("changes", [LONG, LONG_PROMPT], ids=["long", "long_prompt"])
+    @kinds
+    def test_more_blocks_than_shared_memory_has(self, dtype, scale, changes):
+        for head_dim in (64, 128, 256):
+            check(dtype, scale, "fused", "prompt", ON_HOPPER, {**changes, "head_dim": head_dim})
 
     @pytest.mark.parametrize("name", DECODES)
     @kinds

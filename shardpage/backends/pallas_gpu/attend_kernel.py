@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import softmax
 from .blocks import Blocks
 from .config import Config, scale_lanes
-from .mosaic import MMA_ROWS, WARPGROUP, load
+from .mosaic import MMA_ROWS, WARPGROUP
 from .pages import rows_at
 from .scratch import Ring, Scratch
 from .share import Segment, Share, first_block, for_each_segment, last_cta, share_of
@@ -31,8 +31,11 @@ from .widen import Widener
 
 
 class Registers(NamedTuple):
-    """A thread's, at most 255. Together no more than a CTA begins with: of 65536 for all its
-    threads, a multiple of 8 for each; else one warpgroup waits for ever for what none gives up."""
+    """A thread's, at most 255.
+
+    Together no more than a CTA begins with, of 65536 the same multiple of 8 for each of its
+    threads: else one warpgroup waits for ever for what none gives up.
+    """
 
     fetch: int
     attend: int
@@ -45,7 +48,6 @@ REGISTERS = {
     (2, 0): Registers(40, 232),
     (1, 2): Registers(64, 240, 96),
     (2, 1): Registers(40, 200, 72),
-    (2, 2): Registers(40, 160, 56),
 }
 
 
@@ -107,12 +109,10 @@ class Kernel:
             plgpu.set_max_registers(registers.attend, action="increase")
             self.outputs.cut[cta, 0] = -1
             self.no_part(share, cta, warpgroup)
-            _, segments = self.for_each_segment(
+            self.for_each_segment(
                 share, lambda segment: self.attend(segment, share, cta, warpgroup)
             )
             plgpu.wait_smem_to_gmem(0)
-            if config.halves > 1:
-                pl.when(warpgroup == 1)(lambda: self.drain(self.scratch.half_free, 1, segments))
 
         if not config.wideners:
             return
@@ -190,17 +190,17 @@ class Kernel:
                 source = self.piece(which, page, segment.head, lax.rem(number, per_page))
                 part = target.at[slot, pl.ds(j * piece, piece)]
                 plgpu.copy_gmem_to_smem(source, part, full.at[slot])
-                if which == 1 and config.scale_copies:
+                if which == 0 and config.scale_copies:
                     offset = lax.rem(number, per_page) * piece
                     self.fetch_scales(page, segment.head, offset, (slot, j))
 
     def fetch_scales(
         self, page: jax.Array, head: jax.Array, offset: jax.Array, at: tuple[Any, int]
     ) -> None:
-        """Brings the scales of a piece with its values: those of keys too."""
+        """Brings the scales of a piece with its keys: those of values too."""
         config, scales = self.config, self.scratch.scales
         assert scales is not None
-        source, full = self.inputs.scales[0].at[page, head, 0], self.arriving.value_full.at[at[0]]
+        source, full = self.inputs.scales[0].at[page, head, 0], self.arriving.key_full.at[at[0]]
         if config.scale_copies == 1:  # of a whole page: side by side
             target = scales.arriving.at[*at, pl.ds(0, 2 * config.piece_tokens)]
             plgpu.copy_gmem_to_smem(source, target, full)
@@ -223,7 +223,7 @@ class Kernel:
         """Attends with a unit's queries to the blocks of a segment, and stores the result."""
         config, scratch = self.config, self.scratch
         slot = lax.rem(segment.number, jnp.int32(config.query_slots))
-        own_row = warpgroup * MMA_ROWS if config.row_groups > 1 else 0
+        own_row = warpgroup * MMA_ROWS if config.consumers > 1 else 0
         query = scratch.query.at[pl.ds(slot * config.query_rows + own_row, MMA_ROWS)]
         plgpu.barrier_wait(scratch.query_full.at[slot])
         blocks = Blocks.of(
@@ -233,23 +233,7 @@ class Kernel:
         plgpu.barrier_arrive(scratch.query_free.at[slot])
 
         means, lse = softmax.mean(state)
-        if config.halves == 1:
-            self.finish(segment, share, cta, means, lse, warpgroup)
-        else:
-            pl.when(warpgroup == 0)(lambda: self.finish(segment, share, cta, means, lse, 0))
-            pl.when(warpgroup == 1)(lambda: self.hand_over(segment, means, lse))
-
-    def finish(
-        self,
-        segment: Segment,
-        share: Share,
-        cta: jax.Array,
-        means: jax.Array,
-        lse: jax.Array,
-        warpgroup: Any,
-    ) -> None:
-        """Stores what a segment makes of a unit, or of a part of it, and says which was cut."""
-        config, part = self.config, 2 * cta + segment.begins.astype(jnp.int32)
+        part = 2 * cta + segment.begins.astype(jnp.int32)
 
         @pl.when(segment.whole)
         def _():
@@ -278,57 +262,30 @@ class Kernel:
         segment: Segment,
         means: jax.Array,
         lse: jax.Array,
-        warpgroup: Any,
+        warpgroup: jax.Array,
     ) -> None:
         """Copies a unit's rows to `out[at]`, a chunk of columns at a time."""
         config, chunk = self.config, self.config.store_chunk
         staged_out, staged_lse = self.scratch.out.at[warpgroup], self.scratch.lse.at[warpgroup]
         first = lax.rem(segment.unit, jnp.int32(config.fold)) * config.rows
-        rows, own = (config.rows, 0) if config.row_groups == 1 else (MMA_ROWS, warpgroup * MMA_ROWS)
+        rows, own = (config.rows, 0) if config.consumers == 1 else (MMA_ROWS, warpgroup * MMA_ROWS)
         for column in range(0, config.format.value_dim, chunk):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
-            means_here, lse_here = means[:, column : column + chunk], lse
-            if config.halves > 1:
-                means_here, lse_here = self.with_other_half(means_here, lse)
-            staged_out[...] = means_here
+            staged_out[...] = means[:, column : column + chunk]
             if column == 0:
-                staged_lse[...] = lse_here
+                staged_lse[...] = lse
             plgpu.commit_smem()
             target = out.at[at, pl.ds(own, rows), pl.ds(column, chunk)]
             plgpu.copy_smem_to_gmem(staged_out.at[pl.ds(first, rows)], target)
             if column == 0:
                 plgpu.copy_smem_to_gmem(staged_lse, lse_out.at[at, pl.ds(own, MMA_ROWS)])
 
-    def hand_over(self, segment: Segment, means: jax.Array, lse: jax.Array) -> None:
-        """Gives what half the tokens make to the warpgroup that stores, a chunk at a time."""
-        scratch, chunk = self.scratch, self.config.store_chunk
-        for column in range(0, self.config.format.value_dim, chunk):
-
-            @pl.when((segment.number > 0) | (column > 0))
-            def _():
-                plgpu.barrier_wait(scratch.half_free.at[0])
-
-            scratch.out.at[1][...] = means[:, column : column + chunk]
-            if column == 0:
-                scratch.lse.at[1][...] = lse
-            plgpu.barrier_arrive(scratch.half_full.at[0])
-
-    def with_other_half(self, means: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A chunk of columns merged with what was handed over."""
-        scratch = self.scratch
-        plgpu.barrier_wait(scratch.half_full.at[0])
-        other = load(scratch.out.at[1], softmax.WGMMA)
-        other_lse = load(scratch.lse.at[1], softmax.ROWS)
-        merged = softmax.merged((lse, other_lse), (means, other))
-        plgpu.barrier_arrive(scratch.half_free.at[0])
-        return merged
-
     def no_part(self, share: Share, cta: jax.Array, warpgroup: jax.Array) -> None:
         """Says of an empty share that it has no part of a unit that is cut around it."""
         if not self.config.num_splits:
             return
 
-        @pl.when((share.length == 0) & (warpgroup < self.config.row_groups))
+        @pl.when(share.length == 0)
         def _():
             lse = plgpu.layout_cast(jnp.full((MMA_ROWS,), -jnp.inf, jnp.float32), softmax.ROWS)
             staged = self.scratch.lse.at[warpgroup]

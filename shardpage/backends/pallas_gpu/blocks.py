@@ -45,12 +45,12 @@ class Blocks:
     scratch: Scratch
     segment: Segment
     query: Any  # [64, key_dim], in shared memory
-    warpgroup: jax.Array  # of those that attend
+    warpgroup: jax.Array
     start: jax.Array  # what the tile's queries read together
     stop: jax.Array
     all_start: jax.Array  # what each of them reads
     all_stop: jax.Array
-    first: jax.Array  # token of the segment that this warpgroup takes
+    first: jax.Array  # token of the segment
 
     @classmethod
     def of(
@@ -68,8 +68,6 @@ class Blocks:
         all_start = start if tiles.all_start is None else tiles.all_start[segment.tile]
         all_stop = stop if tiles.all_stop is None else tiles.all_stop[segment.tile]
         first = (first_block(config, start) + segment.block) * config.block_tokens
-        if config.halves > 1:
-            first += warpgroup * (config.block_tokens // config.halves)
         return cls(
             config, logits, tiles, scratch, segment, query, warpgroup, start, stop, all_start,
             all_stop, first,
@@ -78,10 +76,10 @@ class Blocks:
     def attend(self) -> softmax.State:
         """The partial softmax over all blocks."""
         config, length = self.config, self.segment.length
-        weights = jnp.zeros((MMA_ROWS, self.own_tokens), self.weights_dtype)
+        weights = jnp.zeros((MMA_ROWS, config.block_tokens), self.weights_dtype)
         weights = plgpu.layout_cast(weights, softmax.WGMMA)
         carry = softmax.nothing(config.format.value_dim), weights
-        if config.row_groups == 1:
+        if config.consumers == 1:
             one = lambda i, carry: self.values(i, self.keys(i, carry))
             return lax.fori_loop(0, length, one, carry)[0]
         carry = lax.fori_loop(0, jnp.minimum(length, 1), self.keys, carry)
@@ -92,8 +90,8 @@ class Blocks:
         """Weighs a block."""
         slot, blocks = self.slot(i), self.scratch.blocks
         plgpu.barrier_wait(blocks.key_full.at[slot])
-        products = softmax.products(self.query, self.own(blocks.key, slot))
-        products = self.times_scales(i, products)
+        products = softmax.products(self.query, blocks.key.at[slot])
+        products = self.times_scales(products, slot)
         plgpu.barrier_arrive(blocks.key_free.at[slot])
         return self.weigh(i, carry[0], products)
 
@@ -104,7 +102,7 @@ class Blocks:
         plgpu.barrier_wait(blocks.value_full.at[slot])
         self.zero_unread(i)
         scaled = self.weights(i, weights)
-        state = softmax.add_values(state, scaled, self.own(blocks.value, slot), self.stage)
+        state = softmax.add_values(state, scaled, blocks.value.at[slot], self.stage)
         plgpu.barrier_arrive(blocks.value_free.at[slot])
         return state, weights
 
@@ -117,10 +115,9 @@ class Blocks:
         self.zero_unread(i - 1)
         weights = self.weights(i - 1, weights)
         state, products = softmax.add_values_and_multiply(
-            state, weights, self.own(blocks.value, before), self.stage, self.query,
-            self.own(blocks.key, slot),
-        )  # fmt: skip
-        products = self.times_scales(i, products)
+            state, weights, blocks.value.at[before], self.stage, self.query, blocks.key.at[slot]
+        )
+        products = self.times_scales(products, slot)
         plgpu.barrier_arrive(blocks.key_free.at[slot])
         plgpu.barrier_arrive(blocks.value_free.at[before])
         return self.weigh(i, state, products)
@@ -142,27 +139,22 @@ class Blocks:
         scaled = self.scratch.scales is not None
         return jnp.dtype(jnp.float32) if scaled else self.config.format.compute_dtype
 
-    def times_scales(self, i: jax.Array, products: jax.Array) -> jax.Array:
+    def times_scales(self, products: jax.Array, slot: jax.Array) -> jax.Array:
         """Products of queries and keys, times the scale of each token's key."""
-        if self.scratch.scales is None:
-            return products
-        return self.by_token(self.scratch.scales.key, i, products)
+        scales = self.scratch.scales
+        return products if scales is None else _by_token(products, scales.key.at[slot])
 
     def weights(self, i: jax.Array, weights: jax.Array) -> jax.Array:
         """Weights as matmuls take them, times the scale of each token's value."""
-        if self.scratch.scales is not None:
-            weights = self.by_token(self.scratch.scales.value, i, weights)
+        scales = self.scratch.scales
+        if scales is not None:
+            weights = _by_token(weights, scales.value.at[self.slot(i)])
         return weights.astype(self.config.format.compute_dtype)
-
-    def by_token(self, scales: Any, i: jax.Array, rows: jax.Array) -> jax.Array:
-        slot = lax.rem(self.segment.step + i, jnp.int32(self.config.scale_stages))
-        scales = load(self.own(scales, slot), softmax.COLUMNS)
-        return rows * lax.broadcast_in_dim(scales, rows.shape, [1])
 
     def zero_unread(self, i: jax.Array) -> None:
         @pl.when(self.sticks_out(i, self.start, self.stop))
         def _():
-            value = self.own(self.scratch.blocks.value, self.slot(i))
+            value = self.scratch.blocks.value.at[self.slot(i)]
             softmax.zero_unread(value, self.first_token(i), self.start, self.stop)
 
     @property
@@ -170,17 +162,6 @@ class Blocks:
         """Where the interpreter puts weights."""
         weights = self.scratch.weights
         return None if weights is None else weights.at[self.warpgroup]
-
-    @property
-    def own_tokens(self) -> int:
-        """Of a block, that this warpgroup takes."""
-        return self.config.block_tokens // self.config.halves
-
-    def own(self, ring: Any, slot: jax.Array) -> Any:
-        """This warpgroup's part of a block."""
-        if self.config.halves == 1:
-            return ring.at[slot]
-        return ring.at[slot, pl.ds(self.warpgroup * self.own_tokens, self.own_tokens)]
 
     def slot(self, i: jax.Array) -> jax.Array:
         """Where in the ring a block is."""
@@ -192,15 +173,21 @@ class Blocks:
     def sticks_out(self, i: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
         """Whether a block has tokens outside `[start, stop)`."""
         first = self.first_token(i)
-        return (first < start) | (first + self.own_tokens > stop)
+        return (first < start) | (first + self.config.block_tokens > stop)
 
     def own_span(self) -> tuple[jax.Array, jax.Array]:
         """What this warpgroup's queries read: all of them the same, or each row its own."""
         tiles = self.tiles
         if tiles.starts is None or tiles.stops is None:
             return self.start, self.stop
-        own = pl.ds(self.warpgroup * MMA_ROWS if self.config.row_groups > 1 else 0, MMA_ROWS)
+        own = pl.ds(self.warpgroup * MMA_ROWS, MMA_ROWS)
         start, stop = (
             load(x.at[self.segment.tile, own], softmax.ROWS) for x in (tiles.starts, tiles.stops)
         )
         return start, stop
+
+
+def _by_token(rows: jax.Array, scales_ref: Any) -> jax.Array:
+    """Rows `[64, tokens]`, each column times its token's scale."""
+    scales = load(scales_ref, softmax.COLUMNS)
+    return rows * lax.broadcast_in_dim(scales, rows.shape, [1])

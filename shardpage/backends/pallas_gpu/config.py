@@ -52,21 +52,9 @@ class Config:
         return self.tile_queries * self.group
 
     @property
-    def row_groups(self) -> int:
-        """Of one wgmma's rows each, and a warpgroup's."""
-        return -(-self.rows // MMA_ROWS)
-
-    @property
-    def halves(self) -> int:
-        """Warpgroups that take a part of each block's tokens. One is as fast as the memory brings
-        16-bit blocks, not quantised ones: they come in half the time."""
-        several = self.format.quantised and self.row_groups == 1
-        return 2 if several and self.block_tokens == 2 * MMA_ROWS else 1
-
-    @property
     def consumers(self) -> int:
-        """Warpgroups that compute."""
-        return self.row_groups * self.halves
+        """Warpgroups that compute, of one wgmma's rows each."""
+        return -(-self.rows // MMA_ROWS)
 
     @property
     def warpgroups(self) -> int:
@@ -78,13 +66,7 @@ class Config:
         """Of keys and of values of a quantised cache, or one of both: matmuls bind there."""
         if not self.format.quantised:
             return 0
-        return 2 if self.row_groups == 1 else 1
-
-    @property
-    def scale_stages(self) -> int:
-        """Blocks in shared memory that have scales: of one more they come before its keys, when
-        the values of the first may be in use."""
-        return self.wide_stages + 1
+        return 2 if self.consumers == 1 else 1
 
     @property
     def block_stages(self) -> int:
@@ -106,13 +88,13 @@ class Config:
     @property
     def out_rows(self) -> int:
         """Rows of a unit in the results: whole vectors of a warpgroup."""
-        rows = self.rows if self.row_groups == 1 else self.row_groups * MMA_ROWS
+        rows = self.rows if self.consumers == 1 else self.consumers * MMA_ROWS
         return _round_up(rows, WARPGROUP // math.gcd(self.format.value_dim, WARPGROUP))
 
     @property
     def merge_width(self) -> int:
         """Elements of a unit that one CTA merges: one a thread, or four where there are many."""
-        return WARPGROUP if self.row_groups == 1 else 4 * WARPGROUP
+        return WARPGROUP if self.consumers == 1 else 4 * WARPGROUP
 
     @property
     def num_units(self) -> int:
@@ -265,9 +247,9 @@ def _block_tokens(config: Config, tuning: Tuning) -> int:
     speed, 128 at 86.
     """
     dim = config.format.value_dim
-    most = 64 if dim > 128 else 128 if dim > 64 or config.row_groups > 1 else 256
+    most = 64 if dim > 128 else 128 if dim > 64 or config.consumers > 1 else 256
     if config.format.quantised:  # twice in shared memory, and fewer registers
-        most = min(most, 64 if config.row_groups > 1 else 128)
+        most = min(most, 64 if config.consumers > 1 else 128)
     if tuning.pages_per_block is None:
         return most
     asked = tuning.pages_per_block * config.format.page_size
@@ -284,7 +266,7 @@ def _store_chunks(dim: int) -> list[int]:
 def query_smem_rows(config: Config) -> int:
     """Rows of queries in shared memory: a matmul reads 64 from wherever a tile begins."""
     rows = config.query_slots * config.query_rows
-    return rows + _round_up(max(0, config.row_groups * MMA_ROWS - config.query_rows), _TILED_ROWS)
+    return rows + _round_up(max(0, config.consumers * MMA_ROWS - config.query_rows), _TILED_ROWS)
 
 
 def scale_lanes(config: Config) -> tuple[int, int]:
@@ -309,7 +291,7 @@ def _scales_bytes(config: Config) -> int:
     if not config.scale_copies:
         return 0
     arriving = config.stages * config.block_tokens // config.piece_tokens * scale_lanes(config)[1]
-    return (arriving + 2 * config.scale_stages * config.block_tokens) * _SCALE_BYTES
+    return (arriving + 2 * config.wide_stages * config.block_tokens) * _SCALE_BYTES
 
 
 def _round_up(count: int, multiple: int) -> int:

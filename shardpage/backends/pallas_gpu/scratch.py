@@ -28,7 +28,7 @@ class Scales(NamedTuple):
     """Of tokens: as they arrive, and in the order of tokens."""
 
     arriving: Any  # [stages, pieces, lanes]: of keys, then of values
-    key: Any  # [scale_stages, block_tokens]
+    key: Any  # [wide_stages, block_tokens], beside the keys themselves
     value: Any
 
 
@@ -43,8 +43,6 @@ class Scratch(NamedTuple):
     lse: Any
     query_full: Any
     query_free: Any
-    half_full: Any  # the result of half the tokens, in `out` and `lse` of the other warpgroup
-    half_free: Any
     weights: Any
 
 
@@ -54,19 +52,21 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
     pieces = config.block_tokens // config.piece_tokens
     wave = (config.consumers, MMA_ROWS)
     floats = lambda *shape: plgpu.SMEM(shape, jnp.float32)
+    both_take = config.consumers, config.consumers
     arriving = scales = None
     if config.wide_stages:
-        arrivals = pieces, pieces * (1 + config.scale_copies)
-        arriving = _ring(config, page_format.dtype, config.stages, arrivals, takers=1)
-        arrivals = 2 if config.scale_copies else 1, 1
-        blocks = _ring(config, dtype, config.wide_stages, arrivals, config.consumers)
+        # Scales come with keys; who widens values takes theirs.
+        arrivals = pieces * (1 + config.scale_copies), pieces
+        takers = 2 if config.scale_copies else 1, 1
+        arriving = _ring(config, page_format.dtype, config.stages, arrivals, takers)
+        blocks = _ring(config, dtype, config.wide_stages, (1, 1), both_take)
     else:
-        blocks = _ring(config, dtype, config.stages, (pieces, pieces), config.consumers)
+        blocks = _ring(config, dtype, config.stages, (pieces, pieces), both_take)
     if config.scale_copies:
         scales = Scales(
             floats(config.stages, pieces, scale_lanes(config)[1]),
-            floats(config.scale_stages, config.block_tokens),
-            floats(config.scale_stages, config.block_tokens),
+            floats(config.wide_stages, config.block_tokens),
+            floats(config.wide_stages, config.block_tokens),
         )
     return Scratch(
         query=_tiled(dtype, query_smem_rows(config), page_format.key_dim),
@@ -77,22 +77,24 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         lse=floats(*wave),
         query_full=_barriers(1, config.query_slots),
         query_free=_barriers(config.consumers, config.query_slots),
-        half_full=_barriers(1, 1) if config.halves > 1 else None,
-        half_free=_barriers(1, 1) if config.halves > 1 else None,
         # The interpreter has no matmul of an operand in registers.
-        weights=_tiled(dtype, *wave, config.block_tokens // config.halves) if interpreted else None,
+        weights=_tiled(dtype, *wave, config.block_tokens) if interpreted else None,
     )
 
 
 def _ring(
-    config: Config, dtype: np.dtype, stages: int, arrivals: tuple[int, int], takers: int
+    config: Config,
+    dtype: np.dtype,
+    stages: int,
+    arrivals: tuple[int, int],
+    takers: tuple[int, int],
 ) -> Ring:
     rows = (stages, config.block_tokens)
     return Ring(
         _tiled(dtype, *rows, config.format.key_dim),
         _tiled(dtype, *rows, config.format.value_dim),
         *(_barriers(count, stages) for count in arrivals),
-        *(_barriers(takers, stages) for _ in arrivals),
+        *(_barriers(count, stages) for count in takers),
     )
 
 

@@ -147,20 +147,6 @@ def zero_unread(value_ref: Any, first_token: jax.Array, start: jax.Array, stop: 
     plgpu.commit_smem()
 
 
-def merged(
-    lse: tuple[jax.Array, jax.Array], means: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Columns of two means as one, and its lse; each as `mean` makes them."""
-    peak = jnp.maximum(jnp.maximum(*lse), LOWEST)
-    weights = [jnp.exp2(x - peak) for x in lse]
-    total = weights[0] + weights[1]
-    none = total == 0.0
-    rows = lambda x: lax.broadcast_in_dim(x, means[0].shape, [0])
-    inverse = 1.0 / jnp.where(none, 1.0, total)
-    sums = (x * rows(weight * inverse) for x, weight in zip(means, weights, strict=True))
-    return sum(sums), jnp.where(none, -jnp.inf, peak + jnp.log(total) * LOG2E)
-
-
 def mean(state: State) -> tuple[jax.Array, jax.Array]:
     """The weighted mean of values, and lse in base 2: zeros and -inf where no key was seen.
 

@@ -70,4 +70,4 @@ def tile(reads: Reads, config: Config) -> Work:
 
 def _by_row(tokens: Int[Array, "tiles tile_queries"], config: Config) -> Int[Array, "tiles rows"]:
     rows = jnp.repeat(tokens, config.group, axis=1)
-    return jnp.pad(rows, ((0, 0), (0, config.row_groups * MMA_ROWS - rows.shape[1])))
+    return jnp.pad(rows, ((0, 0), (0, config.consumers * MMA_ROWS - rows.shape[1])))

@@ -11,6 +11,7 @@ values to the weights, in float32.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,63 +46,52 @@ class Widener:
         """Widens the blocks of a segment one by one."""
 
         def block(i, _):
-            step = segment.step + i
-            if self.config.wideners == 1:
-                self.keys(step)
-                self.values(segment, i)
-            else:
-                pl.when(self.number == 0)(lambda: self.keys(step))
-                pl.when(self.number == 1)(lambda: self.values(segment, i))
+            self.for_own(lambda which: self.block(segment, i, which))
             return 0
 
         lax.fori_loop(0, segment.length, block, 0)
 
     def drain(self, steps: jax.Array, drain: Callable[..., None]) -> None:
         """Waits until the last blocks are taken."""
-        blocks, count = self.scratch.blocks, self.config.wide_stages
-        for number, free in enumerate((blocks.key_free, blocks.value_free)):
+        free = self.scratch.blocks.key_free, self.scratch.blocks.value_free
+        self.for_own(lambda which: drain(free[which], self.config.wide_stages, steps))
+
+    def for_own(self, body: Callable[[int], None]) -> None:
+        """Runs `body` for keys (0) and values (1), or for those of them that are this one's."""
+        for which in (0, 1):
             if self.config.wideners == 1:
-                drain(free, count, steps)
+                body(which)
             else:
-                pl.when(self.number == number)(lambda free=free: drain(free, count, steps))
+                pl.when(self.number == which)(functools.partial(body, which))
 
-    def keys(self, step: jax.Array) -> None:
-        arriving, blocks = self.scratch.arriving, self.scratch.blocks
+    def block(self, segment: Segment, i: jax.Array, which: int) -> None:
+        """Keys or values of a block, and their scales."""
+        config, arriving, blocks = self.config, self.scratch.arriving, self.scratch.blocks
         assert arriving is not None
-        stored, wide = self.slot(step, self.config.stages), self.slot(step, self.config.wide_stages)
-        plgpu.barrier_wait(arriving.key_full.at[stored])
-        self.wait(blocks.key_free, wide, step)
-        self.widen(arriving.key.at[stored], blocks.key.at[wide], marked=True)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(blocks.key_full.at[wide])
-        plgpu.barrier_arrive(arriving.key_free.at[stored])
+        step = segment.step + i
+        slot, wide = (
+            lax.rem(step, jnp.int32(stages)) for stages in (config.stages, config.wide_stages)
+        )
+        source = (arriving.key, arriving.value)[which].at[slot]
+        target = (blocks.key, blocks.value)[which].at[wide]
+        if which == 0 or (config.scale_copies and config.wideners > 1):
+            plgpu.barrier_wait(arriving.key_full.at[slot])
+        if which == 1:
+            plgpu.barrier_wait(arriving.value_full.at[slot])
 
-    def values(self, segment: Segment, i: jax.Array) -> None:
-        """Before them the scales, which those who attend take with the keys."""
-        arriving, blocks, step = self.scratch.arriving, self.scratch.blocks, segment.step + i
-        assert arriving is not None
-        stored, wide = self.slot(step, self.config.stages), self.slot(step, self.config.wide_stages)
-        plgpu.barrier_wait(arriving.value_full.at[stored])
-        if self.config.scale_copies:
-            self.scales(segment, i)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(blocks.key_full.at[wide])
-        self.wait(blocks.value_free, wide, step)
-        self.widen(arriving.value.at[stored], blocks.value.at[wide], marked=False)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(blocks.value_full.at[wide])
-        plgpu.barrier_arrive(arriving.value_free.at[stored])
-
-    def slot(self, step: jax.Array, stages: int) -> jax.Array:
-        """Where in a ring a block is."""
-        return lax.rem(step, jnp.int32(stages))
-
-    def wait(self, free: Any, slot: jax.Array, step: jax.Array) -> None:
-        """Until what a slot held before is taken."""
-
-        @pl.when(step >= self.config.wide_stages)
+        @pl.when(step >= config.wide_stages)
         def _():
-            plgpu.barrier_wait(free.at[slot])
+            plgpu.barrier_wait((blocks.key_free, blocks.value_free)[which].at[wide])
+
+        self.widen(source, target, marked=which == 0)
+        if config.scale_copies:
+            self.scales(segment, i, which, slot, wide)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive((blocks.key_full, blocks.value_full)[which].at[wide])
+        if which == 0 or config.scale_copies:
+            plgpu.barrier_arrive(arriving.key_free.at[slot])
+        if which == 1:
+            plgpu.barrier_arrive(arriving.value_free.at[slot])
 
     def widen(self, source: Any, target: Any, *, marked: bool) -> None:
         """Copies a block; `marked` where an element of int8 may say that its token is NaN."""
@@ -120,26 +110,29 @@ class Widener:
                     wide = jnp.where(wide == INT8_NAN, jnp.nan, wide)
                 target[part] = wide
 
-    def scales(self, segment: Segment, i: jax.Array) -> None:
-        """A token that is NaN, in whichever of its scales, is so in the logits of who reads it."""
+    def scales(
+        self, segment: Segment, i: jax.Array, which: int, slot: jax.Array, wide: jax.Array
+    ) -> None:
+        """In the order of tokens. A token that is NaN, in whichever of its scales, is so in its
+        key's, and 0 in its value's, as is what is not read: a weight of 0 would not silence it."""
         config, tiles, scales = self.config, self.tiles, self.scratch.scales
         assert scales is not None
         start, stop = tiles.start[segment.tile], tiles.stop[segment.tile]
         first = (first_block(config, start) + segment.block + i) * config.block_tokens
-        step, piece, (value_lane, _) = segment.step + i, config.piece_tokens, scale_lanes(config)
-        stored, slot = self.slot(step, config.stages), self.slot(step, config.scale_stages)
+        piece, (value_lane, _) = config.piece_tokens, scale_lanes(config)
         for j in range(config.block_tokens // piece):
             key, value = (
-                load(scales.arriving.at[stored, j, pl.ds(lane, piece)], COLUMNS)
+                load(scales.arriving.at[slot, j, pl.ds(lane, piece)], COLUMNS)
                 for lane in (0, value_lane)
             )
+            finite, own = value * 0.0 == 0.0, pl.ds(j * piece, piece)
+            if which == 0:
+                scales.key[wide, own] = jnp.where(finite, key, jnp.nan)
+                continue
             behind = plgpu.broadcasted_iota(jnp.int32, (piece,), 0, layout=COLUMNS)
             token = first + j * piece + behind
-            finite = value * 0.0 == 0.0
             read = finite & (token >= start) & (token < stop)
-            own = pl.ds(j * piece, piece)
-            scales.key[slot, own] = jnp.where(finite, key, jnp.nan)
-            scales.value[slot, own] = jnp.where(read, value, 0.0)
+            scales.value[wide, own] = jnp.where(read, value, 0.0)
 
 
 def _layout(columns: int) -> Any:
