@@ -42,7 +42,7 @@ def page_format(head_dim=128, page_size=16, dtype="int8", scale="token", **chang
 
 
 @pytest.mark.parametrize("scale", ["token", "head"])
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_everything_fits_shared_memory(head_dim, scale):
     """With blocks on their way while others are widened."""
     for group in (1, 3, 8, 32, 64, 128):
@@ -58,7 +58,8 @@ def test_everything_fits_shared_memory(head_dim, scale):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head_dim": 80}, "head_dim=80 of int8 is no multiple of 32"),
+        ({"head_dim": 80}, "head_dim=80 of int8 is no multiple of 32 up to 128"),
+        ({"head_dim": 256}, "head_dim=256 of int8 is no multiple of 32 up to 128.*backend='xla'"),
         ({"head_dim": 64, "page_size": 64, "pack": 2}, "packed rows.*use packed=False"),
         ({"page_size": 20}, "use page_size=24"),
     ],
@@ -82,7 +83,7 @@ def test_it_is_the_default(dtype, scale):
         ("int8", "token", None, 128, 16, "blocks_first"),
         ("float8_e4m3fn", "token", 1, 64, 64, "heads_first"),
         ("float8_e5m2", "head", 100, 96, 8, "fused"),
-        ("int8", "head", 1, 256, 256, "interleaved"),
+        ("int8", "head", 1, 128, 256, "interleaved"),
     ],
 )
 def test_lowers_for_cuda(dtype, scale, rows, head_dim, page_size, kv_layout):
@@ -193,21 +194,21 @@ class TestOnHopper:
         number = KINDS.index((dtype, scale)) + STEPS.index(step)
         page_size = in_turn((8, 16, 24, 32), number)
         changes = {"page_size": page_size, "max_blocks": -(-96 // page_size)}
-        # Rows of words are padded to 128 elements, with NaN here, which int8 has not.
-        dims = (64, 128, 256) if kv_layout == "interleaved_words" else (64, 96, 128, 256)
+        # Rows of words that are padded hold NaN here, which int8 has not.
+        dims = (64,) if kv_layout == "interleaved_words" else (64, 96, 128)
         changes["head_dim"] = in_turn(dims, number // 2)
         check(dtype, scale, kv_layout, step, ON_HOPPER, changes)
 
     @pytest.mark.parametrize("changes", [LONG, LONG_PROMPT], ids=["long", "long_prompt"])
     @kinds
     def test_more_blocks_than_shared_memory_has(self, dtype, scale, changes):
-        for head_dim in (64, 128, 256):
+        for head_dim in (32, 64, 128):
             check(dtype, scale, "fused", "prompt", ON_HOPPER, {**changes, "head_dim": head_dim})
 
     @pytest.mark.parametrize("name", DECODES)
     @kinds
     def test_one_token_a_sequence(self, dtype, scale, name):
-        case = cases.named(name).replace(dtype=dtype, scale=scale, page_size=64, max_blocks=30)
+        case = cases.named(name).replace(dtype=dtype, scale=scale, page_size=64, max_blocks=7)
         case = case.replace(name=f"quantised_{name}", max_context_len=None)
         inputs = cases.make(case, in_turn(KV_LAYOUTS, KINDS.index((dtype, scale))))
         tolerance.assert_within_rounding(inputs, *backends.attend(inputs, "pallas_gpu"))

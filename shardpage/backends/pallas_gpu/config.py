@@ -13,12 +13,14 @@ from .mosaic import MMA_ROWS, SMEM_BYTES, WARPGROUP, num_sms
 
 _DTYPES = ("bfloat16", "float16")
 _MAX_DIM = 256
+# Of quantised caches: with a warpgroup or two more, a thread has too few registers for longer rows.
+_MAX_QUANTISED_DIM = 128
 _ROW_BYTES = 32  # the least swizzle, which divides the bytes of a key and of a value
 _MAX_GROUP = 2 * MMA_ROWS
 _TILED_ROWS = 8  # of shared memory that a copy or a matmul can begin at
 _COPY_BYTES = 128  # what a copy into plain shared memory is aligned to
 _SCALE_BYTES = 4
-_RESERVED_BYTES = 1 << 10  # barriers and alignment
+_ALIGNED_BYTES = 1 << 10  # of arrays in shared memory, and room for barriers
 # Bytes of keys and values on their way to one SM that keep the memory busy; more gain nothing.
 _IN_FLIGHT_BYTES = 128 << 10
 # Least of a quantised cache, whose blocks need room twice: as they arrive, and widened.
@@ -140,12 +142,13 @@ def refuse(page_format: PageFormat, tuning: Tuning) -> None:
             "float16, or backend='xla'"
         )
     multiple = _ROW_BYTES // page_format.dtype.itemsize
+    most = _MAX_QUANTISED_DIM if page_format.quantised else _MAX_DIM
     for name in ("key_dim", "value_dim"):
         dim = getattr(page_format, name)
-        if dim % multiple or dim > _MAX_DIM:
+        if dim % multiple or dim > most:
             raise NotImplementedError(
                 f"head_dim={dim} of {page_format.dtype.name} is no multiple of {multiple} up to "
-                f"{_MAX_DIM}, which the kernels' copies and matmuls need; use backend='xla'"
+                f"{most}, which the kernels' copies and matmuls need; use backend='xla'"
             )
     if page_format.scale == "token" and page_format.pack > 1:
         raise NotImplementedError(
@@ -278,20 +281,24 @@ def scale_lanes(config: Config) -> tuple[int, int]:
 
 
 def _smem_bytes(config: Config) -> int:
+    """Of the arrays of `scratch.py`."""
     page_format, rows = config.format, config.consumers * MMA_ROWS
-    wide_bytes = page_format.compute_dtype.itemsize
-    token_bytes = config.stages * page_format.dtype.itemsize + config.wide_stages * wide_bytes
-    blocks = config.block_tokens * (page_format.key_dim + page_format.value_dim) * token_bytes
-    queries = query_smem_rows(config) * page_format.key_dim * wide_bytes
-    out = rows * (config.store_chunk + 1) * 4
-    return blocks + _scales_bytes(config) + queries + out + _RESERVED_BYTES
-
-
-def _scales_bytes(config: Config) -> int:
-    if not config.scale_copies:
-        return 0
-    arriving = config.stages * config.block_tokens // config.piece_tokens * scale_lanes(config)[1]
-    return (arriving + 2 * config.wide_stages * config.block_tokens) * _SCALE_BYTES
+    wide, stored = page_format.compute_dtype.itemsize, page_format.dtype.itemsize
+    rings = [(config.stages, stored)]
+    if config.wide_stages:
+        rings.append((config.wide_stages, wide))
+    sizes = [
+        stages * config.block_tokens * dim * itemsize
+        for stages, itemsize in rings
+        for dim in (page_format.key_dim, page_format.value_dim)
+    ]
+    sizes += [query_smem_rows(config) * page_format.key_dim * wide]
+    floats = [rows * config.store_chunk, rows]
+    if config.scale_copies:
+        pieces = config.stages * config.block_tokens // config.piece_tokens
+        floats += [pieces * scale_lanes(config)[1], *[config.wide_stages * config.block_tokens] * 2]
+    sizes += [4 * count for count in floats]
+    return _ALIGNED_BYTES + sum(_round_up(size, _ALIGNED_BYTES) for size in sizes)
 
 
 def _round_up(count: int, multiple: int) -> int:
