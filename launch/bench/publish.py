@@ -207,12 +207,21 @@ def _ratios(report: dict[str, Any]) -> str:
 
 def _quantised_calls(report: dict[str, Any]) -> str:
     """Issue over HBM cycles of the bytes that are read, and thousands of cycles of the call."""
-    calls = {(c["case"], c["topology"]): c for c in report["calls"]}
+    return _by_case(report, "decode", lambda c: f"{c['ratio']:.2f}, {c['cycles'] / 1e3:.0f}")
+
+
+def _quantised_writes(report: dict[str, Any]) -> str:
+    """Microseconds of writes at 1 us of latency."""
+    return _by_case(report, "write", lambda c: f"{c['us']['1 us']:.1f}")
+
+
+def _by_case(report: dict[str, Any], kernel: str, cell: Callable[[dict[str, Any]], str]) -> str:
+    calls = {(c["case"], c["topology"]): c for c in report["calls"] if c["kernel"] == kernel}
     topologies = list(dict.fromkeys(topology for _, topology in calls))
     cells = [["case", *(t.partition(":")[0] for t in topologies)]]
     for case in dict.fromkeys(case for case, _ in calls):
         found = (calls[case, topology] for topology in topologies)
-        cells.append([case, *(f"{c['ratio']:.2f}, {c['cycles'] / 1e3:.0f}" for c in found)])
+        cells.append([case, *map(cell, found)])
     return _table(cells)
 
 
@@ -334,6 +343,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tpu_two_cores": ("tpu_two_cores", _two_cores),
     "tpu_prompts": ("tpu_prompts", _prompts),
     "tpu_quantised": ("tpu_quantised", _quantised_calls),
+    "tpu_quantised_writes": ("tpu_quantised", _quantised_writes),
     "tpu_step": ("tpu_step", _step),
     "tpu_estimates": ("tpu_step", _estimates),
 }

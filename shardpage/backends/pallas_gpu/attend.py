@@ -104,7 +104,7 @@ def _call(
     outputs = attend_kernel.outputs(config)
     out_type = tuple(result_as(inputs[0], each.shape, each.dtype) for each in outputs)
     shared = scratch(config, bool(tuning.interpret))._asdict()
-    missing = {name: x for name, x in shared.items() if x is None}
+    missing: dict[str, Any] = {name: x for name, x in shared.items() if x is None}
     scratch_types = {name: x for name, x in shared.items() if x is not None}
     params = compiler_params(exact_math=logits.soft_cap is not None)
 
