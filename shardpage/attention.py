@@ -185,7 +185,7 @@ def _times_of_heads(rows: jax.Array, cache: PagedKVCache, which: int) -> jax.Arr
     """Rows `[queries, num_heads, dim]` times the scale of their KV head's keys, or values."""
     scales = cache.scales[0][:, which]
     by_query_head = jnp.repeat(scales, rows.shape[1] // scales.shape[0], axis=0)
-    return rows.astype(jnp.float32) * by_query_head[:, None]
+    return rows.astype(jnp.float32) * by_query_head[None, :, None]
 
 
 def _own_heads(sinks: jax.Array | None, axes: tuple[str, ...]) -> jax.Array | None:

@@ -74,8 +74,8 @@ def _by_token(dtype: np.dtype, key: jax.Array, value: jax.Array) -> Stored:
 def _by_head(dtype: np.dtype, key: jax.Array, value: jax.Array, scales: jax.Array) -> Stored:
     both = jnp.stack([key, value], axis=2).astype(SCALE_DTYPE)
     finite = jnp.isfinite(both)
-    stored = _rounded(dtype, jnp.where(finite, both, 0) / scales[..., None])
-    broken, first = ~jnp.all(finite, axis=(2, 3)), jnp.arange(key.shape[-1]) == 0
+    stored = _rounded(dtype, jnp.where(finite, both, 0) / scales[None, ..., None])
+    broken, first = ~jnp.all(finite, axis=(2, 3)), jnp.arange(key.shape[-1])[None, None] == 0
     marked = jnp.where(broken[..., None] & first, mark(dtype), stored[:, :, 0])
     return Stored(marked, stored[:, :, 1])
 

@@ -118,6 +118,14 @@ def test_one_token_a_sequence(backend, dtype, scale, name):
     tolerance.assert_within_rounding(inputs, *backends.attend(inputs, backend))
 
 
+@kinds
+def test_shapes_are_told_to_broadcast(dtype, scale):
+    """Where ranks are not promoted silently, as in the tests of jax and of tpu-inference."""
+    inputs = steps.make(quantised("guesses", dtype, scale))
+    with jax.numpy_rank_promotion("raise"):
+        steps.assert_exact(inputs, *run(inputs, written=True))
+
+
 @pytest.mark.parametrize("query_dtype", ["bfloat16", "float16"])
 def test_output_has_the_dtype_of_the_query(query_dtype):
     case = cases.named("plain").replace(dtype="int8", scale="token", query_dtype=query_dtype)

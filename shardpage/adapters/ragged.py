@@ -146,7 +146,7 @@ def _dequantised(tokens: Tokens, cache: PagedKVCache) -> tuple[jax.Array, jax.Ar
                 f"({name} / scale).astype({cache.key.dtype.name!r})"
             )
     (scales,) = cache.scales
-    scaled = (x.astype(jnp.float32) * scales[:, i, None] for i, x in enumerate((key, value)))
+    scaled = (x.astype(jnp.float32) * scales[None, :, i, None] for i, x in enumerate((key, value)))
     return tuple(scaled)
 
 
