@@ -87,3 +87,15 @@ def mesh_spec(request) -> str:
 def mesh(mesh_spec, axis_type) -> jax.sharding.Mesh:
     """Every mesh, in both axis types. Narrow it with `parametrize("mesh_spec", ...)`."""
     return build_mesh(mesh_spec, axis_type)
+
+
+@pytest.fixture
+def on_a_cpu():
+    """For Mosaic GPU kernels in JAX's interpreter, also where a GPU is the default.
+
+    It runs each warpgroup in a thread and program of its own, called by the kernel's program: on a
+    GPU they would wait behind it for ever. Those threads see no context manager.
+    """
+    jax.config.update("jax_default_device", jax.devices("cpu")[0])
+    yield
+    jax.config.update("jax_default_device", None)

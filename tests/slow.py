@@ -33,6 +33,8 @@ test_pallas_tpu.py::test_write_puts_what_xla_puts[*-heads_first-{prompt,swapped}
 test_pallas_tpu.py::test_write_puts_what_xla_puts[float8*]
 test_pallas_tpu.py::test_write_puts_what_xla_puts[int8-*-{random,swapped}]
 test_pallas_gpu.py::TestInterpreted::test_attend[*]
+test_pallas_gpu_quantised.py::TestInterpreted::{test_written*,test_what_is*}
+!test_pallas_gpu_quantised.py::TestInterpreted::test_written*[int8-token-*]
 test_pallas_gpu.py::TestLowersForCuda::test_attend[*]
 !test_pallas_gpu.py::TestLowersForCuda::test_attend[decode-*]
 test_pallas_gpu.py::TestTiles::test_hold_each_query_once[{1,2,3}]

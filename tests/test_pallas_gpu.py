@@ -336,17 +336,9 @@ def check_reads(name, tuning, **changes):
 
 
 @in_interpreter
+@pytest.mark.usefixtures("on_a_cpu")
 class TestInterpreted:
     """Numbers of the kernels' own code, with three CTAs, where JAX interprets it."""
-
-    @pytest.fixture(autouse=True)
-    def _on_a_cpu(self):
-        """JAX interprets each warpgroup in a thread and program of its own, called by the kernel's
-        program: on a GPU they would wait behind it for ever. Those threads see no context manager.
-        """
-        jax.config.update("jax_default_device", jax.devices("cpu")[0])
-        yield
-        jax.config.update("jax_default_device", None)
 
     @pytest.mark.parametrize(
         ("name", "num_splits", "changes"),

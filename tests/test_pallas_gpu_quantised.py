@@ -24,7 +24,7 @@ from .quantised import DTYPES
 from .test_pallas_gpu import COMPILED, in_interpreter, on_gpu, reads_of
 from .test_pallas_gpu import attend as attend_here
 from .test_quantised import DECODES, KINDS, STEPS, bits, in_turn, quantised
-from .test_quantised_values import poisoned
+from .test_quantised_values import assert_nan_where, poisoned
 
 INTERPRETED = Tuning(backend="pallas_gpu", interpret=True, chip=3)
 ON_HOPPER = Tuning(backend="pallas_gpu")
@@ -141,21 +141,13 @@ def check_no_number(dtype, scale, which, tuning, name="decoding"):
     out, lse = run(inputs, tuning)
     seen = np.zeros(lse.shape, bool)
     seen[row + place : row + new, 4:6] = True
-    np.testing.assert_array_equal(np.isnan(out).all(axis=-1), seen)
-    np.testing.assert_array_equal(np.isnan(lse), seen)
-    np.testing.assert_array_equal(out[~seen], clean[~seen])
+    assert_nan_where(seen, out, lse, clean)
 
 
 @in_interpreter
+@pytest.mark.usefixtures("on_a_cpu")
 class TestInterpreted:
     """The kernels' own code, with three CTAs, where JAX interprets it."""
-
-    @pytest.fixture(autouse=True)
-    def _on_a_cpu(self):
-        """Else the threads of the interpreter would wait for ever: see `test_pallas_gpu.py`."""
-        jax.config.update("jax_default_device", jax.devices("cpu")[0])
-        yield
-        jax.config.update("jax_default_device", None)
 
     @pytest.mark.parametrize(
         ("dtype", "scale", "kv_layout", "step", "changes"),

@@ -145,6 +145,13 @@ def poisoned(inputs, which, value, sequence, position, head):
     return row, new, position - (length - new)
 
 
+def assert_nan_where(seen, out, lse, clean):
+    """NaN in all of the heads `[queries, heads]` that see it, and no bit changed elsewhere."""
+    np.testing.assert_array_equal(np.isnan(out).all(axis=-1), seen)
+    np.testing.assert_array_equal(np.isnan(lse), seen)
+    np.testing.assert_array_equal(out[~seen], clean[~seen])
+
+
 @kinds
 @pytest.mark.parametrize(
     ("which", "value"), [("key", np.nan), ("value", np.nan), ("value", -np.inf), ("key", np.inf)]
@@ -157,9 +164,7 @@ def test_a_new_token_that_is_no_number_is_seen_by_those_that_read_it(dtype, scal
     out, lse = run(inputs, written=True)
     seen = np.zeros(lse.shape, bool)
     seen[row + place : row + new, 2:4] = True
-    np.testing.assert_array_equal(np.isnan(out).all(axis=-1), seen)
-    np.testing.assert_array_equal(np.isnan(lse), seen)
-    np.testing.assert_array_equal(out[~seen], clean[~seen])
+    assert_nan_where(seen, out, lse, clean)
 
 
 @kinds
@@ -172,9 +177,7 @@ def test_a_sequence_that_decodes_sees_its_own(dtype, scale, which):
     out, lse = run(inputs, written=True)
     seen = np.zeros(lse.shape, bool)
     seen[row, 4:6] = True
-    np.testing.assert_array_equal(np.isnan(out).all(axis=-1), seen)
-    np.testing.assert_array_equal(np.isnan(lse), seen)
-    np.testing.assert_array_equal(out[~seen], clean[~seen])
+    assert_nan_where(seen, out, lse, clean)
 
 
 @kinds
@@ -186,9 +189,7 @@ def test_a_window_that_has_passed_it_is_free_of_it(dtype, scale, which):
     out, lse = run(inputs, written=True)
     seen = np.zeros(lse.shape, bool)
     seen[row + place : row + place + 6, 0:2] = True
-    np.testing.assert_array_equal(np.isnan(lse), seen)
-    np.testing.assert_array_equal(np.isnan(out).all(axis=-1), seen)
-    np.testing.assert_array_equal(out[~seen], clean[~seen])
+    assert_nan_where(seen, out, lse, clean)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -203,9 +204,7 @@ def test_a_scale_of_a_callers_that_is_no_number_is_seen(dtype, which, value):
     out, lse = run(inputs)
     seen = np.zeros(lse.shape, bool)
     seen[20:37, 2:4] = True
-    np.testing.assert_array_equal(np.isnan(out).all(axis=-1), seen)
-    np.testing.assert_array_equal(np.isnan(lse), seen)
-    np.testing.assert_array_equal(out[~seen], clean[~seen])
+    assert_nan_where(seen, out, lse, clean)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
