@@ -13,8 +13,8 @@ from ...page_format import PageFormat
 from ...partial import Partial, finish, mark
 from ...plan import Reads
 from ...varying import result_as, vary_together
-from . import attend_kernel, merge_kernel, pages
-from .config import Config, configure
+from . import attend_kernel, merge_kernel, pages, split
+from .config import Config, configure, reduction_bytes
 from .mosaic import WARPGROUP, as_kernel, compiler_params, in_place, interpreter
 from .scratch import Scratch, scratch
 from .softmax import LOG2E, Logits
@@ -45,9 +45,10 @@ def attend(
     logits = Logits.of(attention, cache.format.key_dim)
     tiles = Tiles(reads.start, reads.stop) if work is None else work.tiles
     rows = _tiled(config, query.astype(cache.format.compute_dtype), work)
+    rows = split.queries(rows, cache.format) if config.pieces > 1 else (rows, None)
     call = as_kernel(functools.partial(_call, config, logits), tuning)
     scales = cache.scales if cache.scale == "token" else ()
-    out, lse = call(rows, pages.arrays(cache), scales, cache.in_layer(reads.ids), tiles)
+    out, lse = call(*rows, pages.arrays(cache), scales, cache.in_layer(reads.ids), tiles)
     partial = _partial(config, out, lse, reads, work)
     if not final:
         return partial
@@ -70,7 +71,7 @@ def _partial(
 ) -> Partial:
     """Each query's rows, of the units that read something."""
     num_heads, group, fold = config.format.num_kv_heads, config.group, config.fold
-    out = out[:, : config.rows]
+    out = out[:, : config.rows, : config.format.value_dim]
     # Units that share a copy of queries have their rows one behind the other.
     lse = lse.reshape(-1, fold, WARPGROUP)
     own = [lse[:, i, i * config.rows : (i + 1) * config.rows] for i in range(fold)]
@@ -94,19 +95,22 @@ def _call(
     logits: Logits,
     tuning: Tuning,
     query: jax.Array,
+    query_units: jax.Array | None,
     arrays: tuple[jax.Array, ...],
     scales: tuple[jax.Array, ...],
     ids: jax.Array,
     tiles: Tiles,
 ) -> tuple[jax.Array, jax.Array]:
-    inputs = attend_kernel.Inputs(query, arrays, scales, ids, tiles)
+    inputs = attend_kernel.Inputs(query, query_units, arrays, scales, ids, tiles)
     inputs, structure = jax.tree.flatten(vary_together(*inputs))
     outputs = attend_kernel.outputs(config)
     out_type = tuple(result_as(inputs[0], each.shape, each.dtype) for each in outputs)
     shared = scratch(config, bool(tuning.interpret))._asdict()
     missing: dict[str, Any] = {name: x for name, x in shared.items() if x is None}
     scratch_types = {name: x for name, x in shared.items() if x is not None}
-    params = compiler_params(exact_math=logits.soft_cap is not None)
+    params = compiler_params(
+        exact_math=logits.soft_cap is not None, reduction_bytes=reduction_bytes(config)
+    )
 
     def body(*refs: Any, **scratch_refs: Any) -> None:
         ins = attend_kernel.Inputs(*jax.tree.unflatten(structure, refs[: len(inputs)]))

@@ -18,15 +18,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import softmax
-from .blocks import Blocks
 from .config import Config, scale_lanes
 from .mosaic import MMA_ROWS, WARPGROUP
 from .pages import rows_at
-from .scratch import Ring, Scratch
+from .queries_first import QueriesFirst
+from .scratch import Scratch
 from .share import Segment, Share, first_block, for_each_segment, last_cta, share_of
 from .softmax import Logits
 from .tiles import Tiles
+from .tokens_first import TokensFirst
 from .widen import Widener
 
 
@@ -52,7 +52,8 @@ REGISTERS = {
 
 
 class Inputs(NamedTuple):
-    query: Any  # [copies, query_rows, key_dim]
+    query: Any  # [copies, copy_rows, key_dim]
+    query_units: Any | None  # [copies, query_rows], of queries that are split
     arrays: tuple[Any, ...]  # of the cache
     scales: tuple[Any, ...]  # of its tokens, [pages, kv_heads, 1, 2 * page_size]
     ids: Any  # [rows, pages]
@@ -60,9 +61,9 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    out: Any  # [units, out_rows, value_dim]
+    out: Any  # [units, out_rows, out_dim]
     lse: Any  # [units, 128], in base 2
-    part_out: Any  # [2 * ctas, out_rows, value_dim]: where a share begins, and where it ends
+    part_out: Any  # [2 * ctas, out_rows, out_dim]: where a share begins, and where it ends
     part_lse: Any  # [2 * ctas, 128]
     cut: Any  # [ctas, 2]: the unit that a share ends inside of, or -1, and the CTA that ends it
 
@@ -70,7 +71,7 @@ class Outputs(NamedTuple):
 def outputs(config: Config) -> Outputs:
     """Shapes and dtypes of the results."""
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    unit = (config.out_rows, config.format.value_dim)
+    unit = (config.out_rows, config.out_dim)
     return Outputs(
         float32(config.num_units, *unit),
         float32(config.num_units, WARPGROUP),
@@ -100,8 +101,8 @@ class Kernel:
         def _():
             plgpu.set_max_registers(registers.fetch, action="decrease")
             steps, segments = self.for_each_segment(share, self.fetch)
-            self.drain(self.arriving.key_free, config.stages, steps)
-            self.drain(self.arriving.value_free, config.stages, steps)
+            for ring in self.scratch.arriving:
+                self.drain(ring.free, config.stages, steps)
             self.drain(self.scratch.query_free, config.query_slots, segments)
 
         @pl.when(warpgroup < config.consumers)
@@ -125,12 +126,6 @@ class Kernel:
             steps, _ = self.for_each_segment(share, widener.segment)
             widener.drain(steps, self.drain)
 
-    @property
-    def arriving(self) -> Ring:
-        """Where fetched blocks go."""
-        scratch = self.scratch
-        return scratch.blocks if scratch.arriving is None else scratch.arriving
-
     def for_each_segment(self, share: Share, body: Any) -> tuple[jax.Array, jax.Array]:
         tiles = self.inputs.tiles
         return for_each_segment(self.config, tiles.start, tiles.stop, share, body)
@@ -151,11 +146,12 @@ class Kernel:
         def _():
             plgpu.barrier_wait(scratch.query_free.at[slot])
 
-        rows = pl.ds(slot * config.query_rows, config.query_rows)
+        rows, full = pl.ds(slot * config.copy_rows, config.copy_rows), scratch.query_full.at[slot]
         copy = lax.div(segment.unit, jnp.int32(config.fold))
-        plgpu.copy_gmem_to_smem(
-            inputs.query.at[copy], scratch.query.at[rows], scratch.query_full.at[slot]
-        )
+        plgpu.copy_gmem_to_smem(inputs.query.at[copy], scratch.query.at[rows], full)
+        if inputs.query_units is not None and scratch.query_units is not None:
+            units = scratch.query_units.at[slot, pl.ds(0, config.query_rows)]
+            plgpu.copy_gmem_to_smem(inputs.query_units.at[copy], units, full)
 
         def fetch_block(i, _):
             self.fetch_block(segment, i)
@@ -164,7 +160,7 @@ class Kernel:
         lax.fori_loop(0, segment.length, fetch_block, 0)
 
     def fetch_block(self, segment: Segment, i: jax.Array) -> None:
-        config, inputs, ring = self.config, self.inputs, self.arriving
+        config, inputs = self.config, self.inputs
         tiles, page_size, piece = inputs.tiles, config.format.page_size, config.piece_tokens
         start, stop = tiles.start[segment.tile], tiles.stop[segment.tile]
         row = segment.tile if tiles.row is None else tiles.row[segment.tile]
@@ -177,30 +173,28 @@ class Kernel:
         ids = [inputs.ids[row, page] for page in pages]
         slot = lax.rem(segment.step + i, jnp.int32(config.stages))
 
-        for which, target, free, full in (
-            (0, ring.key, ring.key_free, ring.key_full),
-            (1, ring.value, ring.value_free, ring.value_full),
-        ):
+        for which, ring in enumerate(self.scratch.arriving):
 
             @pl.when(segment.step + i >= config.stages)
-            def _(free=free):
+            def _(free=ring.free):
                 plgpu.barrier_wait(free.at[slot])
 
+            full = ring.full.at[slot]
             for j, (page, number) in enumerate(zip(ids, pieces, strict=True)):
                 source = self.piece(which, page, segment.head, lax.rem(number, per_page))
-                part = target.at[slot, pl.ds(j * piece, piece)]
-                plgpu.copy_gmem_to_smem(source, part, full.at[slot])
-                if which == 0 and config.scale_copies:
+                part = ring.blocks.at[slot, pl.ds(j * piece, piece)]
+                plgpu.copy_gmem_to_smem(source, part, full)
+                if config.scale_copies and which == config.scales_with:
                     offset = lax.rem(number, per_page) * piece
-                    self.fetch_scales(page, segment.head, offset, (slot, j))
+                    self.fetch_scales(page, segment.head, offset, (slot, j), full)
 
     def fetch_scales(
-        self, page: jax.Array, head: jax.Array, offset: jax.Array, at: tuple[Any, int]
+        self, page: jax.Array, head: jax.Array, offset: jax.Array, at: tuple[Any, int], full: Any
     ) -> None:
-        """Brings the scales of a piece with its keys: those of values too."""
+        """Brings the scales of a piece, of keys and of values."""
         config, scales = self.config, self.scratch.scales
         assert scales is not None
-        source, full = self.inputs.scales[0].at[page, head, 0], self.arriving.key_full.at[at[0]]
+        source = self.inputs.scales[0].at[page, head, 0]
         if config.scale_copies == 1:  # of a whole page: side by side
             target = scales.arriving.at[*at, pl.ds(0, 2 * config.piece_tokens)]
             plgpu.copy_gmem_to_smem(source, target, full)
@@ -221,64 +215,32 @@ class Kernel:
 
     def attend(self, segment: Segment, share: Share, cta: jax.Array, warpgroup: jax.Array) -> None:
         """Attends with a unit's queries to the blocks of a segment, and stores the result."""
-        config, scratch = self.config, self.scratch
-        slot = lax.rem(segment.number, jnp.int32(config.query_slots))
-        own_row = warpgroup * MMA_ROWS if config.consumers > 1 else 0
-        query = scratch.query.at[pl.ds(slot * config.query_rows + own_row, MMA_ROWS)]
-        plgpu.barrier_wait(scratch.query_full.at[slot])
-        blocks = Blocks.of(
-            config, self.logits, self.inputs.tiles, scratch, segment, query, warpgroup
+        config, scratch, outputs = self.config, self.scratch, self.outputs
+        blocks = self.way.of(
+            config, self.logits, self.inputs.tiles, scratch, segment, warpgroup
         )
-        state = blocks.attend()
-        plgpu.barrier_arrive(scratch.query_free.at[slot])
-
-        means, lse = softmax.mean(state)
-        part = 2 * cta + segment.begins.astype(jnp.int32)
+        plgpu.barrier_wait(scratch.query_full.at[blocks.query_slot])
+        result = blocks.attend()
+        plgpu.barrier_arrive(scratch.query_free.at[blocks.query_slot])
 
         @pl.when(segment.whole)
         def _():
-            self.store(
-                self.outputs.out, self.outputs.lse, segment.unit, segment, means, lse, warpgroup
-            )
+            blocks.store(result, outputs.out.at[segment.unit], outputs.lse.at[segment.unit])
 
         @pl.when(jnp.logical_not(segment.whole))
         def _():
-            self.store(
-                self.outputs.part_out, self.outputs.part_lse, part, segment, means, lse, warpgroup
-            )
+            part = 2 * cta + segment.begins.astype(jnp.int32)
+            blocks.store(result, outputs.part_out.at[part], outputs.part_lse.at[part])
 
         @pl.when(segment.begins & (segment.length < segment.num_blocks))
         def _():
-            self.outputs.cut[cta, 0] = segment.unit
-            self.outputs.cut[cta, 1] = last_cta(config, share, segment)
+            outputs.cut[cta, 0] = segment.unit
+            outputs.cut[cta, 1] = last_cta(config, share, segment)
 
-    # Storing
-
-    def store(
-        self,
-        out: Any,
-        lse_out: Any,
-        at: jax.Array,
-        segment: Segment,
-        means: jax.Array,
-        lse: jax.Array,
-        warpgroup: jax.Array,
-    ) -> None:
-        """Copies a unit's rows to `out[at]`, a chunk of columns at a time."""
-        config, chunk = self.config, self.config.store_chunk
-        staged_out, staged_lse = self.scratch.out.at[warpgroup], self.scratch.lse.at[warpgroup]
-        first = lax.rem(segment.unit, jnp.int32(config.fold)) * config.rows
-        rows, own = (config.rows, 0) if config.consumers == 1 else (MMA_ROWS, warpgroup * MMA_ROWS)
-        for column in range(0, config.format.value_dim, chunk):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
-            staged_out[...] = means[:, column : column + chunk]
-            if column == 0:
-                staged_lse[...] = lse
-            plgpu.commit_smem()
-            target = out.at[at, pl.ds(own, rows), pl.ds(column, chunk)]
-            plgpu.copy_smem_to_gmem(staged_out.at[pl.ds(first, rows)], target)
-            if column == 0:
-                plgpu.copy_smem_to_gmem(staged_lse, lse_out.at[at, pl.ds(own, MMA_ROWS)])
+    @property
+    def way(self) -> type[QueriesFirst] | type[TokensFirst]:
+        """How blocks are attended to."""
+        return TokensFirst if self.config.tokens_first else QueriesFirst
 
     def no_part(self, share: Share, cta: jax.Array, warpgroup: jax.Array) -> None:
         """Says of an empty share that it has no part of a unit that is cut around it."""
@@ -287,9 +249,11 @@ class Kernel:
 
         @pl.when(share.length == 0)
         def _():
-            lse = plgpu.layout_cast(jnp.full((MMA_ROWS,), -jnp.inf, jnp.float32), softmax.ROWS)
-            staged = self.scratch.lse.at[warpgroup]
-            staged[...] = lse
+            staged, own = self.scratch.lse, 0
+            if not self.config.tokens_first:
+                staged, own = staged.at[warpgroup], warpgroup * MMA_ROWS
+            nothing = jnp.full(staged.shape, -jnp.inf, jnp.float32)
+            staged[...] = plgpu.layout_cast(nothing, self.way.lse_layout)
             plgpu.commit_smem()
-            own = warpgroup * MMA_ROWS
-            plgpu.copy_smem_to_gmem(staged, self.outputs.part_lse.at[2 * cta, pl.ds(own, MMA_ROWS)])
+            target = self.outputs.part_lse.at[2 * cta, pl.ds(own, staged.shape[0])]
+            plgpu.copy_smem_to_gmem(staged, target)

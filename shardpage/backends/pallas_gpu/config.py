@@ -9,6 +9,7 @@ import numpy as np
 from ...options import Tuning
 from ...page_format import PageFormat
 from ...plan import Reads
+from . import split
 from .mosaic import MMA_ROWS, SMEM_BYTES, WARPGROUP, num_sms
 
 _DTYPES = ("bfloat16", "float16")
@@ -64,16 +65,37 @@ class Config:
         return self.consumers + 1 + self.wideners
 
     @property
-    def wideners(self) -> int:
-        """Of keys and of values of a quantised cache, or one of both: matmuls bind there."""
-        if not self.format.quantised:
-            return 0
-        return 2 if self.consumers == 1 else 1
+    def tokens_first(self) -> bool:
+        """Whether tokens are the rows of matmuls: `tokens_first.py`."""
+        return self.format.quantised and self.consumers == 1
 
     @property
-    def block_stages(self) -> int:
-        """Blocks in shared memory, as matmuls take them."""
-        return self.wide_stages or self.stages
+    def pieces(self) -> int:
+        """Into which queries are split, to be multiplied with keys as they are stored."""
+        return split.pieces(self.format) if self.tokens_first else 1
+
+    @property
+    def widened(self) -> tuple[int, ...]:
+        """Which blocks of a quantised cache are: keys (0), values (1)."""
+        if not self.format.quantised:
+            return ()
+        return (1,) if self.tokens_first else (0, 1)
+
+    @property
+    def wideners(self) -> int:
+        """Warpgroups that do so: where two attend, matmuls bind, and there is room for one."""
+        return 0 if not self.widened else 2 if self.consumers == 1 else 1
+
+    def wide_dim(self, which: int) -> int:
+        """Elements of a row that is widened: values may become the rows of a matmul."""
+        if self.tokens_first:
+            return _round_up(self.format.value_dim, MMA_ROWS)
+        return (self.format.key_dim, self.format.value_dim)[which]
+
+    @property
+    def scales_with(self) -> int:
+        """With which blocks scales arrive: the first that are widened."""
+        return min(self.widened, default=0)
 
     @property
     def scale_copies(self) -> int:
@@ -84,14 +106,26 @@ class Config:
 
     @property
     def query_rows(self) -> int:
-        """Rows of one copy of queries."""
+        """Of a unit's queries, or of what is folded: as many as copies and matmuls take."""
         return max(_TILED_ROWS, _round_up(self.rows, _TILED_ROWS))
+
+    @property
+    def copy_rows(self) -> int:
+        """Rows of one copy of queries."""
+        return self.pieces * self.query_rows
 
     @property
     def out_rows(self) -> int:
         """Rows of a unit in the results: whole vectors of a warpgroup."""
+        if self.tokens_first:
+            return self.query_rows
         rows = self.rows if self.consumers == 1 else self.consumers * MMA_ROWS
         return _round_up(rows, WARPGROUP // math.gcd(self.format.value_dim, WARPGROUP))
+
+    @property
+    def out_dim(self) -> int:
+        """Elements of a row of the results."""
+        return self.wide_dim(1)
 
     @property
     def merge_width(self) -> int:
@@ -205,7 +239,7 @@ def _fold(page_format: PageFormat, group: int, num_queries: int) -> int:
     fold = max(1, _TILED_ROWS // group)
     fits = fold * group == _TILED_ROWS and num_queries * page_format.num_kv_heads % fold == 0
     aligned = group * page_format.value_dim * 4 % _COPY_BYTES == 0
-    return fold if fits and aligned else 1
+    return fold if fits and aligned and not page_format.quantised else 1
 
 
 def _fit(config: Config, tuning: Tuning) -> Config:
@@ -236,7 +270,7 @@ def _sizes(config: Config, block_tokens: int) -> Iterator[dict[str, int]]:
         wanted.append((2, 1))
     for stages, wide_stages in wanted:
         for query_slots in (2, 1):
-            for store_chunk in _store_chunks(page_format.value_dim):
+            for store_chunk in _store_chunks(config):
                 yield {
                     "stages": stages, "wide_stages": wide_stages, "query_slots": query_slots,
                     "store_chunk": store_chunk,
@@ -252,15 +286,19 @@ def _block_tokens(config: Config, tuning: Tuning) -> int:
     dim = config.format.value_dim
     most = 64 if dim > 128 else 128 if dim > 64 or config.consumers > 1 else 256
     if config.format.quantised:  # twice in shared memory, and fewer registers
-        most = min(most, 64 if config.consumers > 1 else 128)
+        few = config.tokens_first and config.copy_rows <= 128
+        most = min(most, 128 if few else 64)
     if tuning.pages_per_block is None:
         return most
     asked = tuning.pages_per_block * config.format.page_size
     return min(most, max(64, 1 << (asked.bit_length() - 1)))
 
 
-def _store_chunks(dim: int) -> list[int]:
+def _store_chunks(config: Config) -> list[int]:
     """Columns that may leave at a time; widest first."""
+    dim = config.out_dim
+    if config.tokens_first:
+        return [*range(dim, 0, -MMA_ROWS)]
     columns = swizzle_bytes(dim, np.dtype(np.float16)) // 2
     widths = [*range(dim, 0, -columns), 32]
     return [chunk for chunk in widths if dim % chunk == 0]
@@ -268,7 +306,9 @@ def _store_chunks(dim: int) -> list[int]:
 
 def query_smem_rows(config: Config) -> int:
     """Rows of queries in shared memory: a matmul reads 64 from wherever a tile begins."""
-    rows = config.query_slots * config.query_rows
+    rows = config.query_slots * config.copy_rows
+    if config.tokens_first:
+        return rows
     return rows + _round_up(max(0, config.consumers * MMA_ROWS - config.query_rows), _TILED_ROWS)
 
 
@@ -280,20 +320,33 @@ def scale_lanes(config: Config) -> tuple[int, int]:
     return values, _round_up(values + piece, aligned)
 
 
+def unit_lanes(config: Config) -> int:
+    """Lanes in shared memory of the units of a copy of queries."""
+    return _round_up(config.query_rows, _COPY_BYTES // _SCALE_BYTES)
+
+
+def reduction_bytes(config: Config) -> int:
+    """Of shared memory, for the peaks of queries over the tokens of all four warps: a number for
+    each of their threads, and query."""
+    return WARPGROUP * config.query_rows if config.tokens_first else 0
+
+
 def _smem_bytes(config: Config) -> int:
     """Of the arrays of `scratch.py`."""
     page_format, rows = config.format, config.consumers * MMA_ROWS
     wide, stored = page_format.compute_dtype.itemsize, page_format.dtype.itemsize
-    rings = [(config.stages, stored)]
-    if config.wide_stages:
-        rings.append((config.wide_stages, wide))
-    sizes = [
-        stages * config.block_tokens * dim * itemsize
-        for stages, itemsize in rings
-        for dim in (page_format.key_dim, page_format.value_dim)
-    ]
-    sizes += [query_smem_rows(config) * page_format.key_dim * wide]
-    floats = [rows * config.store_chunk, rows]
+    rings = [(config.stages, dim * stored) for dim in (page_format.key_dim, page_format.value_dim)]
+    rings += [(config.wide_stages, config.wide_dim(which) * wide) for which in config.widened]
+    sizes = [stages * config.block_tokens * row for stages, row in rings]
+    is_split = config.pieces > 1
+    sizes += [query_smem_rows(config) * page_format.key_dim * (stored if is_split else wide)]
+    floats = []
+    if is_split:
+        floats += [config.query_slots * unit_lanes(config)]
+    if config.tokens_first:
+        rows = config.query_rows
+        sizes += [rows * config.block_tokens * wide, reduction_bytes(config)]
+    floats += [rows * config.store_chunk, rows]
     if config.scale_copies:
         pieces = config.stages * config.block_tokens // config.piece_tokens
         floats += [pieces * scale_lanes(config)[1], *[config.wide_stages * config.block_tokens] * 2]

@@ -23,7 +23,7 @@ _AT_ONCE = {1: 8, 4: 2}
 
 def grid(config: Config) -> tuple[int, int]:
     """Shares, and vectors of a unit's elements with one more for its lse."""
-    return config.num_ctas, config.out_rows * config.format.value_dim // config.merge_width + 1
+    return config.num_ctas, config.out_rows * config.out_dim // config.merge_width + 1
 
 
 def kernel(
@@ -104,7 +104,7 @@ def _lse_by_element(
     config: Config, lse_ref: Any, vector: jax.Array, first_row: jax.Array, part: jax.Array
 ) -> jax.Array:
     """The lse of the row that each element of a vector is of."""
-    dim, width = config.format.value_dim, config.merge_width
+    dim, width = config.out_dim, config.merge_width
     row = lax.div(vector * width, jnp.int32(dim))
     behind = vector * width - row * dim  # of the row's elements, those before this vector
     element = behind + plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=_flat(width))

@@ -27,8 +27,9 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return _load(ref, layout=layout, optimized=False)
 
 
-def compiler_params(*, exact_math: bool = False) -> plgpu.CompilerParams:
-    """Of every kernel; `exact_math` for a tanh that is right to float32's last digits.
+def compiler_params(*, exact_math: bool = False, reduction_bytes: int = 0) -> plgpu.CompilerParams:
+    """Of every kernel; `exact_math` for a tanh that is right to float32's last digits, and bytes of
+    shared memory for what is summed, or whose largest is found, across warps.
 
     Barriers between a thread's own reads and writes are ours to place: no kernel needs any.
     """
@@ -36,7 +37,7 @@ def compiler_params(*, exact_math: bool = False) -> plgpu.CompilerParams:
         approx_math=not exact_math,
         lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         unsafe_no_auto_barriers=True,
-        reduction_scratch_bytes=0,  # no sum goes across warps
+        reduction_scratch_bytes=reduction_bytes,
     )
 
 

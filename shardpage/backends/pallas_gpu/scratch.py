@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .config import Config, query_smem_rows, scale_lanes, swizzle_bytes
+from .config import Config, query_smem_rows, scale_lanes, swizzle_bytes, unit_lanes
 from .mosaic import MMA_ROWS
 
 _TILING: Any = plgpu.TilingTransform  # abstract, as JAX's annotations have it
@@ -14,93 +14,109 @@ _SWIZZLE: Any = plgpu.SwizzleTransform
 
 
 class Ring(NamedTuple):
-    """Blocks of keys and of values, which some fill and others take."""
+    """Blocks of keys, or of values, which some fill and others take."""
 
-    key: Any  # [stages, block_tokens, key_dim]
-    value: Any
-    key_full: Any
-    value_full: Any
-    key_free: Any
-    value_free: Any
+    blocks: Any  # [stages, block_tokens, dim]
+    full: Any
+    free: Any
 
 
 class Scales(NamedTuple):
     """Of tokens: as they arrive, and in the order of tokens."""
 
     arriving: Any  # [stages, pieces, lanes]: of keys, then of values
-    key: Any  # [wide_stages, block_tokens], beside the keys themselves
+    key: Any  # [wide_stages, block_tokens], beside what is widened
     value: Any
 
 
 class Scratch(NamedTuple):
-    """What the warpgroups of a CTA share."""
+    """What the warpgroups of a CTA share. Of two, the first is of keys, the second of values."""
 
     query: Any
-    arriving: Ring | None  # blocks as stored, where matmuls do not take them so
-    blocks: Ring  # as matmuls take them
+    query_units: Any | None  # [query_slots, lanes], of queries that are split
+    arriving: tuple[Ring, Ring]  # blocks as stored
+    wide: tuple[Ring | None, Ring | None]  # where matmuls do not take them so
     scales: Scales | None
     out: Any
     lse: Any
     query_full: Any
     query_free: Any
-    weights: Any
+    weights: Any | None
+
+    @property
+    def taken(self) -> tuple[Ring, Ring]:
+        """Blocks as matmuls take them."""
+        key, value = (wide or stored for wide, stored in zip(self.wide, self.arriving, strict=True))
+        return key, value
 
 
 def scratch(config: Config, interpreted: bool) -> Scratch:
     """Shapes, dtypes and numbers of arrivals."""
-    page_format, dtype = config.format, config.format.compute_dtype
+    page_format, wide_dtype = config.format, config.format.compute_dtype
     pieces = config.block_tokens // config.piece_tokens
-    wave = (config.consumers, MMA_ROWS)
     floats = lambda *shape: plgpu.SMEM(shape, jnp.float32)
-    both_take = config.consumers, config.consumers
-    arriving = scales = None
-    if config.wide_stages:
-        # Scales come with keys; who widens values takes theirs.
-        arrivals = pieces * (1 + config.scale_copies), pieces
-        takers = 2 if config.scale_copies else 1, 1
-        arriving = _ring(config, page_format.dtype, config.stages, arrivals, takers)
-        blocks = _ring(config, dtype, config.wide_stages, (1, 1), both_take)
-    else:
-        blocks = _ring(config, dtype, config.stages, (pieces, pieces), both_take)
+    arriving, wide = [], []
+    for which, dim in enumerate((page_format.key_dim, page_format.value_dim)):
+        widened = which in config.widened
+        copies = pieces * (1 + config.scale_copies * (which == config.scales_with))
+        takers = config.wideners if widened else config.consumers
+        if widened and config.scale_copies and which == config.scales_with == 0:
+            takers += config.wideners  # who widens values takes theirs
+        arriving.append(_ring(config, page_format.dtype, (dim, dim), config.stages, copies, takers))
+        ring = None
+        if widened:
+            arrivals, takers = config.wideners, config.consumers
+            dims = dim, config.wide_dim(which)
+            ring = _ring(config, wide_dtype, dims, config.wide_stages, arrivals, takers)
+        wide.append(ring)
+    scales = units = weights = None
     if config.scale_copies:
-        scales = Scales(
-            floats(config.stages, pieces, scale_lanes(config)[1]),
-            floats(config.wide_stages, config.block_tokens),
-            floats(config.wide_stages, config.block_tokens),
-        )
-    return Scratch(
-        query=_tiled(dtype, query_smem_rows(config), page_format.key_dim),
-        arriving=arriving,
-        blocks=blocks,
-        scales=scales,
-        out=floats(*wave, config.store_chunk),
-        lse=floats(*wave),
-        query_full=_barriers(1, config.query_slots),
-        query_free=_barriers(config.consumers, config.query_slots),
+        ordered = config.wide_stages, config.block_tokens
+        lanes = scale_lanes(config)[1]
+        scales = Scales(floats(config.stages, pieces, lanes), floats(*ordered), floats(*ordered))
+    query_dtype = page_format.dtype if config.pieces > 1 else wide_dtype
+    if config.pieces > 1:
+        units = floats(config.query_slots, unit_lanes(config))
+    if config.tokens_first:
+        out = _tiled(np.dtype(np.float32), config.query_rows, config.store_chunk)
+        lse = floats(config.query_rows)
+        shape = config.query_rows, config.block_tokens
+        weights = _tiled(wide_dtype, *shape, dim=page_format.value_dim)  # as the values'
+    else:
+        wave = (config.consumers, MMA_ROWS)
+        out, lse = floats(*wave, config.store_chunk), floats(*wave)
         # The interpreter has no matmul of an operand in registers.
-        weights=_tiled(dtype, *wave, config.block_tokens) if interpreted else None,
+        weights = _tiled(wide_dtype, *wave, config.block_tokens) if interpreted else None
+    return Scratch(
+        query=_tiled(query_dtype, query_smem_rows(config), page_format.key_dim),
+        query_units=units,
+        arriving=(arriving[0], arriving[1]),
+        wide=(wide[0], wide[1]),
+        scales=scales,
+        out=out,
+        lse=lse,
+        query_full=_barriers(1 + (units is not None), config.query_slots),
+        query_free=_barriers(config.consumers, config.query_slots),
+        weights=weights,
     )
 
 
 def _ring(
     config: Config,
     dtype: np.dtype,
+    dims: tuple[int, int],
     stages: int,
-    arrivals: tuple[int, int],
-    takers: tuple[int, int],
+    arrivals: int,
+    takers: int,
 ) -> Ring:
-    rows = (stages, config.block_tokens)
-    return Ring(
-        _tiled(dtype, *rows, config.format.key_dim),
-        _tiled(dtype, *rows, config.format.value_dim),
-        *(_barriers(count, stages) for count in arrivals),
-        *(_barriers(count, stages) for count in takers),
-    )
+    """Of rows of so many elements, in as many."""
+    blocks = _tiled(dtype, stages, config.block_tokens, dims[1], dim=dims[0])
+    return Ring(blocks, _barriers(arrivals, stages), _barriers(takers, stages))
 
 
-def _tiled(dtype: np.dtype, *shape: int) -> Any:
-    """Rows as copies bring them and matmuls take them."""
-    swizzle = swizzle_bytes(shape[-1], dtype)
+def _tiled(dtype: np.dtype, *shape: int, dim: int | None = None) -> Any:
+    """Rows as copies bring them and matmuls take them; `dim` where these have something else."""
+    swizzle = swizzle_bytes(dim or shape[-1], dtype)
     transforms = (_TILING((8, swizzle // dtype.itemsize)), _SWIZZLE(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

@@ -88,11 +88,19 @@ def _product(a: Any, b_ref: Any) -> jax.Array:
     )
 
 
-def seen(logits: jax.Array, first_token: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """Logits of tokens in `[start, stop)`, scalars or one a row; -inf for the others."""
-    token = first_token + plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=WGMMA)
+def seen(
+    logits: jax.Array,
+    first_token: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    *,
+    token_axis: int = 1,
+) -> jax.Array:
+    """Logits of tokens in `[start, stop)`, scalars or one a query; -inf for the others."""
+    token = first_token + plgpu.broadcasted_iota(jnp.int32, logits.shape, token_axis, layout=WGMMA)
     start, stop = (
-        lax.broadcast_in_dim(x, logits.shape, [0]) if x.ndim else x for x in (start, stop)
+        lax.broadcast_in_dim(x, logits.shape, [1 - token_axis]) if x.ndim else x
+        for x in (start, stop)
     )
     return jnp.where((token >= start) & (token < stop), logits, -jnp.inf)
 

@@ -2,16 +2,17 @@
 the matmuls of those that attend take them; scales of tokens they put in the order of tokens.
 
     fetch     K0 V0 K1 V1 ...                  elements of 8 bits, and scales
-    widen        K0 K1 ...                     bfloat16, which holds them all exactly
-    widen           V0 V1 ...
+    widen        K0 V0 K1 V1 ...               bfloat16, which holds them all exactly
     attend          S0 P0 O0 | S1 P1 O1 ...
+
+With few queries keys are taken as they are stored (`tokens_first.py`), and two warpgroups widen half
+of each block of values.
 
 A widened element is not multiplied by its token's scale: those of keys go to the logits, those of
 values to the weights, in float32.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,93 +47,97 @@ class Widener:
         """Widens the blocks of a segment one by one."""
 
         def block(i, _):
-            self.for_own(lambda which: self.block(segment, i, which))
+            for which in self.config.widened:
+                self.block(segment, i, which)
             return 0
 
         lax.fori_loop(0, segment.length, block, 0)
 
     def drain(self, steps: jax.Array, drain: Callable[..., None]) -> None:
         """Waits until the last blocks are taken."""
-        free = self.scratch.blocks.key_free, self.scratch.blocks.value_free
-        self.for_own(lambda which: drain(free[which], self.config.wide_stages, steps))
-
-    def for_own(self, body: Callable[[int], None]) -> None:
-        """Runs `body` for keys (0) and values (1), or for those of them that are this one's."""
-        for which in (0, 1):
-            if self.config.wideners == 1:
-                body(which)
-            else:
-                pl.when(self.number == which)(functools.partial(body, which))
+        for which in self.config.widened:
+            drain(self.scratch.taken[which].free, self.config.wide_stages, steps)
 
     def block(self, segment: Segment, i: jax.Array, which: int) -> None:
-        """Keys or values of a block, and their scales."""
-        config, arriving, blocks = self.config, self.scratch.arriving, self.scratch.blocks
-        assert arriving is not None
+        """This warpgroup's tokens of a block of keys (0) or of values (1), and their scales."""
+        config, arriving, wide = self.config, self.scratch.arriving, self.scratch.taken[which]
         step = segment.step + i
-        slot, wide = (
+        slot, wide_slot = (
             lax.rem(step, jnp.int32(stages)) for stages in (config.stages, config.wide_stages)
         )
-        source = (arriving.key, arriving.value)[which].at[slot]
-        target = (blocks.key, blocks.value)[which].at[wide]
-        if which == 0 or (config.scale_copies and config.wideners > 1):
-            plgpu.barrier_wait(arriving.key_full.at[slot])
-        if which == 1:
-            plgpu.barrier_wait(arriving.value_full.at[slot])
+        plgpu.barrier_wait(arriving[which].full.at[slot])
 
         @pl.when(step >= config.wide_stages)
         def _():
-            plgpu.barrier_wait((blocks.key_free, blocks.value_free)[which].at[wide])
+            plgpu.barrier_wait(wide.free.at[wide_slot])
 
-        self.widen(source, target, marked=which == 0)
+        tokens = config.block_tokens // config.wideners
+        first = self.number * tokens if config.wideners > 1 else 0
+        source, target = arriving[which].blocks.at[slot], wide.blocks.at[wide_slot]
+        for row in range(0, tokens, min(tokens, MMA_ROWS)):
+            part = pl.ds(first + row, min(tokens, MMA_ROWS))
+            self.widen(source.at[part], target.at[part], marked=which == 0)
         if config.scale_copies:
-            self.scales(segment, i, which, slot, wide)
+            for scale in (which,) if len(config.widened) == 2 else (0, 1):
+                self.scales(segment, i, scale, (slot, wide_slot), (first, tokens))
         plgpu.commit_smem()
-        plgpu.barrier_arrive((blocks.key_full, blocks.value_full)[which].at[wide])
-        if which == 0 or config.scale_copies:
-            plgpu.barrier_arrive(arriving.key_free.at[slot])
-        if which == 1:
-            plgpu.barrier_arrive(arriving.value_free.at[slot])
+        plgpu.barrier_arrive(wide.full.at[wide_slot])
+        plgpu.barrier_arrive(arriving[which].free.at[slot])
+        if config.scale_copies and which > config.scales_with:
+            plgpu.barrier_arrive(arriving[config.scales_with].free.at[slot])
 
     def widen(self, source: Any, target: Any, *, marked: bool) -> None:
-        """Copies a block; `marked` where an element of int8 may say that its token is NaN."""
+        """Copies some rows; `marked` where an element of int8 may say that its token is NaN."""
         config = self.config
-        tokens, dim = source.shape
+        rows, dim = source.shape
         columns = swizzle_bytes(dim, config.format.dtype)
         layout = _layout(columns)
-        for row in range(0, tokens, MMA_ROWS):
-            for column in range(0, dim, columns):
-                part = pl.ds(row, MMA_ROWS), pl.ds(column, columns)
-                elements = load(source.at[part], layout)
-                if config.format.dtype != np.int8:
-                    elements = elements.astype(jnp.float32)  # what conversions go through
-                wide = elements.astype(config.format.compute_dtype)
-                if marked and config.format.dtype == np.int8 and not config.scale_copies:
-                    wide = jnp.where(wide == INT8_NAN, jnp.nan, wide)
-                target[part] = wide
+        for column in range(0, target.shape[1], columns):
+            part = slice(None), pl.ds(column, columns)
+            if column >= dim:  # rows of a matmul, which has 64 at a time
+                zeros = jnp.zeros((rows, columns), config.format.compute_dtype)
+                target[part] = plgpu.layout_cast(zeros, layout)
+                continue
+            elements = load(source.at[part], layout)
+            if config.format.dtype != np.int8:
+                elements = elements.astype(jnp.float32)  # what conversions go through
+            wide = elements.astype(config.format.compute_dtype)
+            if marked and config.format.dtype == np.int8 and not config.scale_copies:
+                wide = jnp.where(wide == INT8_NAN, jnp.nan, wide)
+            target[part] = wide
 
     def scales(
-        self, segment: Segment, i: jax.Array, which: int, slot: jax.Array, wide: jax.Array
+        self,
+        segment: Segment,
+        i: jax.Array,
+        which: int,
+        slots: tuple[jax.Array, jax.Array],
+        own: tuple[Any, int],
     ) -> None:
         """In the order of tokens. A token that is NaN, in whichever of its scales, is so in its
         key's, and 0 in its value's, as is what is not read: a weight of 0 would not silence it."""
         config, tiles, scales = self.config, self.tiles, self.scratch.scales
         assert scales is not None
         start, stop = tiles.start[segment.tile], tiles.stop[segment.tile]
-        first = (first_block(config, start) + segment.block + i) * config.block_tokens
+        block = first_block(config, start) + segment.block + i
+        first, tokens = own
         piece, (value_lane, _) = config.piece_tokens, scale_lanes(config)
-        for j in range(config.block_tokens // piece):
+        some = min(piece, tokens)
+        for at in range(0, tokens, some):
+            number = lax.div(first + at, jnp.int32(piece))
+            inside = first + at - number * piece
             key, value = (
-                load(scales.arriving.at[slot, j, pl.ds(lane, piece)], COLUMNS)
+                load(scales.arriving.at[slots[0], number, pl.ds(lane + inside, some)], COLUMNS)
                 for lane in (0, value_lane)
             )
-            finite, own = value * 0.0 == 0.0, pl.ds(j * piece, piece)
+            finite, target = value * 0.0 == 0.0, pl.ds(first + at, some)
             if which == 0:
-                scales.key[wide, own] = jnp.where(finite, key, jnp.nan)
+                scales.key[slots[1], target] = jnp.where(finite, key, jnp.nan)
                 continue
-            behind = plgpu.broadcasted_iota(jnp.int32, (piece,), 0, layout=COLUMNS)
-            token = first + j * piece + behind
+            behind = plgpu.broadcasted_iota(jnp.int32, (some,), 0, layout=COLUMNS)
+            token = block * config.block_tokens + first + at + behind
             read = finite & (token >= start) & (token < stop)
-            scales.value[wide, own] = jnp.where(read, value, 0.0)
+            scales.value[slots[1], target] = jnp.where(read, value, 0.0)
 
 
 def _layout(columns: int) -> Any:
