@@ -12,7 +12,7 @@ import pytest
 
 from shardpage import PagedKVCache, Tuning, attend, make_plan, write_kv
 from shardpage.backends import default_for, pallas_gpu, xla
-from shardpage.backends.pallas_gpu import config
+from shardpage.backends.pallas_gpu import config, split
 from shardpage.options import Attention
 from shardpage.page_format import KVLayout, PageFormat
 from shardpage.plan import Writes
@@ -97,6 +97,28 @@ def test_lowers_for_cuda(dtype, scale, rows, head_dim, page_size, kv_layout):
     assert exported(query, cache, reads_of(400, rows)).mlir_module().count("mosaic_gpu_v2") == 2
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "within"),
+    [("int8", "head", 2**-14), ("float8_e4m3fn", "token", 2**-18), ("float8_e5m2", "head", 0)],
+)
+def test_queries_are_the_sum_of_their_pieces(dtype, scale, within):
+    """And what is not finite, or how large a row is, is of that row alone."""
+    form = page_format(dtype=dtype, scale=scale)
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((3, 8, 128)) * 10.0 ** rng.integers(-12, 12, (3, 8, 1))
+    rows[0, 1] = 0
+    query = jnp.asarray(rows, jnp.bfloat16).at[0, 2, 5].set(jnp.inf).at[0, 3, 6].set(jnp.nan)
+    pieces, units = jax.jit(functools.partial(split.queries, page_format=form))(query)
+    assert pieces.shape == (3, 8 * split.pieces(form), 128)
+    assert pieces.dtype == form.dtype
+    columns = jax.vmap(lambda piece: split.products(piece.T, 8, form))(pieces)
+    got = np.array(columns, np.float64).swapaxes(1, 2) * np.array(units, np.float64)[..., None]
+    assert np.isnan(got[0, 2:4]).all()
+    got[0, 2:4], query = 0, query.at[0, 2:4].set(0)
+    largest = np.abs(np.array(query, np.float64)).max(-1, keepdims=True)
+    assert (np.abs(got - np.array(query, np.float64)) <= within * largest).all()
+
+
 def run(inputs, tuning):
     """Plans, writes the new tokens and attends."""
     cache, step = inputs.cache(written=False), inputs.step
@@ -158,6 +180,7 @@ class TestInterpreted:
             ("float8_e4m3fn", "token", "fused", "guesses", {"page_size": 24, "max_blocks": 4}),
             ("float8_e5m2", "head", "tokens_first", "window", {"head_dim": 96}),
             ("float8_e5m2", "token", "interleaved_words", "capped_with_sinks", {"page_size": 16}),
+            ("int8", "token", "blocks_first", "mixed", {"num_heads": 16, "page_size": 32}),
         ],
     )
     def test_written_and_attended_to(self, dtype, scale, kv_layout, step, changes):
@@ -196,6 +219,14 @@ class TestOnHopper:
     def test_more_blocks_than_shared_memory_has(self, dtype, scale, changes):
         for head_dim in (32, 64, 128):
             check(dtype, scale, "fused", "prompt", ON_HOPPER, {**changes, "head_dim": head_dim})
+
+    @pytest.mark.parametrize("step", ["guesses", "mixed", "window"])
+    @pytest.mark.parametrize("num_heads", [12, 16, 32])
+    @kinds
+    def test_more_queries_to_a_tile(self, dtype, scale, num_heads, step):
+        """Up to 32 rows, up to 64, and for two warpgroups."""
+        changes = {"num_heads": num_heads, "head_dim": 128, "page_size": 16, "max_blocks": 6}
+        check(dtype, scale, "blocks_first", step, ON_HOPPER, changes)
 
     @pytest.mark.parametrize("name", DECODES)
     @kinds

@@ -3,7 +3,7 @@
     fetch     K0 V0 K1 V1 | K2 V2 ...           into a ring of blocks, one copy per page and head
     attend          S0 P0 O0 | S1 P1 O1 ...     products, softmax, weighted values (`blocks.py`)
 
-Of a quantised cache a warpgroup between them widens the blocks (`widen.py`).
+Of a quantised cache one or two between them widen blocks (`widen.py`).
 
 Each CTA walks over its share of all units (`share.py`). Whole units are finished here; the parts of
 cut ones leave as partial softmaxes, which `merge_kernel.py` merges.
@@ -53,7 +53,7 @@ REGISTERS = {
 
 class Inputs(NamedTuple):
     query: Any  # [copies, copy_rows, key_dim]
-    query_units: Any | None  # [copies, query_rows], of queries that are split
+    query_units: Any  # [copies, query_rows], of queries that are split, or None
     arrays: tuple[Any, ...]  # of the cache
     scales: tuple[Any, ...]  # of its tokens, [pages, kv_heads, 1, 2 * page_size]
     ids: Any  # [rows, pages]
@@ -149,7 +149,7 @@ class Kernel:
         rows, full = pl.ds(slot * config.copy_rows, config.copy_rows), scratch.query_full.at[slot]
         copy = lax.div(segment.unit, jnp.int32(config.fold))
         plgpu.copy_gmem_to_smem(inputs.query.at[copy], scratch.query.at[rows], full)
-        if inputs.query_units is not None and scratch.query_units is not None:
+        if inputs.query_units is not None:
             units = scratch.query_units.at[slot, pl.ds(0, config.query_rows)]
             plgpu.copy_gmem_to_smem(inputs.query_units.at[copy], units, full)
 
@@ -216,9 +216,7 @@ class Kernel:
     def attend(self, segment: Segment, share: Share, cta: jax.Array, warpgroup: jax.Array) -> None:
         """Attends with a unit's queries to the blocks of a segment, and stores the result."""
         config, scratch, outputs = self.config, self.scratch, self.outputs
-        blocks = self.way.of(
-            config, self.logits, self.inputs.tiles, scratch, segment, warpgroup
-        )
+        blocks = self.way.of(config, self.logits, self.inputs.tiles, scratch, segment, warpgroup)
         plgpu.barrier_wait(scratch.query_full.at[blocks.query_slot])
         result = blocks.attend()
         plgpu.barrier_arrive(scratch.query_free.at[blocks.query_slot])

@@ -141,7 +141,9 @@ class QueriesFirst(Blocks):
     def store(self, result: tuple[jax.Array, jax.Array], out: Any, lse_out: Any) -> None:
         """Copies this warpgroup's rows of a unit to `out`, a chunk of columns at a time."""
         config, chunk = self.config, self.config.store_chunk
-        staged_out, staged_lse = (x.at[self.warpgroup] for x in (self.scratch.out, self.scratch.lse))
+        staged_out, staged_lse = (
+            x.at[self.warpgroup] for x in (self.scratch.out, self.scratch.lse)
+        )
         first = lax.rem(self.segment.unit, jnp.int32(config.fold)) * config.rows
         rows, own = config.rows, 0
         if config.consumers > 1:

@@ -33,7 +33,7 @@ class Scratch(NamedTuple):
     """What the warpgroups of a CTA share. Of two, the first is of keys, the second of values."""
 
     query: Any
-    query_units: Any | None  # [query_slots, lanes], of queries that are split
+    query_units: Any  # [query_slots, lanes], of queries that are split, or None
     arriving: tuple[Ring, Ring]  # blocks as stored
     wide: tuple[Ring | None, Ring | None]  # where matmuls do not take them so
     scales: Scales | None
@@ -41,7 +41,7 @@ class Scratch(NamedTuple):
     lse: Any
     query_full: Any
     query_free: Any
-    weights: Any | None
+    weights: Any  # of a block, where a matmul takes them from here, or None
 
     @property
     def taken(self) -> tuple[Ring, Ring]:

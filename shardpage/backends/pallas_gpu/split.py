@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from ...page_format import PageFormat
@@ -20,7 +21,7 @@ from ...quantise import INT8_NAN
 
 class _Pieces(NamedTuple):
     number: int
-    bits: int  # from one to the next
+    bits: int  # of one, and from one to the next
     top: int  # elements of a row are below 2**top units
 
 
@@ -54,9 +55,12 @@ def queries(
     rest = jnp.ldexp(query, -exponent[..., None])
     made = []
     for _ in range(number):
-        piece = jnp.clip(jnp.round(rest), -127, 127) if dtype == np.int8 else rest
+        if dtype == np.int8:
+            piece = jnp.clip(jnp.round(rest), -127, 127)
+        else:  # XLA takes the conversion to 8 bits and back for the number itself
+            piece = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=bits - 1)
         made.append(piece.astype(dtype))
-        rest = (rest - made[-1].astype(jnp.float32)) * 2.0**bits
+        rest = (rest - piece) * 2.0**bits
     if _marked(page_format):
         made.append(jnp.zeros_like(made[0]).at[..., 0].set(1))
     unit = jnp.where(jnp.isfinite(largest), jnp.ldexp(1.0, exponent), jnp.nan)

@@ -61,7 +61,7 @@ class TokensFirst(Blocks):
         products = self.products(key.blocks.at[key_slot])
         plgpu.barrier_arrive(key.free.at[key_slot])
         plgpu.barrier_wait(value.full.at[value_slot])
-        if scales is not None:
+        if scales is not None:  # those of keys come with the values
             products = _by_token(products, scales.key.at[value_slot])
         logits = self.masked(i, self.logits.in_base_2(products))
 
@@ -92,8 +92,6 @@ class TokensFirst(Blocks):
         query = self.scratch.query.at[copy].transpose((1, 0))
         dtype = jnp.int32 if config.format.dtype == jnp.int8 else jnp.float32
         multiplied = _product(keys_ref, query, dtype)
-        if self.scratch.query_units is None:
-            return multiplied
         units = self.scratch.query_units.at[self.query_slot, pl.ds(0, config.query_rows)]
         products = split.products(multiplied, config.query_rows, config.format)
         return products * _columns(load(units, COLUMNS), products.shape)

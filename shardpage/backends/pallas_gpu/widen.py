@@ -5,8 +5,8 @@ the matmuls of those that attend take them; scales of tokens they put in the ord
     widen        K0 V0 K1 V1 ...               bfloat16, which holds them all exactly
     attend          S0 P0 O0 | S1 P1 O1 ...
 
-With few queries keys are taken as they are stored (`tokens_first.py`), and two warpgroups widen half
-of each block of values.
+With few queries keys are taken as they are stored (`tokens_first.py`), and only values widened.
+Of two warpgroups that widen, each has half of the tokens.
 
 A widened element is not multiplied by its token's scale: those of keys go to the logits, those of
 values to the weights, in float32.
@@ -28,7 +28,6 @@ from .config import Config, scale_lanes, swizzle_bytes
 from .mosaic import MMA_ROWS, WARP, load
 from .scratch import Scratch
 from .share import Segment, first_block
-from .softmax import COLUMNS
 from .tiles import Tiles
 
 _VECTOR = 8  # elements that a thread reads, and writes, at once
@@ -123,21 +122,31 @@ class Widener:
         first, tokens = own
         piece, (value_lane, _) = config.piece_tokens, scale_lanes(config)
         some = min(piece, tokens)
+        layout = _vector(min(some, WARP))
         for at in range(0, tokens, some):
             number = lax.div(first + at, jnp.int32(piece))
             inside = first + at - number * piece
             key, value = (
-                load(scales.arriving.at[slots[0], number, pl.ds(lane + inside, some)], COLUMNS)
+                load(scales.arriving.at[slots[0], number, pl.ds(lane + inside, some)], layout)
                 for lane in (0, value_lane)
             )
             finite, target = value * 0.0 == 0.0, pl.ds(first + at, some)
             if which == 0:
                 scales.key[slots[1], target] = jnp.where(finite, key, jnp.nan)
                 continue
-            behind = plgpu.broadcasted_iota(jnp.int32, (some,), 0, layout=COLUMNS)
+            behind = plgpu.broadcasted_iota(jnp.int32, (some,), 0, layout=layout)
             token = block * config.block_tokens + first + at + behind
             read = finite & (token >= start) & (token < stop)
             scales.value[slots[1], target] = jnp.where(read, value, 0.0)
+
+
+def _vector(length: int) -> Any:
+    """Of a vector of a multiple of so many elements: each warp has all of it."""
+    replicated = (plgpu.Replicated(WARP // length),) if length < WARP else ()
+    tiling = plgpu.Tiling(((length,), (1,)))
+    return plgpu.Layout.TILED(
+        tiling, warp_dims=(plgpu.Replicated(4),), lane_dims=(*replicated, -2), vector_dim=-1
+    )
 
 
 def _layout(columns: int) -> Any:
