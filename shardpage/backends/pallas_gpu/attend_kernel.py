@@ -20,10 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .config import Config, scale_lanes
 from .mosaic import MMA_ROWS, WARPGROUP
-from .pages import rows_at
+from .pages import Pages, rows_at
 from .queries_first import QueriesFirst
 from .scratch import Scratch
-from .share import Segment, Share, first_block, for_each_segment, last_cta, share_of
+from .share import Segment, Share, for_each_segment, last_cta, share_of
 from .softmax import Logits
 from .tiles import Tiles
 from .tokens_first import TokensFirst
@@ -153,24 +153,20 @@ class Kernel:
             units = scratch.query_units.at[slot, pl.ds(0, config.query_rows)]
             plgpu.copy_gmem_to_smem(inputs.query_units.at[copy], units, full)
 
-        def fetch_block(i, _):
-            self.fetch_block(segment, i)
-            return 0
+        pages = Pages.of(config, inputs.ids, inputs.tiles, segment)
 
-        lax.fori_loop(0, segment.length, fetch_block, 0)
+        def fetch_block(i, ids):
+            following = pages.ids_of(i + 1)  # on their way while copies are started
+            self.fetch_block(segment, i, pages, ids)
+            return following
 
-    def fetch_block(self, segment: Segment, i: jax.Array) -> None:
-        config, inputs = self.config, self.inputs
-        tiles, page_size, piece = inputs.tiles, config.format.page_size, config.piece_tokens
-        start, stop = tiles.start[segment.tile], tiles.stop[segment.tile]
-        row = segment.tile if tiles.row is None else tiles.row[segment.tile]
-        first_page, last_page = (lax.div(x, jnp.int32(page_size)) for x in (start, stop - 1))
-        per_block, per_page = config.block_tokens // piece, jnp.int32(page_size // piece)
-        block = first_block(config, start) + segment.block + i
-        pieces = [block * per_block + j for j in range(per_block)]
-        # Tokens that are not read are of pages that may not be looked up: a page that is serves.
-        pages = [jnp.clip(lax.div(number, per_page), first_page, last_page) for number in pieces]
-        ids = [inputs.ids[row, page] for page in pages]
+        lax.fori_loop(0, segment.length, fetch_block, pages.ids_of(0))
+
+    def fetch_block(
+        self, segment: Segment, i: jax.Array, pages: Pages, ids: tuple[jax.Array, ...]
+    ) -> None:
+        config, piece = self.config, self.config.piece_tokens
+        per_page = jnp.int32(config.format.page_size // piece)
         slot = lax.rem(segment.step + i, jnp.int32(config.stages))
 
         for which, ring in enumerate(self.scratch.arriving):
@@ -180,7 +176,7 @@ class Kernel:
                 plgpu.barrier_wait(free.at[slot])
 
             full = ring.full.at[slot]
-            for j, (page, number) in enumerate(zip(ids, pieces, strict=True)):
+            for j, (page, number) in enumerate(zip(ids, pages.pieces_of(i), strict=True)):
                 source = self.piece(which, page, segment.head, lax.rem(number, per_page))
                 part = ring.blocks.at[slot, pl.ds(j * piece, piece)]
                 plgpu.copy_gmem_to_smem(source, part, full)
