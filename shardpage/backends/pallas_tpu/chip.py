@@ -25,6 +25,7 @@ class Chip:
     hbm_bytes_per_us: float
     step_blocks: int = 8  # that a kernel works on at once, to hide the latencies of each
     widens: bool = False  # quantised elements first: its matrix units take none beside bfloat16
+    integers: bool = True  # its matrix units multiply int8
 
     @property
     def bytes_in_flight(self) -> int:
@@ -53,6 +54,7 @@ def chip_of(tuning: Tuning) -> Chip:
         smem_bytes=info.smem_capacity_bytes,
         hbm_bytes_per_us=info.mem_bw_bytes_per_second / 1e6,
         widens=info.generation < 5,
+        integers=info.int8_ops_per_second > 0,
     )
 
 

@@ -102,7 +102,7 @@ def _share(page_format: PageFormat, num_heads: int, tuning: Tuning) -> tuple[Geo
     if cores.by_heads:
         heads = page_format.num_kv_heads // cores.count
         page_format = dataclasses.replace(page_format, num_kv_heads=heads)
-    return Geometry(page_format, queries_per_kv_head, chip.widens), cores
+    return Geometry(page_format, queries_per_kv_head, chip.widens, chip.integers), cores
 
 
 def check_format(page_format: PageFormat) -> None:

@@ -34,6 +34,7 @@ class Geometry:
     format: PageFormat  # with the KV heads of one core
     queries_per_kv_head: int
     widens: bool = False  # see `Chip`
+    integers: bool = False  # likewise
 
     @property
     def rows_in_use(self) -> int:

@@ -249,13 +249,50 @@ def _scores(view: View, group: int, logits: Logits) -> jax.Array:
     geometry = view.geometry
     keys = [view.keys(head) for head in geometry.heads_of(group)]
     queries = view.query[_rows(geometry, group), :]
-    dots = _own_rows(geometry, [dot(queries, key, over=1) for key in keys])
+    integers = geometry.integers and geometry.format.dtype == np.int8
+    dots, first = (_integer_dots if integers else _dots)(geometry, queries, keys)
     scores = logits(dots, view.scales(0, group))
-    if geometry.format.scale == "head":
-        ones = first_elements(geometry.format, geometry.rows_per_group, _copies(geometry))
-        first = _own_rows(geometry, [dot(ones, key, over=1) for key in keys])
+    if first is not None:
         scores = jnp.where(is_token(geometry.format, first), scores, jnp.nan)
     return jnp.where(_seen_logits(geometry, view.num_rows, view.span), scores, -jnp.inf)
+
+
+def _dots(
+    geometry: Geometry, queries: jax.Array, keys: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array | None]:
+    """Dot products, [rows_per_group, num_rows]; where keys say if they are numbers, what says so."""
+    by_head = lambda rows: _own_rows(geometry, [dot(rows, key, over=1) for key in keys])
+    if geometry.format.scale != "head":
+        return by_head(queries), None
+    ones = first_elements(geometry.format, geometry.rows_per_group, _copies(geometry))
+    return by_head(queries), by_head(ones)
+
+
+def _integer_dots(
+    geometry: Geometry, queries: jax.Array, keys: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array | None]:
+    """The same of int8 keys as they are stored, which need not be widened for it.
+
+    Queries are the sums of two pieces of 8 bits, more rows of the matmul, whose sums are exact: so
+    an element is within 2**-15 of its row's largest.
+    """
+    queries, rows = queries.astype(jnp.float32), geometry.rows_per_group
+    unit = jnp.max(jnp.abs(queries), axis=1, keepdims=True) * (1 / 127)
+    units = queries / unit
+    high = jnp.round(units)
+    pieces = [high, jnp.round((units - high) * 128)]
+    if geometry.format.scale == "head":
+        ones = first_elements(geometry.format, rows, _copies(geometry))
+        pieces.append(ones.astype(jnp.float32))
+    stacked = jnp.concatenate(pieces).astype(jnp.int8)
+    dims, options = (((1,), (1,)), ((), ())), {"preferred_element_type": jnp.int32}
+    found = [lax.dot_general(stacked, key, dims, **options) for key in keys]
+    part = lambda i: [each[i * rows : (i + 1) * rows] for each in found]
+    sums = [(high << 7) + low for high, low in zip(part(0), part(1), strict=True)]
+    dots = _own_rows(geometry, sums).astype(jnp.float32) * (unit * (1 / 128))
+    if geometry.format.scale != "head":
+        return dots, None
+    return dots, _own_rows(geometry, part(2)).astype(jnp.float32)
 
 
 def first_elements(page_format: PageFormat, rows: int, copy: Any) -> jax.Array:
