@@ -1,6 +1,7 @@
 """Quantised caches against an oracle that quantises by its own code: every kind of cache, mask,
 mesh and way of computing it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from shardpage import PagedKVCache, Tuning, attend, make_plan, write_kv
+from shardpage.backends.pallas_tpu.chip import UNKNOWN_CHIP
 
 from . import backends, cases, steps, tolerance
 from .cases import KV_LAYOUTS, PLACEMENTS, TOKEN_LAYOUTS, build_mesh
@@ -116,6 +118,23 @@ def test_one_token_a_sequence(backend, dtype, scale, name):
     case = case.replace(name=f"quantised_{name}", max_context_len=None)
     inputs = cases.make(case, in_turn(KV_LAYOUTS, KINDS.index((dtype, scale))))
     tolerance.assert_within_rounding(inputs, *backends.attend(inputs, backend))
+
+
+@pytest.mark.parametrize("scale", ["token", "head"])
+@pytest.mark.parametrize(
+    ("dtype", "able"),
+    [
+        ("int8", {"integers": False}),  # TPU7x
+        ("int8", {"integers": False, "widens": True}),  # v4
+        ("float8_e4m3fn", {"integers": False, "widens": True}),
+    ],
+)
+def test_chips_that_multiply_other_dtypes(dtype, scale, able):
+    """The others multiply int8 keys as they are, and so does the interpreter elsewhere."""
+    case = cases.named("page64").replace(dtype=dtype, scale=scale, page_size=64, max_blocks=3)
+    inputs = cases.make(case.replace(name="quantised_page64", max_context_len=None), "fused")
+    tuning = Tuning(backend="pallas_tpu", chip=dataclasses.replace(UNKNOWN_CHIP, **able))
+    tolerance.assert_within_rounding(inputs, *backends.attend_as(inputs, tuning))
 
 
 @kinds

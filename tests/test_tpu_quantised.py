@@ -124,3 +124,11 @@ def test_issue_is_within_its_bounds(topology, case):
     if (topology, case.dtype, heads) == ("tpu7x:2x2x1", "int8", "G4 K8"):
         most = 1.35  # widened, where the matrix units take fp8 as it is
     assert quantised.cycles <= most * quantised.hbm_cycles
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_int8_issues_no_longer_than_bfloat16(topology):
+    """Nor where all query heads share one KV head: matmuls take its keys as they are."""
+    name = "64 x 4096, G8 K1, page 64"
+    assert executed(topology, f"{name}, int8").cycles <= executed(topology, name).cycles
