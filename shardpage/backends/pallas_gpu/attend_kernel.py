@@ -1,9 +1,10 @@
 """The kernel's body: one warpgroup fetches pages, one or two others attend.
 
     fetch     K0 V0 K1 V1 | K2 V2 ...           into a ring of blocks, one copy per page and head
-    attend          S0 P0 O0 | S1 P1 O1 ...     products, softmax, weighted values (`blocks.py`)
+    attend          S0 P0 O0 | S1 P1 O1 ...     products, softmax, weighted values
 
-Of a quantised cache one or two between them widen blocks (`widen.py`).
+Queries are the rows of the products (`queries_first.py`), or tokens are (`tokens_first.py`). Of a
+quantised cache one or two warpgroups widen blocks in between (`widen.py`).
 
 Each CTA walks over its share of all units (`share.py`). Whole units are finished here; the parts of
 cut ones leave as partial softmaxes, which `merge_kernel.py` merges.

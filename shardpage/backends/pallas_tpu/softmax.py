@@ -260,7 +260,7 @@ def _scores(view: View, group: int, logits: Logits) -> jax.Array:
 def _dots(
     geometry: Geometry, queries: jax.Array, keys: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Dot products, [rows_per_group, num_rows]; where keys say if they are numbers, what says so."""
+    """Dot products, [rows_per_group, num_rows], and of keys that may be marked their marks."""
     by_head = lambda rows: _own_rows(geometry, [dot(rows, key, over=1) for key in keys])
     if geometry.format.scale != "head":
         return by_head(queries), None
