@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from shardpage import PagedKVCache, Plan, Tuning, make_plan
+from shardpage import PagedKVCache, Plan, Tuning, attend, make_plan, write_kv
 
 from . import cases, quantised, reference
 from .backends import interpret
@@ -231,6 +231,20 @@ def planned(inputs: StepInputs, backend: str, mesh: Mesh | None, cache: PagedKVC
         tuning=Tuning(backend=backend, interpret=interpret(backend)),
         **inputs.step.mask,
     )
+
+
+def run_as(inputs: StepInputs, tuning: Tuning) -> tuple[np.ndarray, np.ndarray]:
+    """Plans, writes the new tokens and attends, as told: (out, lse)."""
+    cache, step = inputs.cache(written=False), inputs.step
+    plan = make_plan(
+        cache, inputs.context_lens, inputs.block_tables, inputs.query_lens,
+        num_heads=step.num_heads, num_queries=inputs.num_queries, tuning=tuning, **step.mask,
+    )  # fmt: skip
+    cache = write_kv(cache, jnp.asarray(inputs.key), jnp.asarray(inputs.value), plan)
+    sinks = None if inputs.sinks is None else jnp.asarray(inputs.sinks)
+    options = {"soft_cap": step.soft_cap, "sinks": sinks, "return_lse": True}
+    out, lse = attend(jnp.asarray(inputs.query), cache, plan, **options)
+    return np.array(out), np.array(lse)
 
 
 def exact(inputs: StepInputs, attend_token=None) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardpage import PagedKVCache, Tuning, attend, make_plan, write_kv
+from shardpage import PagedKVCache, Tuning, write_kv
 from shardpage.backends import default_for, pallas_gpu, xla
 from shardpage.backends.pallas_gpu import config, split
 from shardpage.options import Attention
@@ -119,22 +119,9 @@ def test_queries_are_the_sum_of_their_pieces(dtype, scale, within):
     assert (np.abs(got - np.array(query, np.float64)) <= within * largest).all()
 
 
-def run(inputs, tuning):
-    """Plans, writes the new tokens and attends."""
-    cache, step = inputs.cache(written=False), inputs.step
-    plan = make_plan(
-        cache, inputs.context_lens, inputs.block_tables, inputs.query_lens,
-        num_heads=step.num_heads, num_queries=inputs.num_queries, tuning=tuning, **step.mask,
-    )  # fmt: skip
-    cache = write_kv(cache, jnp.asarray(inputs.key), jnp.asarray(inputs.value), plan)
-    sinks = None if inputs.sinks is None else jnp.asarray(inputs.sinks)
-    options = {"soft_cap": step.soft_cap, "sinks": sinks, "return_lse": True}
-    return tuple(map(np.array, attend(jnp.asarray(inputs.query), cache, plan, **options)))
-
-
 def check(dtype, scale, kv_layout, step, tuning, changes):
     inputs = steps.make(quantised(step, dtype, scale, **changes), kv_layout)
-    steps.assert_exact(inputs, *run(inputs, tuning))
+    steps.assert_exact(inputs, *steps.run_as(inputs, tuning))
 
 
 def check_write(dtype, scale, kv_layout, tuning, num_tokens=13, heads=4, head_dim=96):
@@ -157,10 +144,10 @@ def check_write(dtype, scale, kv_layout, tuning, num_tokens=13, heads=4, head_di
 def check_no_number(dtype, scale, which, tuning, name="decoding"):
     """A new token that is no number is seen by the queries of its sequence and KV head alone."""
     inputs = steps.make(quantised(name, dtype, scale))
-    clean, _ = run(inputs, tuning)
+    clean, _ = steps.run_as(inputs, tuning)
     sequence, position = {"decoding": (3, 8), "mixed": (0, 20)}[name]
     row, new, place = poisoned(inputs, which, np.nan, sequence, position, head=2)
-    out, lse = run(inputs, tuning)
+    out, lse = steps.run_as(inputs, tuning)
     seen = np.zeros(lse.shape, bool)
     seen[row + place : row + new, 4:6] = True
     assert_nan_where(seen, out, lse, clean)

@@ -120,21 +120,29 @@ def test_one_token_a_sequence(backend, dtype, scale, name):
     tolerance.assert_within_rounding(inputs, *backends.attend(inputs, backend))
 
 
-@pytest.mark.parametrize("scale", ["token", "head"])
+TPU7X, V4 = {"integers": False}, {"integers": False, "widens": True}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "able"),
+    ("dtype", "scale", "able", "packed"),
     [
-        ("int8", {"integers": False}),  # TPU7x
-        ("int8", {"integers": False, "widens": True}),  # v4
-        ("float8_e4m3fn", {"integers": False, "widens": True}),
+        ("int8", "token", TPU7X, False),
+        ("int8", "head", TPU7X, True),
+        ("int8", "token", V4, False),
+        ("int8", "head", V4, False),
+        ("float8_e4m3fn", "token", V4, True),
+        ("float8_e5m2", "head", V4, False),
     ],
 )
-def test_chips_that_multiply_other_dtypes(dtype, scale, able):
-    """The others multiply int8 keys as they are, and so does the interpreter elsewhere."""
-    case = cases.named("page64").replace(dtype=dtype, scale=scale, page_size=64, max_blocks=3)
-    inputs = cases.make(case.replace(name="quantised_page64", max_context_len=None), "fused")
-    tuning = Tuning(backend="pallas_tpu", chip=dataclasses.replace(UNKNOWN_CHIP, **able))
-    tolerance.assert_within_rounding(inputs, *backends.attend_as(inputs, tuning))
+def test_chips_that_multiply_other_dtypes(dtype, scale, able, packed):
+    """Decoding rows, guesses and a prompt; other chips multiply int8, as the interpreter does."""
+    sizes = {"page_size": 64 if packed else 32, "max_blocks": 6}
+    seqs = ((161, 1), (33, 1), (96, 4), (40, 21))
+    step = quantised("prompt", dtype, scale, seqs=seqs, num_queries=27, **sizes)
+    chip = dataclasses.replace(UNKNOWN_CHIP, **able)
+    inputs = steps.make(step, "fused", packed=packed)
+    tuning = Tuning(backend="pallas_tpu", chip=chip, interpret=True)
+    steps.assert_exact(inputs, *steps.run_as(inputs, tuning))
 
 
 @kinds

@@ -21,6 +21,7 @@ from ...options import UNCAPPED, factor_under_cap
 from ...page_format import PageFormat
 from ...quantise import largest
 from .geometry import LANES, Geometry
+from .widen import as_matrix, lanes, row_at
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 LOG2_E = math.log2(math.e)
@@ -139,7 +140,7 @@ class View:
         buffer = self.buffers[-1].at[self.place]
         pages = range(self.first_page, self.first_page + self.num_pages)
         parts = [
-            scale_row(geometry.format, [buffer[page, head] for page in pages], which, copy)
+            scale_row(geometry, [buffer[page, head] for page in pages], which, copy)
             for head in geometry.heads_of(group)
             for copy in range(geometry.format.pack)
         ]
@@ -168,20 +169,13 @@ class View:
         return self.buffers[which].at[self.place, pages]
 
 
-def as_matrix(where: Any, elements: jax.Array) -> jax.Array:
-    """Elements as the matrix units take them; `where` has a `format`, and says if it `widens`."""
-    wide = where.widens and where.format.quantised
-    return elements.astype(where.format.compute_dtype) if wide else elements
-
-
-def scale_row(
-    page_format: PageFormat, pages: Sequence[jax.Array], which: int, copy: int
-) -> jax.Array:
+def scale_row(where: Any, pages: Sequence[jax.Array], which: int, copy: int) -> jax.Array:
     """Scales of the keys (0) or values (1) that are `copy`th in their rows, [1, cache rows], of
     pages' [1, 2 * page_size]."""
+    page_format = where.format
     first = which * page_format.page_size + copy * page_format.page_rows
     own = [page[:, first : first + page_format.page_rows] for page in pages]
-    return own[0] if len(own) == 1 else jnp.concatenate(own, axis=1)
+    return lanes(where, own[0] if len(own) == 1 else jnp.concatenate(own, axis=1))
 
 
 def attend(views: Sequence[View], logits: Logits) -> list[Sums]:
@@ -380,7 +374,7 @@ def _by_own_part(geometry: Geometry, parts: list[jax.Array]) -> jax.Array:
 def _seen_logits(geometry: Geometry, num_rows: int, span: Span) -> jax.Array:
     """Which logits count: [rows_per_group, num_rows]."""
     shape = (geometry.rows_per_group, num_rows)
-    token = lax.broadcasted_iota(jnp.int32, shape, 1)
+    token = row_at(geometry, lax.broadcasted_iota(jnp.int32, shape, 1))
     if geometry.format.pack > 1:
         row = lax.broadcasted_iota(jnp.int32, shape, 0)
         if geometry.rows_per_group > geometry.rows_per_head:  # several heads, of 2 ** n rows each

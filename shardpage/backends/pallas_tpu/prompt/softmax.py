@@ -30,13 +30,13 @@ from ..softmax import (
     LOG2_E,
     Logits,
     across,
-    as_matrix,
     dot,
     finite_or_nan,
     first_elements,
     is_token,
     scale_row,
 )
+from ..widen import as_matrix, row_at
 from .config import Config
 
 # Maxima serve as long as no weights of a block sum to more. They lose nothing by being large, for
@@ -86,7 +86,7 @@ class Block:
         if page_format.scale != "token":
             return None
         pages = [self.buffers[-1][self.first_page + i, head] for i in range(self.num_pages)]
-        return scale_row(page_format, pages, which, copy)
+        return scale_row(self.config, pages, which, copy)
 
     def sizes(self, which: int, head: Any, elements: jax.Array) -> jax.Array:
         """In one tile, sums of what these elements are without their signs, or more."""
@@ -401,7 +401,8 @@ def _masked(
 ) -> jax.Array:
     """-inf where a token is not seen, NaN where it is and has a flaw."""
     shape = (config.tile_tokens, score.shape[1])
-    token = lax.broadcasted_iota(jnp.int32, shape, 1) * config.format.pack + copy
+    row = row_at(config, lax.broadcasted_iota(jnp.int32, shape, 1))
+    token = row * config.format.pack + copy
     seen = (token >= spans[:, :1]) & (token < spans[:, 1:2])
     by_head = score.reshape(-1, *shape)
     flawless = jnp.where(flawed > 0, jnp.nan, jnp.zeros(shape, jnp.float32))
