@@ -302,10 +302,11 @@ def _block_tokens(config: Config, tuning: Tuning) -> int:
 def _store_chunks(config: Config) -> list[int]:
     """Columns that may leave at a time; widest first."""
     dim = config.out_dim
-    if config.tokens_first:
-        return [*range(dim, 0, -MMA_ROWS)]
-    columns = swizzle_bytes(dim, np.dtype(np.float16)) // 2
-    widths = [*range(dim, 0, -columns), 32]
+    if config.tokens_first:  # columns are rows of the last matmul
+        widths = [*range(dim, 0, -MMA_ROWS)]
+    else:
+        columns = swizzle_bytes(dim, np.dtype(np.float16)) // 2
+        widths = [*range(dim, 0, -columns), 32]
     return [chunk for chunk in widths if dim % chunk == 0]
 
 
@@ -331,9 +332,9 @@ def unit_lanes(config: Config) -> int:
 
 
 def reduction_bytes(config: Config) -> int:
-    """Of shared memory, for the peaks of queries over the tokens of all four warps: a number for
-    each of their threads, and query."""
-    return WARPGROUP * config.query_rows if config.tokens_first else 0
+    """Of shared memory, for the peaks of queries over the tokens of all four warps, of which each
+    thread has those of two queries in eight."""
+    return _SCALE_BYTES * WARPGROUP * config.query_rows // 4 if config.tokens_first else 0
 
 
 def _smem_bytes(config: Config) -> int:
