@@ -25,7 +25,7 @@ class Chip:
     hbm_bytes_per_us: float
     step_blocks: int = 8  # that a kernel works on at once, to hide the latencies of each
     widens: bool = False  # quantised elements first: its matrix units take none beside bfloat16
-    integers: bool = True  # its matrix units multiply int8
+    integers: bool = False  # its matrix units multiply int8
 
     @property
     def bytes_in_flight(self) -> int:
