@@ -15,7 +15,7 @@ from .config import Config
 from .mosaic import MMA_ROWS, load
 from .scratch import Ring, Scratch
 from .share import Segment, first_block
-from .softmax import Logits
+from .softmax import Logits, seen, zero_unread
 from .tiles import Tiles
 
 
@@ -74,6 +74,25 @@ class Blocks:
         """Whether a block has tokens outside `[start, stop)`."""
         first = self.first_token(i)
         return (first < start) | (first + self.config.block_tokens > stop)
+
+    def masked(self, i: jax.Array, logits: jax.Array, layout: Any, *, token_axis: int) -> jax.Array:
+        """Logits of a block, -inf for what is not read; only one that sticks out is masked."""
+        first, queries = self.first_token(i), logits.shape[1 - token_axis]
+
+        def mask(logits):
+            return seen(logits, first, *self.own_span(queries, layout), token_axis=token_axis)
+
+        sticks_out = self.sticks_out(i, self.all_start, self.all_stop)
+        return lax.cond(sticks_out, mask, lambda logits: logits, logits)
+
+    def zero_unread(self, i: jax.Array) -> None:
+        """Zeroes values of a block that are not read."""
+
+        @pl.when(self.sticks_out(i, self.start, self.stop))
+        def _():
+            value = self.scratch.taken[1]
+            block = value.blocks.at[self.slot(value, i)]
+            zero_unread(block, self.first_token(i), self.start, self.stop)
 
     def own_span(self, rows: int, layout: Any) -> tuple[jax.Array, jax.Array]:
         """What so many queries of this warpgroup read: all of them the same, or each its own."""

@@ -89,13 +89,8 @@ class QueriesFirst(Blocks):
         return self.weigh(i, state, products)
 
     def weigh(self, i: jax.Array, state: softmax.State, products: jax.Array) -> Carry:
-        """Takes the products of a block in. Only a block that sticks out is masked."""
-        first = self.first_token(i)
-        mask = lambda logits: softmax.seen(logits, first, *self.own_span(MMA_ROWS, softmax.ROWS))
-        logits = self.logits.in_base_2(products)
-        logits = lax.cond(
-            self.sticks_out(i, self.all_start, self.all_stop), mask, lambda logits: logits, logits
-        )
+        """Takes the products of a block in."""
+        logits = self.masked(i, self.logits.in_base_2(products), softmax.ROWS, token_axis=1)
         state, weights = softmax.weigh(state, logits, self.logits.factor)
         return state, weights.astype(self.weights_dtype)
 
@@ -116,13 +111,6 @@ class QueriesFirst(Blocks):
         if scales is not None:
             weights = _by_token(weights, scales.value.at[slot])
         return weights.astype(self.config.format.compute_dtype)
-
-    def zero_unread(self, i: jax.Array) -> None:
-        @pl.when(self.sticks_out(i, self.start, self.stop))
-        def _():
-            value = self.scratch.taken[1]
-            block = value.blocks.at[self.slot(value, i)]
-            softmax.zero_unread(block, self.first_token(i), self.start, self.stop)
 
     @property
     def stage(self) -> Any:

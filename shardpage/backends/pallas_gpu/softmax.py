@@ -57,7 +57,10 @@ class Logits:
 
 
 class State(NamedTuple):
-    """A partial softmax: exp2(logits - peak), summed, and weighted sums of values."""
+    """A partial softmax: exp2(logits - peak), summed, and weighted sums of values.
+
+    Of queries as rows; as columns `sums` is transposed (see `tokens_first.py`).
+    """
 
     peak: jax.Array  # [64]
     total: jax.Array  # [64]
@@ -75,17 +78,18 @@ def nothing(value_dim: int) -> State:
 
 def products(query_ref: Any, key_ref: Any) -> jax.Array:
     """Queries times keys, `[64, tokens]` in float32."""
-    return _product(query_ref, key_ref.transpose((1, 0)))
+    return product(query_ref, key_ref.transpose((1, 0)))
 
 
-def _product(a: Any, b_ref: Any) -> jax.Array:
+def product(a_ref: Any, b_ref: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """Of two matrices in shared memory."""
+
     def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, a, b_ref)
+        plgpu.wgmma(acc_ref, a_ref, b_ref)
         return acc_ref[...]
 
-    return pl.run_scoped(
-        multiply, plgpu.WGMMAAccumulatorRef((MMA_ROWS, b_ref.shape[1]), jnp.float32)
-    )
+    shape = a_ref.shape[0], b_ref.shape[1]
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, dtype))
 
 
 def seen(
@@ -122,7 +126,7 @@ def add_values(state: State, weights: jax.Array, value_ref: Any, stage_ref: Any)
     if stage_ref is not None:
         stage_ref[...] = weights
         plgpu.commit_smem()
-        return state._replace(sums=state.sums + _product(stage_ref, value_ref))
+        return state._replace(sums=state.sums + product(stage_ref, value_ref))
     multiply = lambda sums_ref: plgpu.wgmma(sums_ref, weights, value_ref)
     sums = pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(state.sums))
     return state._replace(sums=sums)
@@ -155,7 +159,7 @@ def zero_unread(value_ref: Any, first_token: jax.Array, start: jax.Array, stop: 
     plgpu.commit_smem()
 
 
-def mean(state: State) -> tuple[jax.Array, jax.Array]:
+def mean(state: State, *, query_axis: int = 0) -> tuple[jax.Array, jax.Array]:
     """The weighted mean of values, and lse in base 2: zeros and -inf where no key was seen.
 
     A total of 0 means that none was. NaN is not 0: it stays. A row in which anything is not finite
@@ -164,7 +168,7 @@ def mean(state: State) -> tuple[jax.Array, jax.Array]:
     none = state.total == 0.0
     inverse = 1.0 / jnp.where(none, 1.0, state.total)
     lse = state.peak + jnp.log(state.total) * LOG2E
-    rows = lambda x: lax.broadcast_in_dim(x, state.sums.shape, [0])
-    means = state.sums * rows(inverse)
-    nan_if_broken = jnp.where(none, 0.0, lse * 0.0) + (means * 0.0).sum(axis=1)
-    return means + rows(nan_if_broken), jnp.where(none, -jnp.inf, lse) + nan_if_broken
+    by_query = lambda x: lax.broadcast_in_dim(x, state.sums.shape, [query_axis])
+    means = state.sums * by_query(inverse)
+    nan_if_broken = jnp.where(none, 0.0, lse * 0.0) + (means * 0.0).sum(axis=1 - query_axis)
+    return means + by_query(nan_if_broken), jnp.where(none, -jnp.inf, lse) + nan_if_broken

@@ -9,7 +9,7 @@ So what a block costs here is little, and what is left of the time is the memory
 as they are stored (`split.py`), and a token's scales are one number to a row.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import split
 from .blocks import Blocks
 from .mosaic import MMA_ROWS, load
-from .softmax import COLUMNS, LOG2E, LOWEST, ROWS, WGMMA, seen, zero_unread
-
-
-class State(NamedTuple):
-    """A partial softmax: exp2(logits - peak), summed, and weighted sums of values."""
-
-    peak: jax.Array  # [queries]
-    total: jax.Array  # [64, queries], to be added up
-    sums: jax.Array  # [value_dim, queries]
+from .softmax import COLUMNS, LOWEST, ROWS, WGMMA, State, mean, product
 
 
 class TokensFirst(Blocks):
@@ -38,10 +30,11 @@ class TokensFirst(Blocks):
 
     def attend(self) -> tuple[jax.Array, jax.Array]:
         """The weighted mean over all blocks, and lse in base 2; see `softmax.mean`."""
-        return _mean(lax.fori_loop(0, self.segment.length, self.block, self.nothing()))
+        state = lax.fori_loop(0, self.segment.length, self.block, self.nothing())
+        return mean(state._replace(total=state.total.sum(axis=0)), query_axis=1)
 
     def nothing(self) -> State:
-        """The state before any key."""
+        """The state before any key: `total` in 64 rows, to be added up."""
         columns = self.config.query_rows
         full = lambda shape, value, layout: plgpu.layout_cast(
             jnp.full(shape, value, jnp.float32), layout
@@ -63,7 +56,7 @@ class TokensFirst(Blocks):
         plgpu.barrier_wait(value.full.at[value_slot])
         if scales is not None:  # those of keys come with the values
             products = _by_token(products, scales.key.at[value_slot])
-        logits = self.masked(i, self.logits.in_base_2(products))
+        logits = self.masked(i, self.logits.in_base_2(products), COLUMNS, token_axis=0)
 
         peak = jnp.maximum(state.peak, logits.max(axis=0) * self.logits.factor)
         weights = jnp.exp2(logits * self.logits.factor - _columns(peak, logits.shape))
@@ -77,9 +70,9 @@ class TokensFirst(Blocks):
         self.scratch.weights.transpose((1, 0))[...] = _turned(
             weights.astype(config.format.compute_dtype)
         )
-        self.zero_unread(i, value.blocks.at[value_slot])
+        self.zero_unread(i)
         plgpu.commit_smem()
-        values = _product(
+        values = product(
             value.blocks.at[value_slot].transpose((1, 0)), self.scratch.weights.transpose((1, 0))
         )
         plgpu.barrier_arrive(value.free.at[value_slot])
@@ -91,23 +84,10 @@ class TokensFirst(Blocks):
         copy = pl.ds(self.query_slot * config.copy_rows, config.copy_rows)
         query = self.scratch.query.at[copy].transpose((1, 0))
         dtype = jnp.int32 if config.format.dtype == jnp.int8 else jnp.float32
-        multiplied = _product(keys_ref, query, dtype)
+        multiplied = product(keys_ref, query, dtype)
         units = self.scratch.query_units.at[self.query_slot, pl.ds(0, config.query_rows)]
         products = split.products(multiplied, config.query_rows, config.format)
         return products * _columns(load(units, COLUMNS), products.shape)
-
-    def masked(self, i: jax.Array, logits: jax.Array) -> jax.Array:
-        """-inf for what is not read; only in a block that sticks out."""
-        first = self.first_token(i)
-        columns = self.config.query_rows
-        mask = lambda logits: seen(logits, first, *self.own_span(columns, COLUMNS), token_axis=0)
-        sticks_out = self.sticks_out(i, self.all_start, self.all_stop)
-        return lax.cond(sticks_out, mask, lambda logits: logits, logits)
-
-    def zero_unread(self, i: jax.Array, value_ref: Any) -> None:
-        @pl.when(self.sticks_out(i, self.start, self.stop))
-        def _():
-            zero_unread(value_ref, self.first_token(i), self.start, self.stop)
 
     def store(self, result: tuple[jax.Array, jax.Array], out: Any, lse_out: Any) -> None:
         """Copies a unit's rows to `out`, some columns at a time."""
@@ -125,15 +105,6 @@ class TokensFirst(Blocks):
                 plgpu.copy_smem_to_gmem(staged_lse, lse_out.at[pl.ds(0, config.query_rows)])
 
 
-def _product(a_ref: Any, b_ref: Any, dtype: Any = jnp.float32) -> jax.Array:
-    def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, a_ref, b_ref)
-        return acc_ref[...]
-
-    shape = (a_ref.shape[0], b_ref.shape[1])
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, dtype))
-
-
 def _columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One for each query, for all rows."""
     return lax.broadcast_in_dim(x, shape, [1])
@@ -147,14 +118,3 @@ def _by_token(rows: jax.Array, scales_ref: Any) -> jax.Array:
 def _turned(x: jax.Array) -> jax.Array:
     """In the layout that is stored transposed."""
     return plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
-
-
-def _mean(state: State) -> tuple[jax.Array, jax.Array]:
-    total = state.total.sum(axis=0)
-    none = total == 0.0
-    inverse = 1.0 / jnp.where(none, 1.0, total)
-    lse = state.peak + jnp.log(total) * LOG2E
-    means = state.sums * _columns(inverse, state.sums.shape)
-    nan_if_broken = jnp.where(none, 0.0, lse * 0.0) + (means * 0.0).sum(axis=0)
-    means += _columns(nan_if_broken, means.shape)
-    return means, jnp.where(none, -jnp.inf, lse) + nan_if_broken
