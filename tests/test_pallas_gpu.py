@@ -197,9 +197,9 @@ def abstract_cache(head_dim=128, heads=8, page_size=16, layout="blocks_first"):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cache)  # on any device
 
 
-def attend(num_heads, attention, tuning, query, cache, reads):
+def attend(num_heads, attention, tuning, query, cache, reads, *, final=False):
     work = pallas_gpu.prepare(reads, num_heads, cache.format, tuning)
-    return pallas_gpu.attend(query, cache, reads, work, attention, tuning)
+    return pallas_gpu.attend(query, cache, reads, work, attention, tuning, final=final)
 
 
 class TestLowersForCuda:
@@ -224,7 +224,7 @@ class TestLowersForCuda:
     def test_attend(self, name, num_heads, rows, changes, options):
         cache = abstract_cache(**changes)
         query = jax.ShapeDtypeStruct((400, num_heads, cache.head_dim), jnp.bfloat16)
-        call = functools.partial(attend, num_heads, Attention(**options), COMPILED)
+        call = functools.partial(attend, num_heads, Attention(**options), COMPILED, final=True)
         exported = jax.export.export(jax.jit(call), platforms=["cuda"])
         text = exported(query, cache, reads_of(400, rows)).mlir_module()
         assert text.count("mosaic_gpu_v2") == 2  # attend, merge
@@ -333,6 +333,11 @@ def check_reads(name, tuning, **changes):
     # Weights are rounded to bfloat16, half of 2**-8 each, and values are at most some 4.
     np.testing.assert_allclose(got.out, out, atol=4 * 2**-9)
     np.testing.assert_allclose(got.lse, lse, rtol=2e-6, atol=2e-6)
+    if reads.row is not None:  # in the queries' dtype where nothing is merged any more, cut or not
+        final = attend(8, Attention(), tuning, query, cache, reads, final=True)
+        assert final.out.dtype == query.dtype
+        np.testing.assert_array_equal(final.out, got.out.astype(query.dtype))
+        np.testing.assert_array_equal(final.lse, got.lse)
 
 
 @in_interpreter

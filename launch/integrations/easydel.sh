@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs EasyDeL 0.3.0's attention operation on shardpage, against the tests' oracle, on eight simulated
-# devices. The first time it makes an environment of its own, with the JAX that EasyDeL pins (minutes).
+# Runs EasyDeL 0.3.0 on shardpage, on eight simulated devices: its attention operation against the tests'
+# oracle (a minute), and its engine eSurge with SmolLM2-135M against transformers' tokens (three minutes a
+# mesh). The first time it makes an environment of its own, with the JAX that EasyDeL pins (minutes).
 # Arguments go to pytest.
 #
 #   bash launch/integrations/easydel.sh -k dp2_tp3
@@ -18,4 +19,5 @@ if [[ ! -f $VENV/.easydel ]]; then
   touch "$VENV/.easydel"
 fi
 # Its imports warn, and it mixes dtypes: without the settings of the suite.
-exec "$VENV/bin/python" -m pytest -c /dev/null --rootdir . launch/integrations/test_easydel.py "$@"
+exec "$VENV/bin/python" -m pytest -c /dev/null --rootdir . \
+  launch/integrations/test_easydel.py launch/integrations/test_esurge.py "$@"

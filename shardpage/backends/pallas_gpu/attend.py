@@ -41,7 +41,8 @@ def attend(
     final: bool = False,
 ) -> Partial:
     """Attends over local pages with Pallas Mosaic GPU kernels; see `shardpage.backends`."""
-    config = configure(cache.format, query.shape[1], reads, tuning)
+    final_dtype = query.dtype if final else None
+    config = configure(cache.format, query.shape[1], reads, tuning, final_dtype)
     logits = Logits.of(attention, cache.format.key_dim)
     tiles = Tiles(reads.start, reads.stop) if work is None else work.tiles
     rows = _tiled(config, query.astype(cache.format.compute_dtype), work)

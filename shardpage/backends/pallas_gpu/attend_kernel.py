@@ -74,7 +74,7 @@ def outputs(config: Config) -> Outputs:
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     unit = (config.out_rows, config.out_dim)
     return Outputs(
-        float32(config.num_units, *unit),
+        jax.ShapeDtypeStruct((config.num_units, *unit), config.out_dtype),
         float32(config.num_units, WARPGROUP),
         float32(2 * config.num_ctas, *unit),
         float32(2 * config.num_ctas, WARPGROUP),

@@ -13,6 +13,7 @@ from . import split
 from .mosaic import MMA_ROWS, SMEM_BYTES, WARPGROUP, num_sms
 
 _DTYPES = ("bfloat16", "float16")
+_FLOAT32 = np.dtype(np.float32)
 _MAX_DIM = 256
 # Of quantised caches: with a warpgroup or two more, a thread has too few registers for longer rows.
 _MAX_QUANTISED_DIM = 128
@@ -49,6 +50,7 @@ class Config:
     store_chunk: int  # columns of a result that are staged, and leave, at a time
     num_splits: int
     num_ctas: int
+    out_dtype: np.dtype = _FLOAT32  # of the results of whole units
 
     @property
     def rows(self) -> int:
@@ -133,6 +135,16 @@ class Config:
         return self.wide_dim(1)
 
     @property
+    def narrow(self) -> bool:
+        """Whether whole units leave in fewer bits than the parts of cut ones."""
+        return self.out_dtype.itemsize < 4
+
+    @property
+    def part_chunk(self) -> int:
+        """Columns of a part that leave at a time: as many bytes as of a whole unit."""
+        return self.store_chunk // 2 if self.narrow else self.store_chunk
+
+    @property
     def merge_width(self) -> int:
         """Elements of a unit that one CTA merges: one a thread, or four where there are many."""
         return WARPGROUP if self.consumers == 1 else 4 * WARPGROUP
@@ -147,8 +159,18 @@ class Config:
         return math.gcd(self.format.page_size, self.block_tokens)
 
 
-def configure(page_format: PageFormat, num_heads: int, reads: Reads, tuning: Tuning) -> Config:
+def configure(
+    page_format: PageFormat,
+    num_heads: int,
+    reads: Reads,
+    tuning: Tuning,
+    final_dtype: np.dtype | None = None,
+) -> Config:
     """The kernel for queries of `num_heads` heads that read so many rows.
+
+    Args:
+      final_dtype: what results are to be in the end if nothing is merged with them. Tiles of 16-bit
+        caches leave in it if it has 16 bits, which is half of what XLA then puts in order.
 
     Raises:
       NotImplementedError: for shapes and options that the kernel does not have.
@@ -170,6 +192,9 @@ def configure(page_format: PageFormat, num_heads: int, reads: Reads, tuning: Tun
         page_format, group, tile_queries, num_tiles, fold, 0, 0, 0, 0, 0, tuning.num_splits,
         num_sms(tuning),
     )  # fmt: skip
+    tiled = reads.row is not None and not page_format.quantised
+    if tiled and final_dtype is not None and final_dtype.itemsize == 2:
+        config = dataclasses.replace(config, out_dtype=final_dtype)
     return _fit(config, tuning)
 
 
@@ -352,7 +377,9 @@ def _smem_bytes(config: Config) -> int:
     if config.tokens_first:
         rows = config.query_rows
         sizes += [rows * config.block_tokens * wide, reduction_bytes(config)]
-    floats += [rows * config.store_chunk, rows]
+    floats += [rows * config.part_chunk, rows]
+    if config.narrow:
+        sizes += [rows * config.store_chunk * config.out_dtype.itemsize]
     if config.scale_copies:
         pieces = config.stages * config.block_tokens // config.piece_tokens
         floats += [pieces * scale_lanes(config)[1], *[config.wide_stages * config.block_tokens] * 2]

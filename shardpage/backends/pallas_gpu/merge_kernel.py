@@ -59,7 +59,8 @@ def kernel(
         value_of = lambda part: load(part_out_ref.at[part, at], _flat(width))
         sums, _, total = _merge(width, share, last - share + 1, lse_of, value_of)
         none = total == 0.0
-        out_ref[unit, at] = jnp.where(none, 0.0, sums / jnp.where(none, 1.0, total))
+        mean = jnp.where(none, 0.0, sums / jnp.where(none, 1.0, total))
+        out_ref[unit, at] = mean.astype(out_ref.dtype)
 
 
 def _flat(width: int) -> Any:

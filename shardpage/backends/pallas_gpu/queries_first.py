@@ -128,18 +128,18 @@ class QueriesFirst(Blocks):
 
     def store(self, result: tuple[jax.Array, jax.Array], out: Any, lse_out: Any) -> None:
         """Copies this warpgroup's rows of a unit to `out`, a chunk of columns at a time."""
-        config, chunk = self.config, self.config.store_chunk
-        staged_out, staged_lse = (
-            x.at[self.warpgroup] for x in (self.scratch.out, self.scratch.lse)
-        )
+        config, scratch = self.config, self.scratch
+        staged = scratch.out if out.dtype == scratch.out.dtype else scratch.part_out
+        staged_out, staged_lse = (x.at[self.warpgroup] for x in (staged, scratch.lse))
         first = lax.rem(self.segment.unit, jnp.int32(config.fold)) * config.rows
         rows, own = config.rows, 0
         if config.consumers > 1:
             rows, own = MMA_ROWS, self.warpgroup * MMA_ROWS
         means, lse = result
+        chunk = staged.shape[-1]
         for column in range(0, config.format.value_dim, chunk):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
-            staged_out[...] = means[:, column : column + chunk]
+            staged_out[...] = means[:, column : column + chunk].astype(out.dtype)
             if column == 0:
                 staged_lse[...] = lse
             plgpu.commit_smem()

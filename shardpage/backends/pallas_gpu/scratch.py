@@ -37,7 +37,8 @@ class Scratch(NamedTuple):
     arriving: tuple[Ring, Ring]  # blocks as stored
     wide: tuple[Ring | None, Ring | None]  # where matmuls do not take them so
     scales: Scales | None
-    out: Any
+    out: Any  # of whole units
+    part_out: Any  # of parts, if another
     lse: Any
     query_full: Any
     query_free: Any
@@ -69,7 +70,7 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
             dims = dim, config.wide_dim(which)
             ring = _ring(config, wide_dtype, dims, config.wide_stages, arrivals, takers)
         wide.append(ring)
-    scales = units = weights = None
+    scales = units = weights = part_out = None
     if config.scale_copies:
         ordered = config.wide_stages, config.block_tokens
         lanes = scale_lanes(config)[1]
@@ -84,7 +85,9 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         weights = _tiled(wide_dtype, *shape, dim=page_format.value_dim)  # as the values'
     else:
         wave = (config.consumers, MMA_ROWS)
-        out, lse = floats(*wave, config.store_chunk), floats(*wave)
+        out = plgpu.SMEM((*wave, config.store_chunk), config.out_dtype)
+        part_out = floats(*wave, config.part_chunk) if config.narrow else None
+        lse = floats(*wave)
         # The interpreter has no matmul of an operand in registers.
         weights = _tiled(wide_dtype, *wave, config.block_tokens) if interpreted else None
     return Scratch(
@@ -94,6 +97,7 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         wide=(wide[0], wide[1]),
         scales=scales,
         out=out,
+        part_out=part_out,
         lse=lse,
         query_full=_barriers(1 + (units is not None), config.query_slots),
         query_free=_barriers(config.consumers, config.query_slots),
