@@ -9,6 +9,7 @@ README beside this file.
 import json
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def calls(monkeypatch):
     OperationRegistry.register(theirs)
 
 
-def by_name(weights: Weights) -> dict[str, np.ndarray]:
+def by_name(weights: Weights) -> dict[str, Any]:
     """The weights as EasyDeL's Llama names them; its matrices are `[in, out]`."""
     layers = weights.layers
     named = {
