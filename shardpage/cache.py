@@ -219,6 +219,41 @@ class PagedKVCache:
             scale_arrays = (array(shape, SCALE_DTYPE, spec),)
         return cls(arrays, scale_arrays, kv, head_dim, num_layers, padding=page_format.padding)
 
+    def to_tree(self) -> dict[str, Any]:
+        """Arrays and format as dicts, lists and integers, which any checkpoint keeps.
+
+        A checkpoint of a cache itself, restored without a target, is a dict of arrays that has lost
+        their format; one of this tree is what `from_tree` takes. The tree of an abstract cache is
+        a target: it says which devices the arrays are to lie on.
+
+        Raises:
+          ValueError: for one layer of a cache of several.
+        """
+        if self.layer is not None:
+            raise ValueError("this is one layer of a cache; take the tree of the whole cache")
+        sizes = {"head_dim": self.head_dim, "padding": self.padding}
+        parts = {"arrays": list(self.arrays), "scales": list(self.scales)}
+        return {self.kv_layout: sizes | parts}
+
+    @classmethod
+    def from_tree(cls, tree: Any) -> "PagedKVCache":
+        """The cache of which `to_tree` made this, with the arrays as they are there now.
+
+        Raises:
+          ValueError: if it is another tree, or its arrays have not the shapes that it names.
+        """
+        try:
+            ((kv_layout, parts),) = tree.items()
+            head_dim, padding = int(parts["head_dim"]), int(parts["padding"])
+            arrays, scales = list(parts["arrays"]), list(parts["scales"] or ())
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"no tree of a cache: {shown(tree)}; save cache.to_tree(), or restore a cache "
+                "itself with PagedKVCache.abstract(...) as the target"
+            ) from None
+        one = scales[0] if scales else None
+        return cls.of(*arrays, kv_layout=kv_layout, head_dim=head_dim, padding=padding, scales=one)
+
     @property
     def key(self) -> Any:
         """Pages of keys; of a fused or interleaved cache, keys and values."""

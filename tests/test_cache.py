@@ -294,6 +294,33 @@ def test_a_cache_goes_through_jit_and_tree_maps():
 # Errors
 
 
+@pytest.mark.parametrize("num_layers", [None, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kv_layout", KV_LAYOUTS + TOKEN_LAYOUTS)
+def test_a_tree_keeps_the_format(kv_layout, dtype, num_layers):
+    cache = PagedKVCache.zeros(**SIZES, kv_layout=kv_layout, dtype=dtype, num_layers=num_layers)
+    cache = jax.tree.map(lambda x: x + jnp.arange(x.size).reshape(x.shape).astype(x.dtype), cache)
+    # As a checkpoint gives it back: lists, NumPy's arrays and integers, empty lists as None.
+    kept = jax.tree.map(np.asarray, cache.to_tree())
+    kept[kv_layout]["scales"] = kept[kv_layout]["scales"] or None
+    again = PagedKVCache.from_tree(kept)
+    assert jax.tree.structure(again) == jax.tree.structure(cache)
+    assert again.format == cache.format
+    chex.assert_trees_all_equal(again, cache)
+
+
+@pytest.mark.parametrize("tree", [{}, {"arrays": []}, {"upside_down": {}}, None, [1]])
+def test_another_tree_is_no_cache(tree):
+    with pytest.raises(ValueError, match=r"no tree of a cache: .*save cache\.to_tree\(\)"):
+        PagedKVCache.from_tree(tree)
+
+
+def test_one_layer_has_no_tree():
+    cache = PagedKVCache.zeros(**SIZES, num_layers=2)
+    with pytest.raises(ValueError, match="take the tree of the whole cache"):
+        cache.of_layer(0).to_tree()
+
+
 def bad(**changes):
     key, value = tokens(4)
     cache = PagedKVCache.zeros(**SIZES)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Decodes with MaxText 0.2.5's model on shardpage, against MaxText's own engine, on one and on four
-# simulated devices. The first time it makes an environment of its own (minutes), with Python 3.12,
+# simulated devices; and with a plain flax.nnx loop, whose cache orbax saves. The first time it makes an environment of its own (minutes), with Python 3.12,
 # which MaxText needs. Arguments go to pytest.
 #
 #   bash launch/integrations/maxtext.sh -k context2_tensor2
@@ -21,4 +21,5 @@ if [[ ! -f $VENV/.maxtext ]]; then
   touch "$VENV/.maxtext"
 fi
 # Its imports and its code warn: without the settings of the suite.
-exec "$VENV/bin/python" -m pytest -c /dev/null --rootdir . launch/integrations/test_maxtext.py "$@"
+exec "$VENV/bin/python" -m pytest -c /dev/null --rootdir . \
+  launch/integrations/test_maxtext.py launch/integrations/test_flax.py "$@"
