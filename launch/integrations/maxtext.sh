@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Decodes with MaxText 0.2.5's model on shardpage, against MaxText's own engine, on one and on four
-# simulated devices; and with a plain flax.nnx loop, whose cache orbax saves. The first time it makes an environment of its own (minutes), with Python 3.12,
-# which MaxText needs. Arguments go to pytest.
+# Decodes with MaxText 0.2.5's model on shardpage, against MaxText's own engine, and with a plain
+# flax.nnx loop whose cache orbax saves; on one and on four simulated devices. The first time it makes
+# an environment of its own (minutes), with Python 3.12, which MaxText needs. Arguments go to pytest.
 #
 #   bash launch/integrations/maxtext.sh -k context2_tensor2
 set -euo pipefail
