@@ -246,13 +246,15 @@ class PagedKVCache:
             ((kv_layout, parts),) = tree.items()
             head_dim, padding = int(parts["head_dim"]), int(parts["padding"])
             arrays, scales = list(parts["arrays"]), list(parts["scales"] or ())
+            key, value = arrays if len(arrays) == 2 else (*arrays, None)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(
                 f"no tree of a cache: {shown(tree)}; save cache.to_tree(), or restore a cache "
                 "itself with PagedKVCache.abstract(...) as the target"
             ) from None
         one = scales[0] if scales else None
-        return cls.of(*arrays, kv_layout=kv_layout, head_dim=head_dim, padding=padding, scales=one)
+        sizes = {"head_dim": head_dim, "padding": padding}
+        return cls.of(key, value, kv_layout=kv_layout, scales=one, **sizes)
 
     @property
     def key(self) -> Any:

@@ -309,7 +309,12 @@ def test_a_tree_keeps_the_format(kv_layout, dtype, num_layers):
     chex.assert_trees_all_equal(again, cache)
 
 
-@pytest.mark.parametrize("tree", [{}, {"arrays": []}, {"upside_down": {}}, None, [1]])
+EMPTY = {"head_dim": 64, "padding": 0, "arrays": [], "scales": []}
+
+
+@pytest.mark.parametrize(
+    "tree", [{}, {"arrays": []}, {"upside_down": {}}, {"blocks_first": EMPTY}, None, [1]]
+)
 def test_another_tree_is_no_cache(tree):
     with pytest.raises(ValueError, match=r"no tree of a cache: .*save cache\.to_tree\(\)"):
         PagedKVCache.from_tree(tree)
