@@ -46,7 +46,8 @@ class Decoder(nnx.Module):
         query, key, value = self.split(x)
         plan = make_plan(self.pages.get_value(), lens, TABLES, num_heads=HEADS, mesh=self.mesh)
         self.pages.set_value(write_kv(self.pages.get_value(), key, value, plan))
-        return normed(x + attend(query, self.pages.get_value(), plan).reshape(x.shape))
+        out = jnp.asarray(attend(query, self.pages.get_value(), plan))
+        return normed(x + out.reshape(x.shape))
 
 
 def cache_on(mesh, make=PagedKVCache.zeros):
