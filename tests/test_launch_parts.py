@@ -319,17 +319,46 @@ def test_simulate_refuses_other_ranks():
     assert result.exit_code == 2
 
 
-def test_a_signal_that_comes_where_exceptions_are_dropped_is_not_lost():
+def _in_a_finalizer() -> None:
     class Finalizer:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
+    Finalizer()
+
+
+def _in_a_bare_except() -> None:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except:  # noqa: E722 (as JAX has it)
+        pass
+
+
+@pytest.mark.parametrize("drop", [_in_a_finalizer, _in_a_bare_except])
+def test_a_signal_that_comes_where_exceptions_are_dropped_is_not_lost(drop):
     @stop_on_signals()
     def go_on() -> None:
-        Finalizer()
+        drop()
         time.sleep(60)
 
     before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     with pytest.raises(Stopped, match="SIGTERM"):
         go_on()
     assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+
+
+def test_a_second_signal_does_not_cut_short_what_the_first_began():
+    cleaned = []
+
+    @stop_on_signals()
+    def clean_up() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.05)
+            cleaned.append(True)
+
+    with pytest.raises(Stopped, match="SIGTERM"):
+        clean_up()
+    assert cleaned

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,30 +40,36 @@ def stop_on_signals(grace_seconds: float = 10.0) -> Iterator[None]:
     thread that is stuck outside Python (in a compilation, or a collective that never ends) cannot
     see the exception: the process then ends at once after `grace_seconds`.
 
-    A signal may come while a finalizer or a callback of the garbage collector runs, where Python
-    drops exceptions: it is then sent again a moment later.
+    A signal may come where exceptions are dropped: in a finalizer, in a callback of the garbage
+    collector, or in a bare `except:` (JAX has some around compilation). The exception then ceases
+    to exist without having got here, which is how it is noticed, and is raised again a moment
+    later.
     """
     left = threading.Event()
     main_thread = threading.get_ident()
+    on_its_way: weakref.ref[Stopped] | None = None
 
     def stop(number: int, frame: object) -> None:
-        for name in EXIT_CODES:
-            signal.signal(signal.Signals[name], signal.SIG_IGN)
-        raise Stopped(signal.Signals(number).name)
+        if on_its_way is None or on_its_way() is None:
+            raise new(number)  # kept in no variable here: its own traceback would keep it alive
 
-    def listen() -> None:
-        for name in EXIT_CODES:
-            signal.signal(signal.Signals[name], stop)
+    def new(number: int) -> Stopped:
+        nonlocal on_its_way
+        stopped = Stopped(signal.Signals(number).name)
+        on_its_way = weakref.ref(stopped, lambda _: again(number))
+        return stopped
+
+    def again(number: int) -> None:
+        if not left.is_set():
+            threading.Timer(0.01, send, [number]).start()
+
+    def send(number: int) -> None:
+        if not left.is_set():
+            signal.pthread_kill(main_thread, number)
 
     def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
         if not isinstance(unraisable.exc_value, Stopped):
-            return hook_before(unraisable)
-        listen()
-        threading.Timer(0.01, send, [signal.Signals[unraisable.exc_value.signal_name]]).start()
-
-    def send(number: signal.Signals) -> None:
-        if not left.is_set():
-            signal.pthread_kill(main_thread, number)
+            hook_before(unraisable)
 
     def watch() -> None:
         number = os.read(wakeup_read, 1)  # written when a signal comes, even if nobody handles it
@@ -76,7 +83,8 @@ def stop_on_signals(grace_seconds: float = 10.0) -> Iterator[None]:
     wakeup_before = signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
     before = {name: signal.getsignal(signal.Signals[name]) for name in EXIT_CODES}
     hook_before, sys.unraisablehook = sys.unraisablehook, dropped
-    listen()
+    for name in EXIT_CODES:
+        signal.signal(signal.Signals[name], stop)
     watcher = threading.Thread(target=watch, name="signals", daemon=True)
     watcher.start()
     try:
