@@ -196,8 +196,18 @@ class PageFormat:
 
     @property
     def row_dim(self) -> int:
-        """Elements per row."""
-        return self.key_dim * self.pack
+        """Elements per row, with what pads it."""
+        return (self.key_dim + self.padding) * self.pack if self.word is None else self.word[1]
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether key and value of a head are one row of a word."""
+        return self.word is not None and self.row_dim != self.key_dim + self.padding
+
+    @property
+    def first_value(self) -> int:
+        """Where a value begins in its row."""
+        return self.key_dim if self.shares_rows else 0
 
     @property
     def heads_shape(self) -> tuple[int, ...]:

@@ -329,7 +329,8 @@ def _lay_out_tokens(keys: np.ndarray, values: np.ndarray, kv_layout: str):
         rows = np.concatenate([keys, values], axis=-1)
     else:
         pad = [(0, 0)] * 3 + [(0, padding_of(head_dim))]
-        padded = [np.pad(x, pad, constant_values=np.array(np.nan, x.dtype)) for x in (keys, values)]
+        nothing = np.array(-128 if keys.dtype == np.int8 else np.nan, keys.dtype)
+        padded = [np.pad(x, pad, constant_values=nothing) for x in (keys, values)]
         rows, _ = _lay_out_tokens(*padded, "interleaved")
     per_word = 4 // keys.dtype.itemsize
     return rows.reshape(num_pages, page_size, -1, per_word, rows.shape[-1]), None

@@ -39,6 +39,7 @@ SHAPES = {
     "dim256": (8, 1, 256, 32, jnp.bfloat16),
     "float32": (4, 2, 128, 16, jnp.float32),
 }
+MORE_SHAPES = {"dim64k8": (4, 8, 64, 16, jnp.bfloat16)}  # of token-major pages
 
 
 def one_device(topology: str) -> Mesh:
@@ -57,6 +58,13 @@ def caches_of(mesh, kv: KVLayout, num_pages, num_kv_heads, page_size, head_dim, 
     return (array,) * page_format.num_arrays
 
 
+def cache_like(kv: KVLayout, head_dim: int, arrays: tuple) -> PagedKVCache:
+    """A cache of arrays of `caches_of`."""
+    words = kv is KVLayout.INTERLEAVED_WORDS
+    padding = -head_dim % 128 if words and head_dim != 64 else 0
+    return PagedKVCache.of(*arrays, kv_layout=kv.label, head_dim=head_dim, padding=padding)
+
+
 def lower_attention(topology, kv, shape, *, num_seqs=16, context=1024, num_pages=4096, **options):
     """page_attention of one device, lowered; and the bytes of its caches."""
     queries, num_kv_heads, head_dim, page_size, dtype = shape
@@ -66,6 +74,10 @@ def lower_attention(topology, kv, shape, *, num_seqs=16, context=1024, num_pages
     caches = caches_of(mesh, kv, num_pages, num_kv_heads, page_size, head_dim, dtype)
 
     def attend(query, caches, lens, tables):
+        if kv.token_major:
+            cache = cache_like(kv, head_dim, caches)
+            how = {"num_heads": query.shape[1], "mesh": mesh}
+            return shardpage.attend(query, cache, shardpage.make_plan(cache, lens, tables, **how))
         return shardpage.page_attention(
             query,
             *(*caches, None)[:2],
@@ -94,9 +106,21 @@ def in_turn(names) -> list:
     ]
 
 
-@pytest.mark.parametrize(("name", "topology", "kv"), in_turn(SHAPES))
+# Pages as other libraries keep them, where the kernels read them.
+TOKEN_MAJOR = [
+    ("g4k8", "v6e:2x2", KVLayout.INTERLEAVED_WORDS),
+    ("dim256", "v4:2x2x1", KVLayout.INTERLEAVED_WORDS),
+    ("dim64k8", "v5e:2x2", KVLayout.INTERLEAVED_WORDS),
+    ("dim80", "v5p:2x2x1", KVLayout.INTERLEAVED_WORDS),
+    ("float32", "tpu7x:2x2x1", KVLayout.INTERLEAVED_WORDS),
+    ("g8k1", "tpu7x:2x2x1", KVLayout.INTERLEAVED),
+    ("g4k8", "v5e:2x2", KVLayout.TOKENS_FIRST),
+]
+
+
+@pytest.mark.parametrize(("name", "topology", "kv"), [*in_turn(SHAPES), *TOKEN_MAJOR])
 def test_attention_compiles_without_a_copy_of_the_cache(name, topology, kv):
-    lowered, cache_bytes = lower_attention(topology, kv, SHAPES[name])
+    lowered, cache_bytes = lower_attention(topology, kv, (SHAPES | MORE_SHAPES)[name])
     compiled = lowered.compile()
     assert "shardpage_decode" in compiled.as_text()
     assert cache_bytes >= 8 * MIB
@@ -104,28 +128,29 @@ def test_attention_compiles_without_a_copy_of_the_cache(name, topology, kv):
 
 
 @pytest.mark.parametrize(
-    ("name", "topology"),
+    ("name", "topology", "kv"),
     [
-        ("g8k1", "v6e:2x2"),
-        ("g4k8", "tpu7x:2x2x1"),
-        ("dim64", "v5e:2x2"),
-        ("page8", "v5p:2x2x1"),
-        ("dim80", "v4:2x2x1"),
-        ("g3k3_page24", "v6e:2x2"),
-        ("float32", "tpu7x:2x2x1"),
-        ("dim256", "v4:2x2x1"),
+        ("g8k1", "v6e:2x2", KVLayout.FUSED),
+        ("g4k8", "tpu7x:2x2x1", KVLayout.FUSED),
+        ("dim64", "v5e:2x2", KVLayout.FUSED),
+        ("page8", "v5p:2x2x1", KVLayout.FUSED),
+        ("dim80", "v4:2x2x1", KVLayout.FUSED),
+        ("g3k3_page24", "v6e:2x2", KVLayout.FUSED),
+        ("float32", "tpu7x:2x2x1", KVLayout.FUSED),
+        ("dim256", "v4:2x2x1", KVLayout.FUSED),
+        *TOKEN_MAJOR,
     ],
 )
-def test_prompts_compile_without_a_copy_of_the_cache(name, topology):
+def test_prompts_compile_without_a_copy_of_the_cache(name, topology, kv):
     """A chunk of 1024 tokens, guesses or running sequences: all kernels of a step."""
-    queries, num_kv_heads, head_dim, page_size, dtype = SHAPES[name]
+    queries, num_kv_heads, head_dim, page_size, dtype = (SHAPES | MORE_SHAPES)[name]
     mesh, num_queries = one_device(topology), 1024
     sharding = NamedSharding(mesh, PartitionSpec())
     given = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    cache = caches_of(mesh, KVLayout.FUSED, 4096, num_kv_heads, page_size, head_dim, dtype)
+    cache = caches_of(mesh, kv, 4096, num_kv_heads, page_size, head_dim, dtype)
 
-    def step(query, array, lens, query_lens, tables):
-        paged = PagedKVCache.of(array, kv_layout="fused", head_dim=head_dim)
+    def step(query, arrays, lens, query_lens, tables):
+        paged = cache_like(kv, head_dim, arrays)
         how = {"num_heads": queries * num_kv_heads, "num_queries": num_queries, "mesh": mesh}
         plan = shardpage.make_plan(paged, lens, tables, query_lens=query_lens, **how)
         return shardpage.attend(query, paged, plan)
@@ -133,7 +158,7 @@ def test_prompts_compile_without_a_copy_of_the_cache(name, topology):
     query = given((num_queries, queries * num_kv_heads, head_dim), dtype)
     lens = given((8,), jnp.int32)
     tables = given((8, -(-8192 // page_size)), jnp.int32)
-    compiled = jax.jit(step).lower(query, *cache, lens, lens, tables).compile()
+    compiled = jax.jit(step).lower(query, cache, lens, lens, tables).compile()
     assert "shardpage_prompt" in compiled.as_text()
     rows = num_queries * max(queries * num_kv_heads, 8) * max(head_dim, 128) * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 5 * rows + 4 * MIB
@@ -164,15 +189,18 @@ def test_megacore_is_refused_on_one_core():
 
 @pytest.mark.parametrize(
     ("name", "topology", "kv"),
-    in_turn(["g4k8", "page8", "dim64", "dim80", "dim192", "dim256", "float32"]),
+    [
+        *in_turn(["g4k8", "page8", "dim64", "dim80", "dim192", "dim256", "float32"]),
+        *TOKEN_MAJOR,
+    ],
 )
 def test_write_updates_the_cache_in_place(name, topology, kv):
-    _, num_kv_heads, head_dim, page_size, dtype = SHAPES[name]
+    _, num_kv_heads, head_dim, page_size, dtype = (SHAPES | MORE_SHAPES)[name]
     mesh = one_device(topology)
     sharding = NamedSharding(mesh, PartitionSpec())
     array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     caches = caches_of(mesh, kv, 2048, num_kv_heads, page_size, head_dim, dtype)
-    cache = PagedKVCache.of(*caches, kv_layout=kv.label, head_dim=head_dim)
+    cache = cache_like(kv, head_dim, caches)
     tokens = array((64, num_kv_heads, head_dim), dtype)
     ids = array((64,), jnp.int32)
 

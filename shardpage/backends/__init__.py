@@ -78,7 +78,10 @@ def default_for(platform: str, device_kind: str, page_format: PageFormat) -> Bac
     if jax.__version_info__ < _KERNELS_NEED:
         return "xla"
     if platform == "tpu":
-        return "xla" if page_format.layout.token_major else "pallas_tpu"
+        if not page_format.layout.token_major:
+            return "pallas_tpu"
+        module = importlib.import_module(_MODULES["pallas_tpu"], __name__)
+        return "pallas_tpu" if module.has(page_format) else "xla"
     if platform == "gpu" and any(name in device_kind.split() for name in _HOPPER):
         try:
             module = importlib.import_module(_MODULES["pallas_gpu"], __name__)

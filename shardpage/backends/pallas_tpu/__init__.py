@@ -2,5 +2,6 @@
 
 from .attend import attend as attend
 from .attend import prepare as prepare
+from .config import has as has
 from .write import prepare_writes as prepare_writes
 from .write import write as write

@@ -4,6 +4,7 @@ import dataclasses
 
 from ...options import Tuning
 from ...page_format import QUANTISED, PageFormat
+from . import token_major
 from .chip import Chip, chip_of
 from .geometry import LANES, Geometry, page_tile_rows, round_up
 from .sizes import (
@@ -108,11 +109,8 @@ def _share(page_format: PageFormat, num_heads: int, tuning: Tuning) -> tuple[Geo
 def check_format(page_format: PageFormat) -> None:
     """Refuses caches that the kernels cannot work on."""
     pack, head_dim = page_format.pack, page_format.key_dim
-    if page_format.layout.token_major:
-        raise NotImplementedError(
-            f"kv_layout={page_format.layout.label!r} keeps tokens before heads; the kernels fetch "
-            "pages of whole heads: use kv_layout='fused' or 'blocks_first', or backend='xla'"
-        )
+    if page_format.layout.token_major and (reason := token_major.refusal(page_format)):
+        raise NotImplementedError(f"{reason}, or backend='xla'")
     if page_format.dtype.name not in _DTYPES:
         raise NotImplementedError(
             f"a TPU has no matmul for caches of {page_format.dtype.name}; use bfloat16 or float32, "
@@ -133,15 +131,30 @@ def check_format(page_format: PageFormat) -> None:
         )
 
 
+def has(page_format: PageFormat) -> bool:
+    """Whether the kernels can work on such caches."""
+    try:
+        check_format(page_format)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def choose_cores(page_format: PageFormat, chip: Chip, tuning: Tuning) -> Cores:
     """How the cores of this device share the call."""
     mode, heads = tuning.cores, page_format.num_kv_heads
+    by_heads = not page_format.layout.token_major  # where a token's heads lie together
     if mode == "off" or (mode in (None, "auto") and chip.cores == 1):
         return Cores()
     if chip.cores == 1:
         raise NotImplementedError(
             f"cores={mode!r} splits a call over the two TensorCores of a v4 or v5p chip; a device "
             f"of this kind ({chip.name}) is one core: use None or 'auto'"
+        )
+    if mode == "kv_head" and not by_heads:
+        raise NotImplementedError(
+            f"cores='kv_head' of kv_layout={page_format.layout.label!r}, where all heads of a "
+            "token lie together: use 'batch', which cuts the work at any block of pages, or 'auto'"
         )
     if mode == "kv_head" and heads % chip.cores:
         raise ValueError(
@@ -151,5 +164,6 @@ def choose_cores(page_format: PageFormat, chip: Chip, tuning: Tuning) -> Cores:
     if mode in (None, "auto"):
         # Both balance. Heads need no merge, but halve the copies, which should stay large.
         halves = vmem_page_bytes(page_format) // (page_format.num_arrays * chip.cores)
-        return Cores(chip.cores, heads % chip.cores == 0 and halves >= _LARGE_COPY_BYTES)
+        by_heads = by_heads and heads % chip.cores == 0 and halves >= _LARGE_COPY_BYTES
+        return Cores(chip.cores, by_heads)
     return Cores(chip.cores, mode == "kv_head")

@@ -136,7 +136,7 @@ def _call(
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     agenda = hbm if config.sizes.paged else scalar
     layer = jnp.zeros(1, jnp.int32) if cache.layer is None else cache.layer.reshape(1)
-    caches = hbm_arrays(cache)
+    caches = hbm_arrays(cache, interpreted=bool(tuning.interpret))
     inputs = vary_together(schedule, ids, layer, query_rows, caches)
     whole = lambda shape, by_core=True: pl.BlockSpec(
         (1, *shape),

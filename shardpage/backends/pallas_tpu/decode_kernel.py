@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from . import softmax, walk
 from .agenda import Paged, Resident
 from .config import Config
-from .fetch import Ring, page_buffers
+from .fetch import Ring, in_kernel, page_buffers
 from .geometry import LANES, SUBLANES
 from .walk import Block
 
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
 class Scratch(NamedTuple):
     """References to what a core keeps in fast memory."""
 
-    pages: Any  # for each ring and each of `caches` [places, step_pages, *page_shape]
+    pages: Any  # for each ring and each of `caches` [places, step_pages, ...]: `page_buffers`
     sums: softmax.Sums  # of the segment at work
     suspect: Any  # [8, row_dim]: NaN if any result has been
     steps: Any  # [agenda_steps * step_lanes] in scalar memory, if it is paged
@@ -88,6 +88,7 @@ class Kernel:
         begin = how.first_page(layer[0])
         axes = [page_format.layout.value.pages] * page_format.num_arrays + [0]  # scales', if any
         first = jnp.maximum(begin, 0)
+        caches = in_kernel(page_format, caches)
         caches = [_pages_from(x, first, axis) for x, axis in zip(caches, axes, strict=False)]
         self.is_missing = begin < 0  # there is no such layer
         num_blocks = jnp.where(self.is_missing, 0, schedule.num_blocks[walk_core])

@@ -10,20 +10,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ...cache import PagedKVCache
 from ...page_format import SCALE_DTYPE, PageFormat
+from . import token_major
 from .sizes import Sizes
 
 _UNROLL = 8  # page copies issued between two branches, in loops
 
 
-def hbm_arrays(cache: PagedKVCache) -> tuple[jax.Array, ...]:
+def hbm_arrays(cache: PagedKVCache, *, interpreted: bool) -> tuple[jax.Array, ...]:
     """What pages are fetched from: the cache's arrays, and the scales of tokens."""
-    return cache.arrays + (kept_in_hbm(cache.scales) if cache.scale == "token" else ())
+    arrays = cache.arrays
+    if cache.layout.token_major and interpreted:
+        arrays = tuple(token_major.words_of_array(cache.format, array) for array in arrays)
+    return arrays + (kept_in_hbm(cache.scales) if cache.scale == "token" else ())
+
+
+def in_kernel(page_format: PageFormat, caches: Sequence[Any]) -> list[Any]:
+    """References to `hbm_arrays`, of which `parts_of_page` takes parts."""
+    if not page_format.layout.token_major:
+        return list(caches)
+    arrays, scales = caches[: page_format.num_arrays], caches[page_format.num_arrays :]
+    return [*(token_major.words_of_ref(page_format, array) for array in arrays), *scales]
 
 
 def kept_in_hbm(scales: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -33,14 +46,18 @@ def kept_in_hbm(scales: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
 
 def parts_of_page(page_format: PageFormat, caches: Sequence[Any], page: Any, heads: Any):
     """References to the parts of a page, or of several: in each array, and among the scales."""
-    at = page_format.page_at(page, heads)
+    whole = page_format.layout.token_major
+    at = page if whole else page_format.page_at(page, heads)
     arrays, scales = caches[: page_format.num_arrays], caches[page_format.num_arrays :]
     return [*(cache.at[at] for cache in arrays), *(scale.at[page, heads] for scale in scales)]
 
 
 def page_buffers(page_format: PageFormat, *lead: int) -> tuple[Any, ...]:
     """Fast memory for the parts of `lead` pages."""
-    pages = pltpu.VMEM((*lead, *page_format.page_shape), page_format.dtype)
+    shape, dtype = page_format.page_shape, page_format.dtype
+    if page_format.layout.token_major:
+        shape, dtype = token_major.words_shape(page_format), jnp.dtype(jnp.int32)
+    pages = pltpu.VMEM((*lead, *shape), dtype)
     scales = pltpu.VMEM((*lead, *page_format.page_scales_shape), SCALE_DTYPE)
     return (pages,) * page_format.num_arrays + (scales,) * (page_format.scale == "token")
 
@@ -51,7 +68,9 @@ class Ring:
 
     format: PageFormat
     sizes: Sizes
-    caches: Sequence[Any]  # from the page that ids count from; then the scales of tokens, if any
+    caches: Sequence[
+        Any
+    ]  # of `in_kernel`, from the page that ids count from; then the scales of tokens, if any
     pages: Sequence[Any]  # [places, step_pages, *page_shape] for each of them
     semaphores: Any  # [places], which count the bytes of a whole step
     first_head: jax.Array | int

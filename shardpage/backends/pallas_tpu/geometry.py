@@ -24,6 +24,8 @@ def round_up(value: int, multiple: int) -> int:
 
 def page_tile_rows(page_format: PageFormat) -> int:
     """Rows that a page must be a multiple of."""
+    if page_format.layout.token_major:  # of words
+        return SUBLANES
     return 4 * SUBLANES if page_format.dtype.itemsize == 1 else SUBLANES
 
 

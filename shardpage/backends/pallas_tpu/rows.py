@@ -19,9 +19,9 @@ def query_rows(
     heads = query.astype(page_format.compute_dtype).reshape(
         num_queries, shards, page_format.num_kv_heads, geometry.queries_per_kv_head, head_dim
     )
-    # For each token of a cache row, a copy of the queries in that token's lanes.
+    # For each token of a cache row, a copy of the queries in the lanes of its key.
     spare = page_format.row_dim - head_dim
-    lanes = range(0, page_format.row_dim, head_dim)
+    lanes = range(0, page_format.pack * head_dim, head_dim)
     copies = [_pad(heads, axis=4, before=lane, after=spare - lane) for lane in lanes]
     rows = jnp.concatenate(copies, axis=3)
     rows = _pad(rows, axis=3, after=geometry.rows_per_head - geometry.rows_in_use)
@@ -49,9 +49,10 @@ def merged_partial(
     if config.cores.by_heads:  # the cores' heads side by side
         out, lse = (jnp.concatenate(list(x), axis=2)[None] for x in (out, lse))
     lse = lse[..., 0]
-    dim = geometry.format.value_dim
+    dim, first = geometry.format.value_dim, geometry.format.first_value
+    lanes = [slice(first + j * dim, first + (j + 1) * dim) for j in range(geometry.format.pack)]
     parts = [
-        Partial(out[core, :, split, :, j, :, j * dim : (j + 1) * dim], lse[core, :, split, :, j])
+        Partial(out[core, :, split, :, j, :, lanes[j]], lse[core, :, split, :, j])
         for core in range(out.shape[0])
         for split in range(config.num_splits)
         for j in range(geometry.format.pack)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 from ...page_format import SCALE_DTYPE, PageFormat
+from . import token_major
 from .chip import MIB, Chip
 from .geometry import LANES, SUBLANES, Geometry, round_up
 
@@ -102,13 +103,21 @@ def query_vmem_bytes(geometry: Geometry, num_splits: int) -> int:
 
 def vmem_page_bytes(page_format: PageFormat) -> int:
     """Bytes of one page of all cache arrays in VMEM, padded to tiles."""
+    if page_format.layout.token_major:
+        elements = page_format.num_arrays * math.prod(token_major.words_shape(page_format)) * 4
+        return elements + _scales_bytes(page_format)
     rows = round_up(page_format.page_rows, SUBLANES)
     row = round_up(page_format.row_dim, LANES) * page_format.dtype.itemsize
     elements = 2 * page_format.num_kv_heads * rows * row
+    return elements + _scales_bytes(page_format)
+
+
+def _scales_bytes(page_format: PageFormat) -> int:
+    """Of those, the bytes of the scales of tokens."""
     if page_format.scale != "token":
-        return elements
+        return 0
     *heads, lanes = page_format.page_scales_shape
-    return elements + math.prod(heads) * round_up(lanes, LANES) * SCALE_DTYPE.itemsize
+    return math.prod(heads) * round_up(lanes, LANES) * SCALE_DTYPE.itemsize
 
 
 def _elements_bytes(page_format: PageFormat) -> int:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ...options import UNCAPPED, factor_under_cap
 from ...page_format import PageFormat
 from ...quantise import largest
+from . import token_major
 from .geometry import LANES, Geometry
 from .widen import as_matrix, lanes, row_at
 
@@ -84,13 +85,14 @@ class View:
     """A block in fast memory, and the queries that see it."""
 
     geometry: Geometry
-    buffers: Sequence[Any]  # [places, step_pages, *page_shape]; the last one of scales, if any
+    buffers: Sequence[Any]  # [places, step_pages, ...] of `fetch.page_buffers`
     place: jax.Array | int
     first_page: int
     num_pages: int
     used_pages: jax.Array  # that hold tokens to be seen
     query: Any  # [rows, row_dim] in the dtype of matmuls
     span: Span
+    first_head: Any = 0  # of those whose words the buffers hold
 
     @property
     def num_rows(self) -> int:
@@ -103,13 +105,12 @@ class View:
         rows = pl.ds(pl.multiple_of(first * part.rows_per_head, part.rows), part.rows)
         of_page = (slice(None),) * (3 if part.format.fused else 2)
         axes = [of_page] * part.format.num_arrays + [(slice(None),) * 2]  # before the heads
-        changed: dict[str, Any] = {
-            "buffers": [
-                buffer.at[(*before, pl.ds(first, count))]
-                for buffer, before in zip(self.buffers, axes, strict=False)
-            ],
-            "query": self.query.at[rows],
-        }
+        some = pl.ds(first, count)
+        buffers = [x.at[(*y, some)] for x, y in zip(self.buffers, axes, strict=False)]
+        changed: dict[str, Any] = {"buffers": buffers, "query": self.query.at[rows]}
+        if part.format.layout.token_major:  # heads of a token are not apart
+            words = self.buffers[: part.format.num_arrays]
+            changed |= {"buffers": [*words, *buffers[len(words) :]], "first_head": first}
         return dataclasses.replace(self, geometry=part, **changed), rows
 
     def keys(self, head: int) -> jax.Array:
@@ -151,16 +152,28 @@ class View:
 
         For a weight of 0 does not silence a NaN.
         """
+        page_format = self.geometry.format
         for page in (0, jnp.maximum(self.used_pages - 1, 0)):
-            elements = self._pages(which, self.first_page + page)
-            first = page * self.geometry.format.page_size
+            first = page * page_format.page_size
             span = Span(self.span.start - first, self.span.stop - first)
-            seen = _seen_elements(self.geometry, self.geometry.format.page_rows, span)
+            if page_format.layout.token_major:
+                words = self._words(which).at[self.place, self.first_page + page]
+                token_major.silence(page_format, words, span)
+                continue
+            elements = self._pages(which, self.first_page + page)
+            seen = _seen_elements(self.geometry, page_format.page_rows, span)
             elements[...] = jnp.where(seen, elements[...], 0)
 
     def _elements(self, which: int, head: int) -> jax.Array:
-        pages = self._pages(which, pl.ds(self.first_page, self.num_pages))[:, head]
+        page_format, pages = self.geometry.format, pl.ds(self.first_page, self.num_pages)
+        if page_format.layout.token_major:
+            words = self._words(which).at[self.place, pages]
+            return token_major.elements(page_format, words, which, self.first_head + head)
+        pages = self._pages(which, pages)[:, head]
         return pages.reshape(self.num_rows, -1)
+
+    def _words(self, which: int) -> Any:
+        return self.buffers[token_major.array_of(self.geometry.format, which)]
 
     def _pages(self, which: int, pages: Any) -> Any:
         """Reference to keys or values of some pages, or of one."""

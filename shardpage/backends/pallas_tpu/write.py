@@ -1,8 +1,8 @@
-"""`write` of the TPU backend: only the tiles that get tokens are read and written, in place."""
+"""`write` of the TPU backend, in place: of tiles, only those that get tokens are touched."""
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from ...page_format import PageFormat
 from ...plan import Writes
 from ...quantise import Stored
 from ...varying import result_as, vary_together
-from . import write_kernel
+from . import token_write, write_kernel
 from .chip import chip_of, interpreter
 from .config import check_format
 from .fetch import kept_in_hbm
@@ -35,9 +35,7 @@ def prepare_writes(
     """Sorts the tokens of each call of the kernel; see `shardpage.backends` for the contract."""
     check_format(page_format)
     parts = _parts(writes.page.shape[0], page_format)
-    tiles: list[write_kernel.Tiles] = [write_kernel.Tiles(page_format)]
-    if page_format.scale == "token":
-        tiles.append(write_kernel.ScaleTiles(page_format))
+    tiles = list(_tiles(page_format))
     slots = [each.slot(writes.slot) for each in tiles]
     return tuple(
         tuple(
@@ -46,6 +44,14 @@ def prepare_writes(
         )
         for part in parts
     )
+
+
+def _tiles(page_format: PageFormat, *together: int) -> Iterator[write_kernel.Tiles]:
+    """What is written in tiles: elements, unless tokens are whole, and scales of tokens."""
+    if not page_format.layout.token_major:
+        yield write_kernel.Tiles(page_format, *together)
+    if page_format.scale == "token":
+        yield write_kernel.ScaleTiles(page_format, *together)
 
 
 def _parts(num_tokens: int, page_format: PageFormat) -> list[slice]:
@@ -64,16 +70,17 @@ def write(
 ) -> PagedKVCache:
     """Writes tokens into local pages; see `shardpage.backends` for the contract."""
     parts, together = _parts(len(tokens.key), cache.format), chip_of(tuning).step_blocks
+    if cache.layout.token_major:
+        cache = token_write.put(cache, tokens, writes, tuning)
     for part, schedules in zip(parts, work, strict=True):
         some = jax.tree.map(operator.itemgetter(part), tokens)
-        tiles: write_kernel.Tiles = write_kernel.Tiles(cache.format, together)
-        words = _words(some, tiles)
-        cache = cache.replace(_put(tuning, tiles, cache, cache.arrays, words, schedules[0]))
-        if cache.scale == "token":
-            tiles = write_kernel.ScaleTiles(cache.format, together)
-            words = _scale_words(some, tiles)
-            scales = _put(tuning, tiles, cache, kept_in_hbm(cache.scales), words, schedules[1])
-            cache = cache.replace(cache.arrays, scales)
+        for tiles, schedule in zip(_tiles(cache.format, together), schedules, strict=True):
+            put = functools.partial(_put, tuning, tiles, cache, schedule)
+            if isinstance(tiles, write_kernel.ScaleTiles):
+                scales = put(_scale_words(some, tiles), kept_in_hbm(cache.scales))
+                cache = cache.replace(cache.arrays, scales)
+            else:
+                cache = cache.replace(put(_words(some, tiles), cache.arrays))
     return cache
 
 
@@ -103,9 +110,9 @@ def _put(
     tuning: Tuning,
     tiles: write_kernel.Tiles,
     cache: PagedKVCache,
-    arrays: tuple[jax.Array, ...],
-    words: jax.Array,
     schedule: write_kernel.Schedule,
+    words: jax.Array,
+    arrays: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, ...]:
     """Puts tokens into tiles of these arrays of a cache."""
     layers = {"num_layers": cache.num_layers or 1, "num_pages": cache.num_pages}

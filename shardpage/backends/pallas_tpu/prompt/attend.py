@@ -50,19 +50,22 @@ def ids_in_windows(ids: jax.Array) -> jax.Array:
 
 
 def query_rows(query: jax.Array, config: Config) -> jax.Array:
-    """[shards, queries, head_rows, row_dim] float32, with a copy for each token of a cache row."""
+    """[shards, queries, head_rows, row_dim] float32, with a copy for each token of a cache row;
+    zeros where a row holds something else."""
     shards = config.cores.count if config.cores.by_heads else 1
     rows = query.astype(config.format.compute_dtype).astype(jnp.float32)
     rows = rows.reshape(len(query), shards, config.num_heads, -1)
     rows = jnp.tile(rows, (1, 1, 1, config.format.pack))
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, config.head_rows - config.num_heads), (0, 0)))
+    spare = config.head_rows - config.num_heads, config.format.row_dim - rows.shape[-1]
+    rows = jnp.pad(rows, ((0, 0), (0, 0), *((0, more) for more in spare)))
     return jnp.moveaxis(rows, 1, 0)
 
 
 def partial_of(out: jax.Array, lse: jax.Array, config: Config) -> Partial:
     """Results by query, from `out` as the kernels leave it, and lse [queries, shards, heads]."""
     shards, num_queries = out.shape[:2]
-    out = out[:, :, : config.num_heads].reshape(
+    first, elements = config.format.first_value, config.format.pack * config.format.value_dim
+    out = out[:, :, : config.num_heads, first : first + elements].reshape(
         shards, num_queries, config.num_heads, config.format.pack, -1
     )
     out = jnp.moveaxis(out.sum(axis=3), 0, 1).reshape(num_queries, -1, config.format.value_dim)
@@ -111,7 +114,7 @@ def _call(
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
-    caches = hbm_arrays(cache)
+    caches = hbm_arrays(cache, interpreted=bool(tuning.interpret))
     inputs = kernel.Inputs(walk, ids, first_page.reshape(1), query, caches, before)
     specs = kernel.Inputs(
         Schedule(scalar, scalar, scalar, hbm), hbm, scalar, hbm,

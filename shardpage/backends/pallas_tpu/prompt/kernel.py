@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..fetch import page_buffers, parts_of_page
+from ..fetch import in_kernel, page_buffers, parts_of_page
 from ..geometry import LANES, SUBLANES
 from ..softmax import Logits
 from . import softmax
@@ -51,7 +51,7 @@ class Outputs(NamedTuple):
 class Scratch(NamedTuple):
     """References to what a core keeps in fast memory."""
 
-    pages: Any  # of each of `caches` [places, block_pages, *page_shape]
+    pages: Any  # of each of `caches` [places, block_pages, *page_shape]; see `page_buffers`
     ids: Any  # [id_places * 128] in scalar memory
     arriving: Any  # queries, [tile_tokens, head_rows, row_dim]
     spans: Any  # [2, tile_tokens, 128]: of two, one is on its way
@@ -87,6 +87,7 @@ class Kernel:
         self.first_tile, self.end_tile = schedule.bounds[walk_core], schedule.bounds[walk_core + 1]
         self.num_blocks = schedule.num_blocks[walk_core]
         heads = config.format.num_kv_heads
+        self.caches = in_kernel(config.format, inputs.caches)
         self.heads = pl.ds(core * heads if by_heads else 0, heads)
         self.first_page = jnp.maximum(inputs.first_page[0], 0)
 
@@ -174,7 +175,7 @@ class Kernel:
     def copy_page(
         self, page_id: jax.Array, page: jax.Array, place: jax.Array, needed: jax.Array
     ) -> None:
-        sources = parts_of_page(self.config.format, self.inputs.caches, page_id, self.heads)
+        sources = parts_of_page(self.config.format, self.caches, page_id, self.heads)
         semaphore = self.scratch.page_semaphores.at[place]
 
         @pl.when(needed)

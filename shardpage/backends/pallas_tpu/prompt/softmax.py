@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ....quantise import largest
+from .. import token_major
 from ..geometry import LANES, SUBLANES
 from ..softmax import (
     FLOAT32_MAX,
@@ -108,6 +109,9 @@ class Block:
     def _elements(self, which: int, head: Any) -> jax.Array:
         page_format = self.config.format
         pages = pl.ds(self.first_page, self.num_pages)
+        if page_format.layout.token_major:
+            words = self.buffers[token_major.array_of(page_format, which)].at[pages]
+            return as_matrix(self.config, token_major.elements(page_format, words, which, head))
         if page_format.fused:
             elements = self.buffers[0][pages, which, head]
         else:
