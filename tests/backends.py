@@ -43,11 +43,9 @@ needs_kernels = pytest.mark.skipif(
 def refusal(backend: str, inputs: Inputs) -> str | None:
     """Why a backend does not have what is asked for; None if it must have it."""
     if backend == "pallas_tpu":
-        if inputs.kv_layout in TOKEN_LAYOUTS:
-            return "pages are token-major"
         if inputs.case.dtype == "float16":
             return "float16 has no TPU matmul"
-        if inputs.case.scale != "none":
+        if inputs.case.scale != "none" or inputs.kv_layout in TOKEN_LAYOUTS:
             return _refused_by_kernels(inputs)
         if inputs.key_cache.shape[-2] % 8:
             return "pages are not whole TPU tiles"

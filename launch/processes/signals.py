@@ -1,12 +1,14 @@
 """Ending on request: Ctrl-C and SIGTERM as exceptions, and the exit codes that they stand for."""
 
+import functools
 import os
 import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -67,25 +69,16 @@ def stop_on_signals(grace_seconds: float = 10.0) -> Iterator[None]:
         if not left.is_set():
             signal.pthread_kill(main_thread, number)
 
-    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
-        if not isinstance(unraisable.exc_value, Stopped):
-            hook_before(unraisable)
-
-    def watch() -> None:
-        number = os.read(wakeup_read, 1)  # written when a signal comes, even if nobody handles it
-        names = [name for name in EXIT_CODES if number == bytes([signal.Signals[name]])]
-        if names and not left.wait(grace_seconds):
-            os.write(2, f"stopped by {names[0]}, stuck for {grace_seconds:.0f} s\n".encode())
-            os._exit(EXIT_CODES[names[0]])
-
     wakeup_read, wakeup_write = os.pipe()
     os.set_blocking(wakeup_write, False)
     wakeup_before = signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
     before = {name: signal.getsignal(signal.Signals[name]) for name in EXIT_CODES}
-    hook_before, sys.unraisablehook = sys.unraisablehook, dropped
+    hook_before = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_say_unless_stopped, hook_before)
     for name in EXIT_CODES:
         signal.signal(signal.Signals[name], stop)
-    watcher = threading.Thread(target=watch, name="signals", daemon=True)
+    watching = (wakeup_read, left, grace_seconds)
+    watcher = threading.Thread(target=_watch, args=watching, name="signals", daemon=True)
     watcher.start()
     try:
         yield
@@ -98,3 +91,18 @@ def stop_on_signals(grace_seconds: float = 10.0) -> Iterator[None]:
         os.close(wakeup_write)  # the watcher reads the end of it
         watcher.join()
         os.close(wakeup_read)
+
+
+def _say_unless_stopped(say: Callable[[Any], object], unraisable: "sys.UnraisableHookArgs") -> None:
+    """What Python does with an exception that it drops."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        say(unraisable)
+
+
+def _watch(wakeup: int, left: threading.Event, grace_seconds: float) -> None:
+    """Ends a process that a signal did not."""
+    number = os.read(wakeup, 1)  # written when a signal comes, even if nobody handles it
+    names = [name for name in EXIT_CODES if number == bytes([signal.Signals[name]])]
+    if names and not left.wait(grace_seconds):
+        os.write(2, f"stopped by {names[0]}, stuck for {grace_seconds:.0f} s\n".encode())
+        os._exit(EXIT_CODES[names[0]])

@@ -87,25 +87,27 @@ _POOL_BYTES = 1 << 30
 _STOCK_BLOCK_PAGES = 32
 
 
-_OF_STEPS = ("step", "step write")
-
-
 def subject(kernel: str, shape: Any, mesh: Mesh, cores: CoresMode) -> Subject:
     """A kernel with a case, for the device of a mesh of one.
 
     Raises:
       ValueError: if JAX's kernel does not have the shape, or the case is a step of another.
     """
-    if isinstance(shape, Step) != (kernel in _OF_STEPS):
+    if isinstance(shape, Step) != _is_of_steps(kernel):
         steps = "is" if isinstance(shape, Step) else "is not"
-        raise ValueError(f"{shape.name!r} {steps} a whole step, which {_OF_STEPS} are for")
+        of_steps = [name for name in KERNELS if _is_of_steps(name)]
+        raise ValueError(f"{shape.name!r} {steps} a whole step, which {of_steps} are for")
     name = kernel if cores == "off" else f"{kernel}, {cores}"
     return dataclasses.replace(KERNELS[kernel](shape, mesh, cores), kernel=name)
 
 
 def default_cases(kernel: str) -> Sequence[Shape | Step]:
     """What a kernel is executed with if nobody names a case."""
-    return STEPS if kernel in _OF_STEPS else CASES
+    return STEPS if _is_of_steps(kernel) else CASES
+
+
+def _is_of_steps(kernel: str) -> bool:
+    return kernel.startswith("step")
 
 
 def tables(shape: Shape) -> np.ndarray:
@@ -148,17 +150,17 @@ def _decode(shape: Shape, mesh: Mesh, cores: CoresMode, *, layout: Any) -> Subje
     return Subject(shape.name, "", attend, arguments, page_bytes(shape))
 
 
-def _write(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
+def _write(shape: Shape, mesh: Mesh, cores: CoresMode, *, layout: Any = None) -> Subject:
     """One token a sequence, at its end."""
     dims = (shape.num_seqs, shape.num_kv_heads, shape.head_dim)
     new = jax.ShapeDtypeStruct(dims, shape.query_dtype)
     seq_ids = np.arange(shape.num_seqs, dtype=np.int32)
     write = functools.partial(write_kv, mesh=mesh)
-    arguments = (_cache(shape, mesh, None), new, new, seq_ids, shape.context_lens - 1)
+    arguments = (_cache(shape, mesh, layout), new, new, seq_ids, shape.context_lens - 1)
     return Subject(shape.name, "", write, (*arguments, tables(shape)), donate=(0,))
 
 
-def _step_cache(step: Step, mesh: Mesh) -> tuple[PagedKVCache, np.ndarray]:
+def _step_cache(step: Step, mesh: Mesh, layout: Any) -> tuple[PagedKVCache, np.ndarray]:
     """A cache with room for a step, and the tables of its sequences."""
     columns = -(-step.context_lens.max() // step.page_size)
     page_bytes = step.kv_bytes // int((-(-step.context_lens // step.page_size)).sum())
@@ -167,14 +169,14 @@ def _step_cache(step: Step, mesh: Mesh) -> tuple[PagedKVCache, np.ndarray]:
     tables = ids.astype(np.int32).reshape(-1, columns)
     cache = PagedKVCache.abstract(
         num_pages, step.num_kv_heads, step.page_size, step.head_dim,
-        dtype=jnp.dtype(step.dtype), kv_layout="fused", mesh=mesh,
+        dtype=jnp.dtype(step.dtype), kv_layout=layout, mesh=mesh,
     )  # fmt: skip
     return cache, tables
 
 
-def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
+def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode, *, layout: Any) -> Subject:
     """All kernels of a step's attention, in one layer."""
-    cache, tables = _step_cache(step, mesh)
+    cache, tables = _step_cache(step, mesh, layout)
 
     def plan_and_attend(query, cache, context_lens, query_lens, tables):
         how = {"num_heads": step.num_heads, "mesh": mesh, "tuning": Tuning(cores=cores)}
@@ -187,9 +189,9 @@ def _plan_and_attend(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
     return Subject(step.name, "", plan_and_attend, arguments, step.kv_bytes, flops=step.flops)
 
 
-def _plan_and_write(step: Step, mesh: Mesh, cores: CoresMode) -> Subject:
+def _plan_and_write(step: Step, mesh: Mesh, cores: CoresMode, *, layout: Any) -> Subject:
     """All new tokens of a step, in one layer."""
-    cache, tables = _step_cache(step, mesh)
+    cache, tables = _step_cache(step, mesh, layout)
 
     def plan_and_write(cache, new, context_lens, query_lens, tables):
         how = {"num_heads": step.num_heads, "mesh": mesh, "tuning": Tuning(cores=cores)}
@@ -238,9 +240,13 @@ def _ragged(shape: Shape, mesh: Mesh, cores: CoresMode) -> Subject:
 KERNELS: dict[str, Callable[[Any, Mesh, CoresMode], Subject]] = {
     "decode": functools.partial(_decode, layout="fused"),
     "decode, two arrays": functools.partial(_decode, layout="blocks_first"),
+    "decode, token-major": functools.partial(_decode, layout="interleaved_words"),
     "write": _write,
-    "step": _plan_and_attend,
-    "step write": _plan_and_write,
+    "write, token-major": functools.partial(_write, layout="interleaved_words"),
+    "step": functools.partial(_plan_and_attend, layout="fused"),
+    "step, token-major": functools.partial(_plan_and_attend, layout="interleaved_words"),
+    "step write": functools.partial(_plan_and_write, layout="fused"),
+    "step write, token-major": functools.partial(_plan_and_write, layout="interleaved_words"),
     "jax paged_attention": _stock,
     "jax ragged_paged_attention": _ragged,
 }

@@ -38,6 +38,7 @@ _BINARY = {
     "sadd": "wrap({0} + {1})",
     "ssub": "wrap({0} - {1})",
     "smul": "wrap({0} * {1})",
+    "smulhi": "wrap(unsigned({0}) * unsigned({1}) >> 32)",  # of a division by a constant
     "sshll": "wrap({0} << {1})",
     "sshllo": "wrap({0} << {1} | (1 << {1}) - 1)",  # ones come in, as masks of rows need them
     "sshrl": "wrap(unsigned({0}) >> {1})",

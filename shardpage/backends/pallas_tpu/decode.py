@@ -136,7 +136,8 @@ def _call(
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     agenda = hbm if config.sizes.paged else scalar
     layer = jnp.zeros(1, jnp.int32) if cache.layer is None else cache.layer.reshape(1)
-    caches = hbm_arrays(cache, interpreted=bool(tuning.interpret))
+    interpreted = bool(tuning.interpret)
+    caches = hbm_arrays(cache, interpreted=interpreted)
     inputs = vary_together(schedule, ids, layer, query_rows, caches)
     whole = lambda shape, by_core=True: pl.BlockSpec(
         (1, *shape),
@@ -162,7 +163,7 @@ def _call(
         grid=(cores.count,),
         in_specs=tuple(specs),
         out_specs=tuple(map(whole, shapes)),
-        scratch_shapes=decode_kernel.scratch_shapes(config),
+        scratch_shapes=decode_kernel.scratch_shapes(config, interpreted=interpreted),
         out_shape=tuple(map(output, shapes, (dtype, jnp.float32))),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel" if cores.count > 1 else "arbitrary",),

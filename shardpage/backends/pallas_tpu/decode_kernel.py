@@ -277,7 +277,7 @@ def kernel(*refs, config: Config, how: How) -> None:
     Kernel(config, how, Inputs(*inputs), outputs, Scratch(*scratch)).run()
 
 
-def scratch_shapes(config: Config) -> Scratch:
+def scratch_shapes(config: Config, *, interpreted: bool) -> Scratch:
     geometry, page_format, sizes = config.geometry, config.geometry.format, config.sizes
     rows, row_dim = geometry.rows, page_format.row_dim
     float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
@@ -286,9 +286,10 @@ def scratch_shapes(config: Config) -> Scratch:
     # Scalars and semaphores of a paged agenda; each semaphore costs a few cycles at the end.
     if_paged = lambda count: count if sizes.paged else 1
     scalars = lambda count: pltpu.SMEM((if_paged(count),), jnp.int32)
+    ring = sizes.ring_places, sizes.step_pages
     not_used = sizes.run_pages - 1  # ids that are read behind the last
     return Scratch(
-        pages=twice(page_buffers(page_format, sizes.ring_places, sizes.step_pages)),
+        pages=twice(page_buffers(page_format, *ring, interpreted=interpreted)),
         sums=softmax.Sums(float32(rows, LANES), float32(rows, LANES), float32(rows, row_dim)),
         suspect=float32(SUBLANES, row_dim),
         steps=scalars(sizes.agenda_steps * sizes.step_lanes),

@@ -5,12 +5,13 @@ branches: the compiler then issues the copies of one step under the arithmetic o
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -26,8 +27,9 @@ _UNROLL = 8  # page copies issued between two branches, in loops
 def hbm_arrays(cache: PagedKVCache, *, interpreted: bool) -> tuple[jax.Array, ...]:
     """What pages are fetched from: the cache's arrays, and the scales of tokens."""
     arrays = cache.arrays
-    if cache.layout.token_major and interpreted:
-        arrays = tuple(token_major.words_of_array(cache.format, array) for array in arrays)
+    if cache.layout.token_major:
+        as_words = functools.partial(token_major.words_of_array, cache.format)
+        arrays = tuple(as_words(array, interpreted=interpreted) for array in arrays)
     return arrays + (kept_in_hbm(cache.scales) if cache.scale == "token" else ())
 
 
@@ -52,14 +54,23 @@ def parts_of_page(page_format: PageFormat, caches: Sequence[Any], page: Any, hea
     return [*(cache.at[at] for cache in arrays), *(scale.at[page, heads] for scale in scales)]
 
 
-def page_buffers(page_format: PageFormat, *lead: int) -> tuple[Any, ...]:
+def page_buffers(page_format: PageFormat, *lead: int, interpreted: bool) -> tuple[Any, ...]:
     """Fast memory for the parts of `lead` pages."""
     shape, dtype = page_format.page_shape, page_format.dtype
     if page_format.layout.token_major:
-        shape, dtype = token_major.words_shape(page_format), jnp.dtype(jnp.int32)
+        shape = token_major.buffer_shape(page_format, interpreted=interpreted)
+        dtype = np.dtype(np.int32)
     pages = pltpu.VMEM((*lead, *shape), dtype)
     scales = pltpu.VMEM((*lead, *page_format.page_scales_shape), SCALE_DTYPE)
     return (pages,) * page_format.num_arrays + (scales,) * (page_format.scale == "token")
+
+
+def filled(page_format: PageFormat, buffers: Sequence[Any], axes: int) -> list[Any]:
+    """Of references to pages in such memory, with as many axes before a page's, what is copied."""
+    if not page_format.layout.token_major:
+        return list(buffers)
+    arrays, scales = buffers[: page_format.num_arrays], buffers[page_format.num_arrays :]
+    return [*(token_major.filled(page_format, array, axes) for array in arrays), *scales]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Ring:
     caches: Sequence[
         Any
     ]  # of `in_kernel`, from the page that ids count from; then the scales of tokens, if any
-    pages: Sequence[Any]  # [places, step_pages, *page_shape] for each of them
+    pages: Sequence[Any]  # [places, step_pages, ...] for each of them, of `page_buffers`
     semaphores: Any  # [places], which count the bytes of a whole step
     first_head: jax.Array | int
 
@@ -108,9 +119,11 @@ class Ring:
 
         @pl.when(page + (count - 1) < num_pages)
         def _():
-            for source, ring in zip(sources, self.pages, strict=True):
-                first = index * self.sizes.block_pages + page
-                target = ring.at[place, first if count == 1 else pl.ds(first, count)]
+            first = index * self.sizes.block_pages + page
+            several = count > 1
+            at = pl.ds(first, count) if several else first
+            there = filled(self.format, [ring.at[place, at] for ring in self.pages], int(several))
+            for source, target in zip(sources, there, strict=True):
                 pltpu.make_async_copy(source, target, self.semaphores.at[place]).start()
 
     def wait(self, step_pages: jax.Array, place: jax.Array) -> None:
@@ -120,8 +133,9 @@ class Ring:
 
             @pl.when(step_pages & (1 << digit) != 0)
             def _(some=some):
-                for ring in self.pages:
-                    self._wait(ring.at[place, some], place)
+                there = [ring.at[place, some] for ring in self.pages]
+                for buffer in filled(self.format, there, 1):
+                    self._wait(buffer, place)
 
     def _wait(self, buffer: Any, place: jax.Array) -> None:
         pltpu.make_async_copy(buffer, buffer, self.semaphores.at[place]).wait()

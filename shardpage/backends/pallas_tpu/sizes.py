@@ -104,7 +104,8 @@ def query_vmem_bytes(geometry: Geometry, num_splits: int) -> int:
 def vmem_page_bytes(page_format: PageFormat) -> int:
     """Bytes of one page of all cache arrays in VMEM, padded to tiles."""
     if page_format.layout.token_major:
-        elements = page_format.num_arrays * math.prod(token_major.words_shape(page_format)) * 4
+        rows = page_format.num_arrays * page_format.page_size * token_major.pitch(page_format)
+        elements = 4 * LANES * rows
         return elements + _scales_bytes(page_format)
     rows = round_up(page_format.page_rows, SUBLANES)
     row = round_up(page_format.row_dim, LANES) * page_format.dtype.itemsize

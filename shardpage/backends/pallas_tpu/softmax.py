@@ -152,15 +152,16 @@ class View:
 
         For a weight of 0 does not silence a NaN.
         """
-        page_format = self.geometry.format
-        for page in (0, jnp.maximum(self.used_pages - 1, 0)):
+        page_format, last = self.geometry.format, jnp.maximum(self.used_pages - 1, 0)
+        if page_format.layout.token_major:
+            page = lambda number: self._words(which).at[self.place, self.first_page + number]
+            token_major.keep_from(page(0), self.span.start)
+            token_major.keep_until(page(last), self.span.stop - last * page_format.page_size)
+            return
+        for page in (0, last):
+            elements = self._pages(which, self.first_page + page)
             first = page * page_format.page_size
             span = Span(self.span.start - first, self.span.stop - first)
-            if page_format.layout.token_major:
-                words = self._words(which).at[self.place, self.first_page + page]
-                token_major.silence(page_format, words, span)
-                continue
-            elements = self._pages(which, self.first_page + page)
             seen = _seen_elements(self.geometry, page_format.page_rows, span)
             elements[...] = jnp.where(seen, elements[...], 0)
 

@@ -1,6 +1,6 @@
 """Token-major pages, of which a TPU keeps `n = 4 / itemsize` rows in words of 32 bits.
 
-    [page, rows, width]  ->  int32 [page * words, 128]
+    [page, rows, width]  ->  int32 [page, words, 128]
 
 All heads of a token lie together, so what is read of one head is rows far from each other. Loads
 with a stride are of 32 bits and of rows of 128: pages are taken as rows of words, as they lie, and
@@ -46,25 +46,49 @@ def refusal(page_format: PageFormat) -> str | None:
     return None
 
 
-def words_shape(page_format: PageFormat) -> tuple[int, int]:
-    """A page of one array, as rows of words."""
-    return (math.prod(page_format.page_shape) // (_per_word(page_format) * LANES), LANES)
-
-
-def words_of_array(page_format: PageFormat, array: jax.Array) -> jax.Array:
-    """Pages `[pages, *page_shape]` as rows of words: for the interpreter, which has not
-    `words_of_ref`."""
-    shape, per_word = words_shape(page_format), _per_word(page_format)
-    by_row = array.reshape(len(array), -1, per_word, page_format.row_dim)
-    by_row = by_row[..., 0, :] if per_word == 1 else by_row.mT
-    return lax.bitcast_convert_type(by_row, jnp.int32).reshape(-1, *shape)
+def words_of_array(page_format: PageFormat, array: jax.Array, *, interpreted: bool) -> jax.Array:
+    """What a kernel is given of an array of pages: the same bytes, in which words can be told; for
+    the interpreter, which has no other view of a reference's bytes, the words, `[pages, page_size,
+    words_per_token, 128]`."""
+    per_word = _per_word(page_format)
+    lead, width = array.shape[:2], page_format.row_dim
+    by_word = array.reshape(*lead, -1, per_word, width)
+    if not interpreted:
+        return by_word
+    by_word = by_word[..., 0, :] if per_word == 1 else by_word.mT
+    return lax.bitcast_convert_type(by_word, jnp.int32).reshape(*lead, -1, LANES)
 
 
 def words_of_ref(page_format: PageFormat, pages: Any) -> Any:
-    """The same of a reference, without a copy."""
-    if pages.dtype == jnp.int32:  # already
+    """Reference to the words of what a kernel is given, [pages, page_size, words_per_token, 128];
+    compiled, with an axis of 1 before the last."""
+    if pages.dtype == jnp.int32:  # already: interpreted
         return pages
-    return pages.bitcast(jnp.int32).reshape(pages.shape[0], *words_shape(page_format))
+    shape = (*pages.shape[:2], _words_per_token(page_format), 1, LANES)
+    return pages.bitcast(jnp.int32).reshape(shape)
+
+
+def buffer_shape(page_format: PageFormat, *, interpreted: bool) -> tuple[int, ...]:
+    """A page of one array in fast memory: words of a token, and what keeps those of the next from
+    the same bank."""
+    return (page_format.page_size, pitch(page_format), *(() if interpreted else (1,)), LANES)
+
+
+def pitch(page_format: PageFormat) -> int:
+    """Rows of 128 words in fast memory from a token to the next: no multiple of 8, of which a load
+    takes half of its rows at a time, of 16 a quarter."""
+    words = _words_per_token(page_format)
+    return words + (words % SUBLANES == 0)
+
+
+def filled(page_format: PageFormat, pages: Any, axes: int) -> Any:
+    """Of a reference to pages in fast memory, with as many axes before a page's, what is copied."""
+    each = (slice(None),) * (axes + 1)
+    return pages.at[(*each, pl.ds(0, _words_per_token(page_format)))]
+
+
+def _words_per_token(page_format: PageFormat) -> int:
+    return math.prod(page_format.token_shape) // (_per_word(page_format) * LANES)
 
 
 def array_of(page_format: PageFormat, which: int) -> int:
@@ -77,15 +101,11 @@ def elements(page_format: PageFormat, words: Any, which: int, head: Any) -> jax.
 
     Args:
       page_format: its number of KV heads does not matter.
-      words: reference to pages of `array_of` them, `[pages, *words_shape]`.
+      words: reference to pages in fast memory of `array_of` them.
     """
-    page_size, columns = page_format.page_size, page_format.row_dim // LANES
-    stride = words.shape[1] // page_size
+    columns = page_format.row_dim // LANES
     word, place = _word_and_place(page_format, which, head)
-    parts = [
-        words[:, pl.ds(word * columns + i, page_size, stride), :].reshape(-1, LANES)
-        for i in range(columns)
-    ]
+    parts = [_rows(words, word * columns + i) for i in range(columns)]
     found = parts[0] if columns == 1 else jnp.concatenate(parts, axis=1)
     if page_format.padding:  # nothing, but not a number perhaps
         lane = lax.broadcasted_iota(jnp.int32, found.shape, 1)
@@ -96,12 +116,33 @@ def elements(page_format: PageFormat, words: Any, which: int, head: Any) -> jax.
     return pltpu.bitcast(found, page_format.dtype)
 
 
-def silence(page_format: PageFormat, words: Any, span: Any) -> None:
-    """Zeros the tokens of a page that are not in a span; `words`: reference, `words_shape`."""
-    per_token = words.shape[0] // page_format.page_size
-    row = lax.broadcasted_iota(jnp.int32, words.shape, 0)
-    seen = (row >= span.start * per_token) & (row < span.stop * per_token)
-    words[...] = jnp.where(seen, words[...], 0)
+def _rows(words: Any, word: Any) -> jax.Array:
+    """A word of each token, [tokens, 128]."""
+    num_pages, page_size, stride = words.shape[:3]
+    if len(words.shape) == 4:  # interpreted
+        return words[:, :, word, :].reshape(-1, LANES)
+    count = num_pages * page_size
+    return words.reshape(count * stride, LANES)[pl.ds(word, count, stride), :]
+
+
+def keep_from(words: Any, start: jax.Array) -> None:
+    """Zeros the tokens of a page in fast memory before one."""
+    rows, row, per_token = _numbered(words)
+    rows[...] = jnp.where(row >= start * per_token, rows[...], 0)
+
+
+def keep_until(words: Any, stop: jax.Array) -> None:
+    """Zeros the tokens of a page in fast memory from one on."""
+    rows, row, per_token = _numbered(words)
+    rows[...] = jnp.where(row < stop * per_token, rows[...], 0)
+
+
+def _numbered(words: Any) -> tuple[Any, jax.Array, int]:
+    """A page's rows of words, the number of each, and how many a token has."""
+    page_size, stride = words.shape[:2]
+    rows = words if len(words.shape) == 3 else words.reshape(page_size * stride, LANES)
+    number = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
+    return rows, number, rows.shape[0] // page_size
 
 
 def _per_word(page_format: PageFormat) -> int:

@@ -114,7 +114,8 @@ def _call(
     scalar: Any = pl.BlockSpec(memory_space=pltpu.SMEM)
     hbm: Any = pl.BlockSpec(memory_space=pl.ANY)
     first_page = jnp.int32(0) if cache.first_page is None else cache.first_page
-    caches = hbm_arrays(cache, interpreted=bool(tuning.interpret))
+    interpreted = bool(tuning.interpret)
+    caches = hbm_arrays(cache, interpreted=interpreted)
     inputs = kernel.Inputs(walk, ids, first_page.reshape(1), query, caches, before)
     specs = kernel.Inputs(
         Schedule(scalar, scalar, scalar, hbm), hbm, scalar, hbm,
@@ -128,7 +129,7 @@ def _call(
         grid=(count,),
         in_specs=tuple(specs),
         out_specs=(hbm, hbm),
-        scratch_shapes=kernel.scratch_shapes(config),
+        scratch_shapes=kernel.scratch_shapes(config, interpreted=interpreted),
         out_shape=tuple(
             result_as(inputs[1], shape, jnp.float32) for shape in (query.shape, lse_shape)
         ),

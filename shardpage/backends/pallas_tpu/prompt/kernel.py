@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..fetch import in_kernel, page_buffers, parts_of_page
+from ..fetch import filled, in_kernel, page_buffers, parts_of_page
 from ..geometry import LANES, SUBLANES
 from ..softmax import Logits
 from . import softmax
@@ -180,14 +180,16 @@ class Kernel:
 
         @pl.when(needed)
         def _():
-            for source, pages in zip(sources, self.scratch.pages, strict=True):
-                pltpu.make_async_copy(source, pages.at[place, page], semaphore).start()
+            there = [pages.at[place, page] for pages in self.scratch.pages]
+            targets = filled(self.config.format, there, 0)
+            for source, target in zip(sources, targets, strict=True):
+                pltpu.make_async_copy(source, target, semaphore).start()
 
     def wait_pages(self, count: jax.Array, place: jax.Array) -> None:
         """One wait for each binary digit of their number."""
         for size, _ in _digits(count, self.config.block_pages):
-            for pages in self.scratch.pages:
-                some = pages.at[place, pl.ds(0, size)]
+            there = [x.at[place, pl.ds(0, size)] for x in self.scratch.pages]
+            for some in filled(self.config.format, there, 1):
                 semaphore = self.scratch.page_semaphores.at[place]
                 pl.when(count & size != 0)(pltpu.make_async_copy(some, some, semaphore).wait)
 
@@ -328,13 +330,13 @@ def kernel(*refs, config: Config, logits: Logits) -> None:
     Kernel(config, logits, Inputs(*inputs), Outputs(*outputs), Scratch(*scratch)).run()
 
 
-def scratch_shapes(config: Config) -> Scratch:
+def scratch_shapes(config: Config, *, interpreted: bool) -> Scratch:
     page_format, tokens = config.format, config.tile_tokens
     kv_heads, rows, row_dim = page_format.num_kv_heads, config.rows, page_format.row_dim
     float32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     semaphores = lambda count: pltpu.SemaphoreType.DMA((count,))
     return Scratch(
-        pages=page_buffers(page_format, config.places, config.block_pages),
+        pages=page_buffers(page_format, config.places, config.block_pages, interpreted=interpreted),
         ids=pltpu.SMEM((2 * config.places * LANES,), jnp.int32),
         arriving=float32(tokens, config.head_rows, row_dim),
         spans=pltpu.VMEM((2, tokens, LANES), jnp.int32),
