@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import meshes
 from shardpage import ShardLayout
 from shardpage.adapters import ejkernel, sglang_jax, tpu_inference
 
@@ -74,8 +75,12 @@ def test_tpu_inference(spec, axis_type, changes, context):
     assert_written(made, new, shared, shards=model)
 
 
-def test_nothing_is_sent_and_no_cache_copied():
-    mesh = build_mesh("data=2,model=2")
+@pytest.mark.parametrize("name", [None, "v5e:2x2", "v6e:2x2"])
+def test_nothing_is_sent_and_no_cache_copied(name):
+    """Compiled for CPUs; ahead of time for TPUs, whose kernels read and write it as it lies."""
+    if name:
+        pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: shardpage[tpu]")
+    mesh = meshes.topology(name, "data=2,model=2") if name else build_mesh("data=2,model=2")
     made = batch(STEP, num_seq_shards=2)
     wide = P("data", None, "model", None, None)
     shape = lambda shape, dtype, spec: jax.ShapeDtypeStruct(
@@ -90,7 +95,10 @@ def test_nothing_is_sent_and_no_cache_copied():
     names = ("q", "k", "v", "kv_cache", "kv_lens", "page_indices", "cu_q_lens", "distribution")
     run = jax.jit(lambda *xs: call(**dict(zip(names, xs, strict=True))), donate_argnums=3)
     program = run.lower(*tokens, cache, *arrays).compile()
-    assert not re.search(r"\b(all-\w+|collective-\w+|reduce-scatter)\(", program.as_text())
+    text = program.as_text()
+    assert not re.search(r"\b(all-\w+|collective-\w+|reduce-scatter)\(", text)
+    kernels = {f"shardpage_{x}" for x in ("write_tokens", "decode", "prompt")} if name else set()
+    assert set(re.findall(r"%(shardpage_\w+)\S* = .*custom-call\(", text)) == kernels
     memory, cache_bytes = program.memory_analysis(), 4096 * 8 * 8 * 128 * 4 // 4
     assert memory.alias_size_in_bytes == cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 4

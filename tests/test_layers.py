@@ -120,7 +120,7 @@ def test_a_layer_is_named_where_there_are_several_and_only_there():
         attend(query, single, plan, layer=0)
 
 
-@pytest.mark.parametrize("kv_layout", ["blocks_first", "fused"])
+@pytest.mark.parametrize("kv_layout", ["blocks_first", "fused", "interleaved_words"])
 def test_interpreted_kernels_know_layers(kv_layout):
     model, cache, tokens = on(None, kv_layout, 2, backend="pallas_tpu", step="decoding")
     expected = layered(on(None, kv_layout, 2, step="decoding")[0], cache, *tokens)
@@ -168,11 +168,14 @@ def test_on_tpus_a_scan_copies_no_cache_and_plans_nothing(name):
     assert not [line for line in in_loop if re.search(r" sort\(|/plan/", line)]
 
 
-@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize(
+    ("backend", "kv_layout"),
+    [("xla", "fused"), ("pallas_tpu", "fused"), ("pallas_tpu", "interleaved_words")],
+)
 @pytest.mark.parametrize("number", [-1, 2, 2**31 - 1])
-def test_a_traced_layer_that_there_is_not(number, backend):
+def test_a_traced_layer_that_there_is_not(number, backend, kv_layout):
     """What Python refuses, a compiled program answers: NaN, and nothing is written."""
-    model, cache, tokens = on(None, "fused", 2, backend, step="one_token")
+    model, cache, tokens = on(None, kv_layout, 2, backend, step="one_token")
     plan = model(cache)
     query, key, value = (x[0] for x in tokens)
     number = jnp.int32(number)

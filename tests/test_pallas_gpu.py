@@ -112,8 +112,7 @@ class TestConfig:
     def test_layouts(self, layout):
         form = page_format(layout=layout)
         assert default_for("gpu", "NVIDIA H200", form) == "pallas_gpu"
-        on_tpu = "xla" if layout.token_major else "pallas_tpu"
-        assert default_for("tpu", "TPU v6e", form) == on_tpu
+        assert default_for("tpu", "TPU v6e", form) == "pallas_tpu"
 
 
 class TestShares:

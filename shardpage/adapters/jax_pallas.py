@@ -110,7 +110,7 @@ def ragged_paged_attention(
     Reads `kv_pages` (k0 v0 k1 v1 ...) where they lie; they hold the new tokens already. Of float8
     pages `k_scale` and `v_scale` are what they are multiples of. Rows behind the last token are
     zeros. `mask_value`, `num_queries_per_block` and `vmem_limit_bytes` change no
-    result and have no effect. `backend` is ours: None takes "xla" for such pages.
+    result and have no effect. `backend` is ours: None takes what suits the devices.
 
     Raises:
       ValueError: if arguments contradict each other.

@@ -87,7 +87,7 @@ def ragged_paged_attention(
     tunes or guards their kernel (block sizes, limits, checks, `mask_value`, `skip_kv_mask`) has no
     effect, nor has `q_scale`: queries stay as they are. Of a float8 cache, keys and values are
     float8 as well, and `k_scale` and `v_scale` are what they are multiples of. `backend` is ours:
-    None takes "xla" for such pages.
+    None takes what suits the devices.
 
     Raises:
       ValueError: if arguments contradict each other.

@@ -93,7 +93,7 @@ def ragged_paged_attention(
     sequences, decides. Of a float8 cache, keys and values are float8 as well, and `k_scale` and
     `v_scale` are what they are multiples of. A `q_scale` would quantise queries, which stay as they
     are. What tunes or guards their kernel (block sizes, limits, checks, `mask_value`,
-    `skip_kv_mask`) has no effect. `backend` is ours: None takes "xla" for such pages.
+    `skip_kv_mask`) has no effect. `backend` is ours: None takes what suits the devices.
 
     Raises:
       ValueError: if arguments contradict each other.

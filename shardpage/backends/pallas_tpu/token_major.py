@@ -39,9 +39,9 @@ def refusal(page_format: PageFormat) -> str | None:
         rows[0] % per_word or not (rows[0] in (1, 2, 4) or rows[0] % SUBLANES == 0)
     ):
         return (
-            f"{rows[0]} rows a token of kv_layout={name!r} in {page_format.dtype.name} do not fill "
-            f"tiles: use a multiple of {SUBLANES} of them, or a power of two that fills words of "
-            f"{per_word}, or kv_layout='interleaved_words'"
+            f"rows={rows[0]} per token of kv_layout={name!r} in {page_format.dtype.name} do not "
+            f"fill tiles: use a multiple of {SUBLANES} of them, or a power of two that fills words "
+            f"of {per_word}, or kv_layout='interleaved_words'"
         )
     return None
 
