@@ -448,6 +448,19 @@ class TestEjkernel:
         with pytest.raises(ValueError, match="mesh, in_specs and out_specs go together"):
             call(in_specs=())
 
+    def test_page_attention_takes_what_a_registry_passes_on(self):
+        made = cases.make(cases.named("plain"), "blocks_first")
+        arrays = made.query, made.key_cache, made.value_cache, made.context_lens, made.block_tables
+        call = functools.partial(ejkernel.page_attention, *map(jnp.asarray, arrays))
+        left = {"cfg": {"block_m": 64}, "num_warps": 4, "num_stages": 2}
+        for platform in (None, "auto", "xla"):
+            out = call(**left, platform=platform)
+            np.testing.assert_array_equal(np.asarray(out), np.asarray(call()))
+        with pytest.raises(NotImplementedError, match="platform='triton' is a kernel of ejkernel"):
+            call(platform="triton")
+        with pytest.raises(ValueError, match="platform='xla' and backend='xla' both name a back"):
+            call(platform="xla", backend="xla")
+
     @needs_kernels
     def test_on_the_tpu_kernels(self):
         made = batch(SMALL)

@@ -252,6 +252,19 @@ def _prompts(report: dict[str, Any]) -> str:
     return _table(cells)
 
 
+def _beside_each_other(report: dict[str, Any]) -> str:
+    """One kernel after the other: issue over what binds, and microseconds at 1 us of latency."""
+    calls: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for call in report["calls"]:
+        calls.setdefault((call["case"], call["topology"]), []).append(call)
+    topologies = list(dict.fromkeys(topology for _, topology in calls))
+    cells = [["case", *(t.partition(":")[0] for t in topologies)]]
+    for case in dict.fromkeys(case for case, _ in calls):
+        found = (map(_over_bound, calls[case, topology]) for topology in topologies)
+        cells.append([case, *("; ".join(each) for each in found)])
+    return _table(cells)
+
+
 def _over_bound(call: dict[str, Any]) -> str:
     bound = max(call["mxu_cycles"], call["hbm_cycles"])
     return f"{call['cycles'] / bound:.2f}, {call['us']['1 us']:.0f} us"
@@ -346,6 +359,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tpu_us": ("tpu_schedule", _microseconds),
     "tpu_two_cores": ("tpu_two_cores", _two_cores),
     "tpu_prompts": ("tpu_prompts", _prompts),
+    "tpu_token_major": ("tpu_token_major", _beside_each_other),
+    "tpu_token_major_steps": ("tpu_token_major_steps", _beside_each_other),
+    "tpu_token_major_write": ("tpu_token_major_write", _beside_each_other),
     "tpu_quantised": ("tpu_quantised", _quantised_calls),
     "tpu_quantised_writes": ("tpu_quantised", _quantised_writes),
     "tpu_step": ("tpu_step", _step),

@@ -15,6 +15,7 @@ from ..options import Attention, BackendName, CoresMode, Mask, Tuning
 from ..page_format import KVLayout, KVLayoutName
 from ..shard_layout import ShardLayout, Split
 from . import errors_named
+from .ejkernel_ragged import backend_of
 from .ejkernel_ragged import ragged_page_attention_v2 as ragged_page_attention_v2
 from .ejkernel_ragged import ragged_page_attention_v3 as ragged_page_attention_v3
 from .ejkernel_ragged import unified_attention as unified_attention
@@ -49,6 +50,10 @@ def page_attention(
     return_lse: bool = False,
     interpret: bool | None = None,
     scales: Any = None,
+    platform: str | None = None,
+    cfg: Any = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
 ) -> (
     Float[Array, "num_seqs num_heads head_dim"]
     | tuple[Float[Array, "num_seqs num_heads head_dim"], Float[Array, "num_seqs num_heads"]]
@@ -96,6 +101,9 @@ def page_attention(
       return_lse: also return the natural log of the softmax denominator (sinks included).
       interpret: run a Pallas kernel in interpret mode; None where there is no TPU.
       scales: of a quantised cache, `cache.scales`, or as `PagedKVCache.of` takes them.
+      platform: ejkernel's name of a backend: "xla", "pallas" (TPU) or None.
+      cfg, num_warps, num_stages: what else ejkernel's registry passes on to tune its kernels; has
+        no effect.
 
     Returns:
       `[num_seqs, num_heads, head_dim]` in the query's dtype; with `return_lse`, a pair of that
@@ -108,7 +116,10 @@ def page_attention(
       ValueError: if arguments contradict each other or the mesh; the message says what would work.
       NotImplementedError: if the backend does not have an option; the message says which does.
     """
+    del cfg, num_warps, num_stages
     _check_ends_here(mask_value)
+    if platform is not None and backend is not None:
+        raise ValueError(f"{platform=} and {backend=} both name a backend; leave one out")
     for name, value in {"inline_seq_dim": inline_seq_dim, "return_lse": return_lse}.items():
         instance(name, value, bool, "True or False")
     array_checks.rank("query", query, "[num_seqs, num_heads, head_dim]")
@@ -127,7 +138,7 @@ def page_attention(
         mask = Mask(sliding_window, max_context_len=max_context_len)
         split = Split.of(mesh, layout)
         tuning = Tuning(
-            backend=backend,
+            backend=backend or backend_of(platform),
             num_splits=num_splits,
             pages_per_block=pages_per_compute_block,
             cores=megacore_mode,

@@ -61,7 +61,7 @@ def ragged_page_attention_v2(
     del compute_dtype, optimized, mask_value, cfg
     ragged.checked_hints(vmem_limit_bytes=vmem_limit_bytes)
     options = ragged.Options(
-        softmax_scale, logits_soft_cap, sliding_window, tuning=_tuning(platform)
+        softmax_scale, logits_soft_cap, sliding_window, tuning=Tuning(backend=backend_of(platform))
     )
     arrays = (queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux)
     call = functools.partial(_v2, options)
@@ -113,7 +113,7 @@ def ragged_page_attention_v3(
         logits_soft_cap,
         sliding_window,
         v_scale=v_scale,
-        tuning=_tuning(platform),
+        tuning=Tuning(backend=backend_of(platform)),
         k_scale=k_scale,
     )
     tokens = (queries, keys, values, kv_cache)
@@ -164,7 +164,7 @@ def unified_attention(
             )
     options = ragged.Options(
         softmax_scale, logits_soft_cap or None, sliding_window or None, causal,
-        tuning=_tuning(platform),
+        tuning=Tuning(backend=backend_of(platform)),
     )  # fmt: skip
     caches = (queries, key_cache, value_cache)
     arrays = (*caches, kv_lens, block_tables, query_start_loc, None, None, softmax_aux)
@@ -172,13 +172,18 @@ def unified_attention(
     return _mapped(call, arrays, mesh, in_specs, out_specs)
 
 
-def _tuning(platform: str | None) -> Tuning:
+def backend_of(platform: str | None) -> BackendName | None:
+    """Ours for theirs.
+
+    Raises:
+      NotImplementedError: for their kernels for GPUs.
+    """
     if platform not in _BACKENDS:
         raise NotImplementedError(
             f"platform={shown(platform)} is a kernel of ejkernel's; use 'xla', 'pallas' (TPU), or "
             "None for what suits the devices"
         )
-    return Tuning(backend=_BACKENDS[platform])
+    return _BACKENDS[platform]
 
 
 def _mapped(
