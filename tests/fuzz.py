@@ -50,6 +50,7 @@ IMPOSSIBLE = (
     {"max_context_len": 2**63},
     {"num_splits": 2**31},
 )
+LAYOUTS = (*KV_LAYOUTS, "interleaved_words")
 ONE_DEVICE = ShardCounts()
 NOT_FINITE = (np.nan, np.inf, -np.inf)
 
@@ -68,9 +69,12 @@ def draw(seed: int, shards: ShardCounts = ONE_DEVICE) -> Drawn:
     rng = np.random.default_rng(seed)
     shapes = [case for case in SHAPES if case.num_kv_heads % shards.heads == 0]
     case = shapes[rng.integers(len(shapes))].replace(**OPTIONS[rng.integers(len(OPTIONS))])
+    kv_layout = LAYOUTS[rng.integers(len(LAYOUTS))]
+    if kv_layout == "interleaved_words":
+        case = case.replace(head_dim=64)  # key and value fill a row
     inputs = make(
         case,
-        KV_LAYOUTS[rng.integers(len(KV_LAYOUTS))],
+        kv_layout,
         seed % 16,
         num_seq_shards=shards.seqs,
         num_context_shards=shards.context,
@@ -129,6 +133,9 @@ def _element(rng, inputs: Inputs, page: int, head: int, slot: int) -> Iterator[t
             yield "key_cache", (page, which, head, slot, dim)
         case "heads_first":
             yield ("key_cache", "value_cache")[which], (head, page, slot, dim)
+        case "interleaved_words":
+            word = divmod(head, inputs.key_cache.shape[3])
+            yield "key_cache", (page, slot, *word, which * inputs.case.head_dim + dim)
         case _:
             yield ("key_cache", "value_cache")[which], (page, head, slot, dim)
 

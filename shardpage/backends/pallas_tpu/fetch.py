@@ -79,9 +79,7 @@ class Ring:
 
     format: PageFormat
     sizes: Sizes
-    caches: Sequence[
-        Any
-    ]  # of `in_kernel`, from the page that ids count from; then the scales of tokens, if any
+    caches: Sequence[Any]  # of `in_kernel`, from the page that ids count from
     pages: Sequence[Any]  # [places, step_pages, ...] for each of them, of `page_buffers`
     semaphores: Any  # [places], which count the bytes of a whole step
     first_head: jax.Array | int
