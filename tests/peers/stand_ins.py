@@ -1,7 +1,27 @@
 """What a peer's tests need beside its attention, and runs on TPUs only: in plain JAX."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+
+def widened(reference: Callable) -> Callable:
+    """tpu-inference's reference, which of a float8 cache gets the same numbers in float32.
+
+    So that it rounds neither queries nor weights to float8. What it returns is as without.
+    """
+
+    def on_float32(queries, keys, values, kv_cache, *rest, q_scale=None, **options):
+        if kv_cache.dtype.itemsize > 1:
+            return reference(queries, keys, values, kv_cache, *rest, q_scale=q_scale, **options)
+        arrays = (x.astype(jnp.float32) for x in (queries, keys, values, kv_cache))
+        *tokens, pages = arrays
+        pages = pages.reshape(*pages.shape[:2], -1, 1, pages.shape[-1])  # a word holds one row
+        out, pages = reference(*tokens, pages, *rest, **options)
+        return out.astype(queries.dtype), pages.astype(kv_cache.dtype).reshape(kv_cache.shape)
+
+    return on_float32
 
 
 def sglang_jax_cache_update(
