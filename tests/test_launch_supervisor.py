@@ -222,11 +222,14 @@ def fail_after(monkeypatch, clock, seconds: float) -> list[float]:
     return pauses
 
 
-def test_rapid_failures_are_restarted_later_and_later(monkeypatch, clock, tmp_path, capfd):
+def test_rapid_failures_are_restarted_later_and_later(monkeypatch, clock, tmp_path):
     pauses = fail_after(monkeypatch, clock, 0.1)
-    assert gang.run(gang.Gang(["true"], log_dir=tmp_path, max_restarts=1000)) == 9
+    said = tmp_path / "said"  # not pytest's capture: what comes while that is read is lost
+    with said.open("w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        assert gang.run(gang.Gang(["true"], log_dir=tmp_path / "logs", max_restarts=1000)) == 9
+        settled(lambda: "failed 8 times in a row, each within 30 s" in said.read_text())
     assert pauses == [0, 0.5, 1, 2, 4, 8, 16, 30]
-    settled(lambda: "failed 8 times in a row, each within 30 s" in capfd.readouterr().err)
 
 
 def test_failures_after_long_work_are_not_counted(monkeypatch, clock, tmp_path):
@@ -316,8 +319,8 @@ def test_logs_and_locks_follow_no_links(tmp_path, victim):
         folder.attempt_folder(tmp_path, 1)
 
 
-def settled(condition, within: float = 5.0) -> None:
-    """Waits for what a thread does."""
+def settled(condition, within: float = 60.0) -> None:
+    """Waits for what a thread does, on a busy machine too."""
     end = time.monotonic() + within
     while not condition():
         assert time.monotonic() < end

@@ -138,7 +138,7 @@ def page_attention(
         mask = Mask(sliding_window, max_context_len=max_context_len)
         split = Split.of(mesh, layout)
         tuning = Tuning(
-            backend=backend or backend_of(platform),
+            backend=backend_of(platform) if backend is None else backend,
             num_splits=num_splits,
             pages_per_block=pages_per_compute_block,
             cores=megacore_mode,
