@@ -124,6 +124,7 @@ test_tpu_quantised.py::test_a_step_compiles*[*]
 test_tpu_aot.py::test_a_step_of_generate*[*]
 !test_tpu_aot.py::test_a_step_of_generate*[v5e:*]
 test_tpu_aot.py::test_megacore_compiles[*]
+test_tpu_token_major.py::TestExecuted::test_decode*[tpu7x*]
 test_schedule.py::TestCompiled::*
 !test_schedule.py::TestCompiled::test_the_kernel_fetches_each_page_of_each_sequence_once[v5e*]
 !test_schedule.py::TestCompiled::test_defaults_compile[{5,10,13}]

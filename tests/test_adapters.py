@@ -12,7 +12,6 @@ import pytest
 from shardpage.adapters import ejkernel, jax_pallas, sglang_jax, tpu_inference
 
 from . import cases, reference
-from .backends import needs_kernels
 from .peers_batch import assert_attends, assert_written, batch
 from .steps import Step
 
@@ -57,17 +56,6 @@ class TestJax:
         how = {"scale": scale, "soft_cap": options.get("soft_cap")}
         assert_attends(made, out, v_scale=options.get("v_scale", 1.0), **how)
         assert not pages.is_deleted()
-
-    @needs_kernels
-    def test_ragged_on_the_tpu_kernels(self):
-        made = batch(small(dtype="bfloat16", window=7))
-        (pages,) = made.cache("interleaved", written=True)
-        lists = (*map(jnp.asarray, (made.kv_lens, made.tables, made.cu_q_lens)),)
-        options = {"sm_scale": 0.1, "sliding_window": 7, "backend": "pallas_tpu"}
-        out = jax_pallas.ragged_paged_attention(
-            made.tokens[0], pages, *lists, jnp.array([made.num_seqs]), **options
-        )
-        assert_attends(made, out, scale=0.1)
 
     @pytest.mark.parametrize(
         ("changes", "options"),
@@ -255,27 +243,6 @@ class TestTpuInference:
         with pytest.raises(ValueError, match=r"pass \[pages, page_size, rows / n, n, 128\]"):
             tpu_inference.ragged_paged_attention(*made.tokens, cache[..., 0, :], *lists)
 
-    @needs_kernels
-    @pytest.mark.parametrize("head_dim", [80, 64])
-    def test_on_the_tpu_kernels(self, head_dim):
-        """Interpreted, cache as it lies; one KV head of two that fill a word."""
-        made = batch(small(head_dim=head_dim, num_kv_heads=1, dtype="bfloat16"))
-        (cache,) = made.cache("", shared=head_dim == 64)
-        call = tpu_inference.ragged_paged_attention
-        call = tpu_inference.ragged_paged_attention_hd64 if head_dim == 64 else call
-        out, new = call(*made.tokens, cache, *made.lists, sm_scale=0.1, backend="pallas_tpu")
-        assert_attends(made, out, scale=0.1)
-        assert_written(made, new, shared=head_dim == 64)
-        assert cache.is_deleted()
-
-    @needs_kernels
-    def test_the_tpu_kernels_refuse_other_dtypes(self):
-        made = batch(small(dtype="float16"))
-        (cache,) = made.cache("", shared=False)
-        arrays = (*made.tokens, cache, *made.lists)
-        with pytest.raises(NotImplementedError, match="no matmul for caches of float16; use bf"):
-            tpu_inference.ragged_paged_attention(*arrays, backend="pallas_tpu")
-
 
 class TestSglangJax:
     @pytest.mark.parametrize(
@@ -460,22 +427,3 @@ class TestEjkernel:
             call(platform="triton")
         with pytest.raises(ValueError, match="platform='xla' and backend='xla' both name a back"):
             call(platform="xla", backend="xla")
-
-    @needs_kernels
-    def test_on_the_tpu_kernels(self):
-        made = batch(SMALL)
-        arrays = (made.tokens[0], *made.cache("tokens_first", written=True))
-        real = made.num_seqs
-        lists = map(
-            jnp.asarray, (made.kv_lens[:real], made.tables[:real], made.cu_q_lens[: real + 1])
-        )
-        out = ejkernel.unified_attention(*arrays, *lists, platform="pallas")
-        assert_attends(made, out, scale=None)
-
-    @needs_kernels
-    def test_the_tpu_kernels_refuse_other_rows(self):
-        made = batch(small(head_dim=64))
-        arrays = (made.tokens[0], *made.cache("tokens_first", written=True))
-        lists = map(jnp.asarray, (made.kv_lens, made.tables, made.cu_q_lens))
-        with pytest.raises(NotImplementedError, match="rows of 64 elements of kv_layout='tokens_f"):
-            ejkernel.unified_attention(*arrays, *lists, platform="pallas")

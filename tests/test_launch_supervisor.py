@@ -319,8 +319,8 @@ def test_logs_and_locks_follow_no_links(tmp_path, victim):
         folder.attempt_folder(tmp_path, 1)
 
 
-def settled(condition, within: float = 60.0) -> None:
-    """Waits for what a thread does, on a busy machine too."""
+def settled(condition, within: float = 5.0) -> None:
+    """Waits for what a thread does."""
     end = time.monotonic() + within
     while not condition():
         assert time.monotonic() < end

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from launch.schedule import worker
 from shardpage import PagedKVCache, Tuning
 from shardpage.backends import default_for, pallas_tpu, xla
 from shardpage.backends.pallas_tpu.chip import MIB, UNKNOWN_CHIP, Chip
@@ -181,6 +182,10 @@ FORMS = {
     "rows_of_256": (PageFormat(KVLayout.TOKENS_FIRST, 8, 16, 256, 256, BFLOAT16), "rows of 128 as"),
     "six_rows": (PageFormat(KVLayout.INTERLEAVED, 3, 16, 128, 128, BFLOAT16), "rows=6 per token"),
     "one_row": (PageFormat(KVLayout.TOKENS_FIRST, 1, 16, 128, 128, BFLOAT16), "rows=1 per token"),
+    "page_of_one": (
+        PageFormat(KVLayout.INTERLEAVED_WORDS, 1, 1, 128, 128, BFLOAT16, word=(2, 128)),
+        "page_size=1, 1 per cache row, does not fill tiles of 8 rows; use page_size=8",
+    ),
     "words_of_16": (
         PageFormat(KVLayout.INTERLEAVED_WORDS, 1, 16, 128, 128, BFLOAT16, word=(1, 128)),
         "words of 1 rows of bfloat16 are not of 32 bits; use words of 2 rows",
@@ -207,3 +212,33 @@ def test_heads_are_not_split_over_cores():
     assert choose_cores(form, V4, Tuning()) == Cores(2, by_heads=False)
     with pytest.raises(NotImplementedError, match="use 'batch'"):
         choose_cores(form, V4, Tuning(cores="kv_head"))
+
+
+class TestExecuted:
+    """Compiled, and executed on a modelled core; needs libtpu, no TPU."""
+
+    @pytest.fixture(autouse=True)
+    def libtpu(self):
+        pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu: shardpage[tpu]")
+
+    @pytest.mark.parametrize(("topology", "most"), [("v6e:2x2", 0.55), ("tpu7x:2x2x1", 0.99)])
+    def test_decode_copies_no_more_and_stays_within_its_limit(self, topology, most):
+        """Issue over HBM's time; loads that conflict over banks would make it 0.94 and 1.67."""
+        kernels = ("decode", "decode, token-major")
+        ours, theirs = (
+            worker.call(worker.execute_case, topology, kernel, "64 x 4096, G4 K8, page 64", "off")[
+                0
+            ]
+            for kernel in kernels
+        )
+        assert (theirs.copies, theirs.copied_bytes) == (ours.copies, ours.copied_bytes)
+        assert theirs.guessed == 0
+        assert theirs.ratio < most
+
+    def test_a_prompt_is_written_by_tokens(self):
+        """A copy each, in few cycles, and nothing is read first."""
+        arguments = ("step write, token-major", "1024 of 8192, G4 K8, page 64", "off")
+        (row,) = worker.call(worker.execute_case, "v6e:2x2", *arguments)
+        assert row.copies == 1024
+        assert row.copied_bytes == 1024 * 2 * 8 * 128 * 2
+        assert row.cycles / 1024 < 17

@@ -5,7 +5,6 @@ Each table stands between its markers:
 <!-- figures: gpu_decode -->   ...generated...   <!-- end -->
 """
 
-import functools
 import json
 import re
 from collections.abc import Callable
@@ -242,39 +241,30 @@ def _two_cores(report: dict[str, Any]) -> str:
     return _table(cells)
 
 
-def _prompts(report: dict[str, Any]) -> str:
-    """Steps: issue over what the matrix units or HBM take, and microseconds at 1 us of latency."""
-    calls = {(c["case"], c["topology"]): c for c in report["calls"]}
-    topologies = list(dict.fromkeys(topology for _, topology in calls))
-    cells = [["step", *(t.partition(":")[0] for t in topologies)]]
-    for case in dict.fromkeys(case for case, _ in calls):
-        found = (calls.get((case, topology)) for topology in topologies)
-        cells.append([case, *("-" if c is None else _over_bound(c) for c in found)])
-    return _table(cells)
-
-
 def _beside(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-    return functools.partial(_beside_each_other, cell)
+    """A table of cases on chips: of each the kernels' cells, one after the other."""
 
+    def table(report: dict[str, Any]) -> str:
+        calls: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for call in report["calls"]:
+            calls.setdefault((call["case"], call["topology"]), []).append(call)
+        topologies = list(dict.fromkeys(topology for _, topology in calls))
+        cells = [["case", *(t.partition(":")[0] for t in topologies)]]
+        for case in dict.fromkeys(case for case, _ in calls):
+            found = (map(cell, calls.get((case, topology), ())) for topology in topologies)
+            cells.append([case, *("; ".join(each) or "-" for each in found)])
+        return _table(cells)
 
-def _beside_each_other(cell: Callable[[dict[str, Any]], str], report: dict[str, Any]) -> str:
-    """One kernel's cell after the other's."""
-    calls: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for call in report["calls"]:
-        calls.setdefault((call["case"], call["topology"]), []).append(call)
-    topologies = list(dict.fromkeys(topology for _, topology in calls))
-    cells = [["case", *(t.partition(":")[0] for t in topologies)]]
-    for case in dict.fromkeys(case for case, _ in calls):
-        found = (map(cell, calls[case, topology]) for topology in topologies)
-        cells.append([case, *("; ".join(each) for each in found)])
-    return _table(cells)
+    return table
 
 
 def _of_small_copies(call: dict[str, Any]) -> str:
+    """Microseconds at 1 us of latency, and if each copy also costs HBM 10 ns."""
     return f"{call['us']['1 us']:.1f} ({call['us']['1 us + 10 ns a copy']:.1f})"
 
 
 def _over_bound(call: dict[str, Any]) -> str:
+    """Issue over what the matrix units or HBM take, and microseconds at 1 us of latency."""
     bound = max(call["mxu_cycles"], call["hbm_cycles"])
     return f"{call['cycles'] / bound:.2f}, {call['us']['1 us']:.0f} us"
 
@@ -367,7 +357,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tpu_ratios": ("tpu_schedule", _ratios),
     "tpu_us": ("tpu_schedule", _microseconds),
     "tpu_two_cores": ("tpu_two_cores", _two_cores),
-    "tpu_prompts": ("tpu_prompts", _prompts),
+    "tpu_prompts": ("tpu_prompts", _beside(_over_bound)),
     "tpu_token_major": ("tpu_token_major", _beside(_over_bound)),
     "tpu_token_major_steps": ("tpu_token_major_steps", _beside(_over_bound)),
     "tpu_token_major_write": ("tpu_token_major_write", _beside(_of_small_copies)),
