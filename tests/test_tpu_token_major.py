@@ -224,12 +224,10 @@ class TestExecuted:
     @pytest.mark.parametrize(("topology", "most"), [("v6e:2x2", 0.55), ("tpu7x:2x2x1", 0.99)])
     def test_decode_copies_no_more_and_stays_within_its_limit(self, topology, most):
         """Issue over HBM's time; loads that conflict over banks would make it 0.94 and 1.67."""
-        kernels = ("decode", "decode, token-major")
-        ours, theirs = (
-            worker.call(worker.execute_case, topology, kernel, "64 x 4096, G4 K8, page 64", "off")[
-                0
-            ]
-            for kernel in kernels
+        case = "64 x 4096, G4 K8, page 64"
+        (ours,), (theirs,) = (
+            worker.call(worker.execute_case, topology, kernel, case, "off")
+            for kernel in ("decode", "decode, token-major")
         )
         assert (theirs.copies, theirs.copied_bytes) == (ours.copies, ours.copied_bytes)
         assert theirs.guessed == 0
