@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from . import step_inputs, step_peers, timing
 from .peers import Unavailable
@@ -12,7 +13,8 @@ from .report import COPY, OURS, Row, first_line
 from .shapes import Step
 
 ROUNDS = 3  # a call of a peer takes up to half a minute on a CPU
-_QUEUED = 16  # calls on an accelerator: one is shorter than what the host does for it
+# Calls per program on an accelerator: between programs it has pauses of some microseconds.
+REPEATS = 8
 
 
 def rows(shapes: Sequence[Step], platform: str, roof_gbps: float) -> Iterator[Row]:
@@ -24,14 +26,13 @@ def rows(shapes: Sequence[Step], platform: str, roof_gbps: float) -> Iterator[Ro
 
 def measure(shape: Step, platform: str, roof_gbps: float) -> Iterator[Row]:
     """Measures one shape. An answer that misses the oracle is reported and not timed."""
-    given = step_inputs.make(shape)
+    given, repeats = step_inputs.make(shape), 1 if platform == "cpu" else REPEATS
     calls, temp_bytes, missing = {}, {}, {}
     for name, build in step_peers.IMPLEMENTATIONS.items():
         try:
             call, arrays = build(given, platform)
-            call, temp_bytes[name] = _compiled(call, arrays)
-            calls[name] = functools.partial(call, *arrays)
-            out = calls[name]()
+            calls[name], temp_bytes[name] = _program(call, arrays, given, repeats)
+            out = calls[name]()[-1]
             error, limit = (0.0, 0.0) if name == step_peers.MATMULS else given.error_of(out)
         except Unavailable as reason:
             missing[name] = str(reason)
@@ -57,15 +58,26 @@ def measure(shape: Step, platform: str, roof_gbps: float) -> Iterator[Row]:
 
 def _on_accelerator(calls: dict[str, Any], shape: Step) -> tuple[dict[str, timing.Timing], float]:
     """Times of the calls, and GB/s of a copy of as many bytes that takes its turn."""
-    copies = 4  # in a call
-    copy = timing.device_copy(shape.kv_bytes, copies)
-    timed = timing.in_turn({**calls, COPY: copy}, queued=_QUEUED)
-    return timed, copies * shape.kv_bytes / timed[COPY].median_us / 1e3
+    copy = timing.device_copy(shape.kv_bytes, REPEATS)
+    timed = timing.in_turn({**calls, COPY: copy}, REPEATS, queued=timing.QUEUED)
+    return timed, shape.kv_bytes / timed[COPY].median_us / 1e3
 
 
-def _compiled(call: Any, arrays: tuple[Any, ...]) -> tuple[Any, int]:
-    """A compiled program and its scratch; what is no program stays as it is, without."""
+def _program(
+    call: Any, arrays: tuple[Any, ...], given: step_inputs.StepInputs, repeats: int
+) -> tuple[Any, int]:
+    """A program of so many calls, and its scratch; what cannot be one is called as often.
+
+    All read the same cache; of the rest each has its own copy, else XLA would make them one.
+    """
     if not hasattr(call, "lower"):
-        return call, 0
-    compiled = call.lower(*arrays).compile()
-    return compiled, timing.temp_bytes(compiled)
+        return lambda: [call(*arrays) for _ in range(repeats)], 0
+    caches = given.key, given.value
+    copied = lambda array: jax.tree.map(jnp.copy, array)
+    each = [
+        [x if any(x is cache for cache in caches) else copied(x) for x in arrays]
+        for _ in range(repeats)
+    ]
+    program = jax.jit(lambda each: [call(*own) for own in each])
+    compiled = program.lower(each).compile()
+    return functools.partial(compiled, each), timing.temp_bytes(compiled)
