@@ -15,24 +15,26 @@ from ...plan import Reads
 from ...varying import result_as, vary_together
 from . import attend_kernel, merge_kernel, pages, split
 from .config import Config, configure, reduction_bytes
-from .mosaic import as_kernel, compiler_params, in_place, interpreter
+from .mosaic import WARPGROUP, as_kernel, compiler_params, in_place, interpreter
 from .scratch import Scratch, scratch
 from .softmax import LOG2E, Logits
-from .tiles import INVALID, Tiles, Work, work_of
+from .tiles import Tiles, Work, tile
 
 
-def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Work:
+def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Work | None:
     """Tiles the queries, where a row may have several; see `shardpage.backends`."""
     config = configure(page_format, num_heads, reads, tuning)
+    if reads.row is None:
+        return None
     # Else XLA finds each element's tile anew where it gathers elements: 400 us of 3764 on an H200.
-    return jax.lax.optimization_barrier(work_of(reads, config))
+    return jax.lax.optimization_barrier(tile(reads, config))
 
 
 def attend(
     query: jax.Array,
     cache: PagedKVCache,
     reads: Reads,
-    work: Work,
+    work: Work | None,
     attention: Attention,
     tuning: Tuning,
     *,
@@ -42,54 +44,51 @@ def attend(
     final_dtype = query.dtype if final else None
     config = configure(cache.format, query.shape[1], reads, tuning, final_dtype)
     logits = Logits.of(attention, cache.format.key_dim)
-    rows = _rows(config, query.astype(cache.format.compute_dtype), work)
+    tiles = Tiles(reads.start, reads.stop) if work is None else work.tiles
+    rows = _tiled(config, query.astype(cache.format.compute_dtype), work)
     rows = split.queries(rows, cache.format) if config.pieces > 1 else (rows, None)
-    state = work.state
-    if cache.layer is not None:  # that may not be there
-        state = jnp.where(cache.first_page < 0, INVALID, state)
     call = as_kernel(functools.partial(_call, config, logits), tuning)
     scales = cache.scales if cache.scale == "token" else ()
-    ids = cache.in_layer(reads.ids)
-    out, lse = call(*rows, pages.arrays(cache), scales, ids, work.tiles, state)
+    out, lse = call(*rows, pages.arrays(cache), scales, cache.in_layer(reads.ids), tiles)
     partial = _partial(config, out, lse, reads, work)
     if not final:
         return partial
-    finished = finish(mark(partial, reads.invalid_in(cache)), query.dtype, by_lse=True)
-    as_it_is = config.in_place and partial.out.dtype == query.dtype
-    return finished._replace(out=partial.out) if as_it_is else finished
+    return finish(mark(partial, reads.invalid_in(cache)), query.dtype, by_lse=True)
 
 
-def _rows(config: Config, query: jax.Array, work: Work) -> jax.Array:
-    """The rows of each unit, `[units, query_rows, key_dim]`, or all queries as they are."""
+def _tiled(config: Config, query: jax.Array, work: Work | None) -> jax.Array:
+    """The rows of each unit, `[copies, query_rows, key_dim]`."""
     num_heads, group, dim = config.format.num_kv_heads, config.group, config.format.key_dim
     query = query.reshape(-1, num_heads, group, dim)
-    if config.in_place:
-        return query
-    if work.query is not None:
+    if work is not None:
         query = query.at[work.query].get(mode="clip").swapaxes(1, 2)
-    query = query.reshape(config.num_units, -1, dim)
+    query = query.reshape(config.num_units // config.fold, -1, dim)
     spare = config.query_rows - query.shape[1]
     return jnp.pad(query, ((0, 0), (0, spare), (0, 0))) if spare else query
 
 
-def _partial(config: Config, out: jax.Array, lse: jax.Array, reads: Reads, work: Work) -> Partial:
+def _partial(
+    config: Config, out: jax.Array, lse: jax.Array, reads: Reads, work: Work | None
+) -> Partial:
     """Each query's rows, of the units that read something."""
-    num_queries, some = reads.start.shape[0], (reads.stop > reads.start)[:, None]
-    lse = _by_query(config, lse[:, : config.rows], work).reshape(num_queries, -1)
-    lse = jnp.where(some, lse * (1 / LOG2E), -jnp.inf)
-    if config.in_place:
-        return Partial(out.reshape(*lse.shape, -1), lse)
+    num_heads, group, fold = config.format.num_kv_heads, config.group, config.fold
     out = out[:, : config.rows, : config.format.value_dim]
-    out = _by_query(config, out, work).reshape(*lse.shape, -1)
-    return Partial(jnp.where(some[..., None], out, 0.0), lse)
-
-
-def _by_query(config: Config, rows: jax.Array, work: Work) -> jax.Array:
-    """Rows of units `[units, rows, ...]` as `[queries, kv_heads, group, ...]`."""
-    num_heads, count = config.format.num_kv_heads, config.tile_queries
-    rows = rows.reshape(config.num_tiles, num_heads, count, config.group, *rows.shape[2:])
-    place = work.place
-    return rows[:, :, 0] if place is None else rows[place // count, :, place % count]
+    # Units that share a copy of queries have their rows one behind the other.
+    lse = lse.reshape(-1, fold, WARPGROUP)
+    own = [lse[:, i, i * config.rows : (i + 1) * config.rows] for i in range(fold)]
+    lse = jnp.stack(own, axis=1)
+    shape = (config.num_tiles, num_heads, config.tile_queries, group)
+    out, lse = (x.reshape(*shape, *x.shape[2:]) for x in (out, lse.reshape(-1, config.rows)))
+    if work is None:
+        out, lse = out[:, :, 0], lse[:, :, 0]
+    else:
+        at = work.place // config.tile_queries, work.place % config.tile_queries
+        out, lse = (x[at[0], :, at[1]] for x in (out, lse))
+    out, lse = out.reshape(len(out), num_heads * group, -1), lse.reshape(len(out), -1)
+    some = (reads.stop > reads.start)[:, None]
+    return Partial(
+        jnp.where(some[..., None], out, 0.0), jnp.where(some, lse * (1 / LOG2E), -jnp.inf)
+    )
 
 
 def _call(
@@ -102,11 +101,10 @@ def _call(
     scales: tuple[jax.Array, ...],
     ids: jax.Array,
     tiles: Tiles,
-    state: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     inputs = attend_kernel.Inputs(query, query_units, arrays, scales, ids, tiles)
     inputs, structure = jax.tree.flatten(vary_together(*inputs))
-    outputs = attend_kernel.outputs(config, query.shape[0])
+    outputs = attend_kernel.outputs(config)
     out_type = tuple(result_as(inputs[0], each.shape, each.dtype) for each in outputs)
     shared = scratch(config, bool(tuning.interpret))._asdict()
     missing: dict[str, Any] = {name: x for name, x in shared.items() if x is None}
@@ -133,26 +131,18 @@ def _call(
         compiler_params=params,
         **interpreter(tuning),
     )(*inputs)
-    return _merged(config, tuning, attend_kernel.Outputs(*outs), tiles, state)
+    return _merged(config, tuning, attend_kernel.Outputs(*outs))
 
 
 def _merged(
-    config: Config, tuning: Tuning, outputs: attend_kernel.Outputs, tiles: Tiles, state: jax.Array
+    config: Config, tuning: Tuning, outputs: attend_kernel.Outputs
 ) -> tuple[jax.Array, jax.Array]:
     """The results, with the units that were cut between shares merged."""
-    flat = lambda x: x.reshape(*x.shape[:-2], -1, config.merge_width)
-    places = (state, tiles.first, tiles.count) if config.in_place else ()
-    inputs = merge_kernel.Inputs(flat(outputs.part_out), outputs.part_lse, outputs.cut, *places)
-    inputs, structure = jax.tree.flatten(inputs)
-
-    def body(*refs: Any) -> None:
-        of_parts = jax.tree.unflatten(structure, refs[: len(inputs)])
-        merge_kernel.kernel(of_parts, *refs[len(inputs) :], config=config)
-
+    flat = lambda x: x.reshape(x.shape[0], -1, config.merge_width)
     out, lse = in_place(
-        body,
+        functools.partial(merge_kernel.kernel, config=config),
         [flat(outputs.out), outputs.lse],
-        inputs,
+        [flat(outputs.part_out), outputs.part_lse, outputs.cut],
         grid=merge_kernel.grid(config),
         grid_names=("share", "vector"),
         num_threads=1,

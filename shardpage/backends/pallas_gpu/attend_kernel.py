@@ -53,8 +53,8 @@ REGISTERS = {
 
 
 class Inputs(NamedTuple):
-    query: Any  # [units, copy_rows, key_dim], or in place [queries, kv_heads, group, key_dim]
-    query_units: Any  # [units, query_rows], of queries that are split, or None
+    query: Any  # [copies, copy_rows, key_dim]
+    query_units: Any  # [copies, query_rows], of queries that are split, or None
     arrays: tuple[Any, ...]  # of the cache
     scales: tuple[Any, ...]  # of its tokens, [pages, kv_heads, 1, 2 * page_size]
     ids: Any  # [rows, pages]
@@ -62,22 +62,19 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    out: Any  # [units, out_rows, out_dim], or in place [queries, kv_heads, group, value_dim]
+    out: Any  # [units, out_rows, out_dim]
     lse: Any  # [units, 128], in base 2
     part_out: Any  # [2 * ctas, out_rows, out_dim]: where a share begins, and where it ends
     part_lse: Any  # [2 * ctas, 128]
     cut: Any  # [ctas, 2]: the unit that a share ends inside of, or -1, and the CTA that ends it
 
 
-def outputs(config: Config, num_queries: int) -> Outputs:
+def outputs(config: Config) -> Outputs:
     """Shapes and dtypes of the results."""
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     unit = (config.out_rows, config.out_dim)
-    out = (config.num_units, *unit)
-    if config.in_place:
-        out = (num_queries, config.format.num_kv_heads, config.group, config.out_dim)
     return Outputs(
-        jax.ShapeDtypeStruct(out, config.out_dtype),
+        jax.ShapeDtypeStruct((config.num_units, *unit), config.out_dtype),
         float32(config.num_units, WARPGROUP),
         float32(2 * config.num_ctas, *unit),
         float32(2 * config.num_ctas, WARPGROUP),
@@ -150,7 +147,13 @@ class Kernel:
         def _():
             plgpu.barrier_wait(scratch.query_free.at[slot])
 
-        self.fetch_queries(segment, slot)
+        rows, full = pl.ds(slot * config.copy_rows, config.copy_rows), scratch.query_full.at[slot]
+        copy = lax.div(segment.unit, jnp.int32(config.fold))
+        plgpu.copy_gmem_to_smem(inputs.query.at[copy], scratch.query.at[rows], full)
+        if inputs.query_units is not None:
+            units = scratch.query_units.at[slot, pl.ds(0, config.query_rows)]
+            plgpu.copy_gmem_to_smem(inputs.query_units.at[copy], units, full)
+
         pages = Pages.of(config, inputs.ids, inputs.tiles, segment)
 
         def fetch_block(i, ids):
@@ -159,27 +162,6 @@ class Kernel:
             return following
 
         lax.fori_loop(0, segment.length, fetch_block, pages.ids_of(0))
-
-    def fetch_queries(self, segment: Segment, slot: jax.Array) -> None:
-        config, inputs, scratch = self.config, self.inputs, self.scratch
-        full, first_row = scratch.query_full.at[slot], slot * config.copy_rows
-        if config.in_place:
-            arriving = scratch.query if scratch.staged_query is None else scratch.staged_query
-            (first, _), last = inputs.tiles.queries(segment.tile), inputs.query.shape[0] - 1
-
-            def fetch_query(i, _):
-                source = inputs.query.at[jnp.minimum(first + i, last), segment.head]
-                rows = pl.ds(first_row + i * config.group, config.group)
-                plgpu.copy_gmem_to_smem(source, arriving.at[rows], full)
-                return 0
-
-            lax.fori_loop(0, config.tile_queries, fetch_query, 0)
-            return
-        rows = pl.ds(first_row, config.copy_rows)
-        plgpu.copy_gmem_to_smem(inputs.query.at[segment.unit], scratch.query.at[rows], full)
-        if inputs.query_units is not None:
-            units = scratch.query_units.at[slot, pl.ds(0, config.query_rows)]
-            plgpu.copy_gmem_to_smem(inputs.query_units.at[segment.unit], units, full)
 
     def fetch_block(
         self, segment: Segment, i: jax.Array, pages: Pages, ids: tuple[jax.Array, ...]
@@ -232,22 +214,13 @@ class Kernel:
         """Attends with a unit's queries to the blocks of a segment, and stores the result."""
         config, scratch, outputs = self.config, self.scratch, self.outputs
         blocks = self.way.of(config, self.logits, self.inputs.tiles, scratch, segment, warpgroup)
-        slot = blocks.query_slot
-        plgpu.barrier_wait(scratch.query_full.at[slot])
-        if config.staged:
-            blocks.take_queries()
-            plgpu.barrier_arrive(scratch.query_free.at[slot])
+        plgpu.barrier_wait(scratch.query_full.at[blocks.query_slot])
         result = blocks.attend()
-        if not config.staged:
-            plgpu.barrier_arrive(scratch.query_free.at[slot])
+        plgpu.barrier_arrive(scratch.query_free.at[blocks.query_slot])
 
         @pl.when(segment.whole)
         def _():
-            lse = outputs.lse.at[segment.unit]
-            if config.in_place:
-                blocks.store(result, outputs.out, lse, in_place=True)
-            else:
-                blocks.store(result, outputs.out.at[segment.unit], lse)
+            blocks.store(result, outputs.out.at[segment.unit], outputs.lse.at[segment.unit])
 
         @pl.when(jnp.logical_not(segment.whole))
         def _():
@@ -275,7 +248,7 @@ class Kernel:
             if not self.config.tokens_first:
                 staged, own = staged.at[warpgroup], warpgroup * MMA_ROWS
             nothing = jnp.full(staged.shape, -jnp.inf, jnp.float32)
-            staged[...] = plgpu.layout_cast(nothing, self.way.query_layout)
+            staged[...] = plgpu.layout_cast(nothing, self.way.lse_layout)
             plgpu.commit_smem()
             target = self.outputs.part_lse.at[2 * cta, pl.ds(own, staged.shape[0])]
             plgpu.copy_smem_to_gmem(staged, target)

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,6 @@ class Blocks:
     stop: jax.Array
     all_start: jax.Array  # what each of them reads
     all_stop: jax.Array
-    own_start: jax.Array  # what each query of this warpgroup reads, if not all of them the same
-    own_stop: jax.Array
     first: jax.Array  # token of the segment
 
     @classmethod
@@ -50,28 +48,15 @@ class Blocks:
         segment: Segment,
         warpgroup: jax.Array,
     ) -> Any:  # one of this class, which the checks of types in tests cannot say
-        """Loads what a tile reads once for all blocks, of which the first is on its way."""
+        """Loads what is read of a tile once for all of its blocks."""
         start, stop = tiles.start[segment.tile], tiles.stop[segment.tile]
         all_start = start if tiles.all_start is None else tiles.all_start[segment.tile]
         all_stop = stop if tiles.all_stop is None else tiles.all_stop[segment.tile]
-        own_start, own_stop = start, stop
-        if tiles.starts is not None and tiles.stops is not None:
-            own = segment.tile, pl.ds(warpgroup * MMA_ROWS, cls.num_queries(config))
-            own_start, own_stop = (
-                load(x.at[own], cls.query_layout) for x in (tiles.starts, tiles.stops)
-            )
         first = (first_block(config, start) + segment.block) * config.block_tokens
         return cls(
             config, logits, tiles, scratch, segment, warpgroup, start, stop, all_start, all_stop,
-            own_start, own_stop, first,
+            first,
         )  # fmt: skip
-
-    query_layout: ClassVar[Any]  # of a number for each query of a warpgroup
-
-    @classmethod
-    def num_queries(cls, config: Config) -> int:
-        """Of a warpgroup, with what its matmuls are filled up with."""
-        raise NotImplementedError
 
     @property
     def query_slot(self) -> jax.Array:
@@ -90,10 +75,13 @@ class Blocks:
         first = self.first_token(i)
         return (first < start) | (first + self.config.block_tokens > stop)
 
-    def masked(self, i: jax.Array, logits: jax.Array, *, token_axis: int) -> jax.Array:
+    def masked(self, i: jax.Array, logits: jax.Array, layout: Any, *, token_axis: int) -> jax.Array:
         """Logits of a block, -inf for what is not read; only one that sticks out is masked."""
-        span = self.first_token(i), self.own_start, self.own_stop
-        mask = lambda logits: seen(logits, *span, token_axis=token_axis)
+        first, queries = self.first_token(i), logits.shape[1 - token_axis]
+
+        def mask(logits):
+            return seen(logits, first, *self.own_span(queries, layout), token_axis=token_axis)
+
         sticks_out = self.sticks_out(i, self.all_start, self.all_stop)
         return lax.cond(sticks_out, mask, lambda logits: logits, logits)
 
@@ -105,3 +93,11 @@ class Blocks:
             value = self.scratch.taken[1]
             block = value.blocks.at[self.slot(value, i)]
             zero_unread(block, self.first_token(i), self.start, self.stop)
+
+    def own_span(self, rows: int, layout: Any) -> tuple[jax.Array, jax.Array]:
+        """What so many queries of this warpgroup read: all of them the same, or each its own."""
+        tiles = self.tiles
+        if tiles.starts is None or tiles.stops is None:
+            return self.start, self.stop
+        own = self.segment.tile, pl.ds(self.warpgroup * MMA_ROWS, rows)
+        return load(tiles.starts.at[own], layout), load(tiles.stops.at[own], layout)

@@ -42,6 +42,7 @@ class Config:
     group: int  # query heads per KV head
     tile_queries: int
     num_tiles: int
+    fold: int  # units whose queries share the rows of one copy
     block_tokens: int  # keys and values of one step
     stages: int  # blocks in shared memory, as they arrive
     wide_stages: int  # blocks of a quantised cache that are widened
@@ -49,8 +50,6 @@ class Config:
     store_chunk: int  # columns of a result that are staged, and leave, at a time
     num_splits: int
     num_ctas: int
-    in_place: bool = False  # whether queries are read, and results written, where they are
-    final: bool = False  # whether nothing is merged with the results any more
     out_dtype: np.dtype = _FLOAT32  # of the results of whole units
 
     @property
@@ -114,23 +113,13 @@ class Config:
 
     @property
     def query_rows(self) -> int:
-        """Of a unit's queries: as many as copies and matmuls take."""
+        """Of a unit's queries, or of what is folded: as many as copies and matmuls take."""
         return max(_TILED_ROWS, _round_up(self.rows, _TILED_ROWS))
 
     @property
     def copy_rows(self) -> int:
-        """Rows of the queries of one unit, as they arrive."""
-        return self.consumers * MMA_ROWS if self.staged else self.pieces * self.query_rows
-
-    @property
-    def query_copies(self) -> int:
-        """Copies that bring the queries of one unit."""
-        return self.tile_queries if self.in_place else 1
-
-    @property
-    def staged(self) -> bool:
-        """Whether a query fills no tile of what matmuls read: then it arrives beside that."""
-        return self.in_place and self.group % _TILED_ROWS > 0
+        """Rows of one copy of queries."""
+        return self.pieces * self.query_rows
 
     @property
     def out_rows(self) -> int:
@@ -157,17 +146,8 @@ class Config:
 
     @property
     def merge_width(self) -> int:
-        """Elements of a unit that one CTA merges: one a thread, or four where there are many.
-
-        Results in their places have those of one query and KV head beside each other.
-        """
-        many = self.consumers > 1 and not (self.in_place and self.query_elements % (4 * WARPGROUP))
-        return 4 * WARPGROUP if many else WARPGROUP
-
-    @property
-    def query_elements(self) -> int:
-        """Of a query's result of one KV head."""
-        return self.group * self.format.value_dim
+        """Elements of a unit that one CTA merges: one a thread, or four where there are many."""
+        return WARPGROUP if self.consumers == 1 else 4 * WARPGROUP
 
     @property
     def num_units(self) -> int:
@@ -204,19 +184,16 @@ def configure(
         )
     num_queries, num_rows = reads.start.shape[0], reads.ids.shape[0]
     if reads.row is None:
-        tile_queries, num_tiles = 1, num_queries
+        tile_queries, num_tiles, fold = 1, num_queries, _fold(page_format, group, num_queries)
     else:
-        tile_queries = _tile_queries(num_queries, num_rows, group)
+        tile_queries, fold = _tile_queries(num_queries, num_rows, group), 1
         num_tiles = _most_tiles(num_queries, num_rows, tile_queries)
     config = Config(
-        page_format, group, tile_queries, num_tiles, 0, 0, 0, 0, 0, tuning.num_splits,
+        page_format, group, tile_queries, num_tiles, fold, 0, 0, 0, 0, 0, tuning.num_splits,
         num_sms(tuning),
     )  # fmt: skip
-    config = dataclasses.replace(
-        config, in_place=_in_place(config, tuning), final=final_dtype is not None
-    )
-    leaves_as_it_is = config.in_place or reads.row is not None
-    if config.final and final_dtype.itemsize == 2 and leaves_as_it_is and not page_format.quantised:
+    tiled = reads.row is not None and not page_format.quantised
+    if tiled and final_dtype is not None and final_dtype.itemsize == 2:
         config = dataclasses.replace(config, out_dtype=final_dtype)
     return _fit(config, tuning)
 
@@ -283,39 +260,30 @@ def _most_tiles(num_queries: int, num_rows: int, tile_queries: int) -> int:
     return min((num_queries + runs * (tile_queries - 1)) // tile_queries, num_queries)
 
 
-def _in_place(config: Config, tuning: Tuning) -> bool:
-    """Whether queries are copied one by one from where they are, and results to where they are.
+def _fold(page_format: PageFormat, group: int, num_queries: int) -> int:
+    """Units whose rows lie side by side in the query array and fill what one copy brings.
 
-    Not where those of a KV head are too few for copies and for the threads that merge them, lie
-    across two warpgroups, or have no room beside themselves; nor what is split first. Those XLA
-    gathers.
+    Shared memory is copied from and to whole tiles of 8 rows, so fewer queries of a unit come with
+    those of its neighbours. Elsewhere they would be padded, which is a kernel of its own.
     """
-    copied = config.group * config.format.key_dim * config.format.compute_dtype.itemsize
-    merged = config.query_elements
-    apart = config.consumers == 1 or MMA_ROWS % config.group == 0
-    if config.tokens_first or not apart or copied % _COPY_BYTES or merged % WARPGROUP:
-        return False
-    return _fitted(dataclasses.replace(config, in_place=True), tuning) is not None
+    fold = max(1, _TILED_ROWS // group)
+    fits = fold * group == _TILED_ROWS and num_queries * page_format.num_kv_heads % fold == 0
+    aligned = group * page_format.value_dim * 4 % _COPY_BYTES == 0
+    return fold if fits and aligned and not page_format.quantised else 1
 
 
 def _fit(config: Config, tuning: Tuning) -> Config:
     """Chooses what shared memory has room for: blocks as large, and as many, as pay."""
-    if fitted := _fitted(config, tuning):
-        return fitted
-    raise NotImplementedError(
-        f"tiles of {config.rows} rows and blocks of {_block_tokens(config, tuning)} tokens of "
-        f"head_dim={config.format.key_dim} do not fit the {SMEM_BYTES} bytes of shared memory; use "
-        "backend='xla'"
-    )
-
-
-def _fitted(config: Config, tuning: Tuning) -> Config | None:
+    dim = config.format.key_dim
     block_tokens = _block_tokens(config, tuning)
     for sizes in _sizes(config, block_tokens):
         sized = dataclasses.replace(config, block_tokens=block_tokens, **sizes)
         if _smem_bytes(sized) <= SMEM_BYTES:
             return sized
-    return None
+    raise NotImplementedError(
+        f"tiles of {config.rows} rows and blocks of {block_tokens} tokens of head_dim={dim} do not "
+        f"fit the {SMEM_BYTES} bytes of shared memory; use backend='xla'"
+    )
 
 
 def _sizes(config: Config, block_tokens: int) -> Iterator[dict[str, int]]:
@@ -331,7 +299,7 @@ def _sizes(config: Config, block_tokens: int) -> Iterator[dict[str, int]]:
         wanted = [(stages, wide) for wide in (2, 1) for stages in range(most, least - 1, -1)]
         wanted.append((2, 1))
     for stages, wide_stages in wanted:
-        for query_slots in (1,) if config.staged else (2, 1):
+        for query_slots in (2, 1):
             for store_chunk in _store_chunks(config):
                 yield {
                     "stages": stages, "wide_stages": wide_stages, "query_slots": query_slots,
@@ -364,15 +332,13 @@ def _store_chunks(config: Config) -> list[int]:
     else:
         columns = swizzle_bytes(dim, np.dtype(np.float16)) // 2
         widths = [*range(dim, 0, -columns), 32]
-    rows = config.group if config.in_place else _TILED_ROWS
-    aligned = lambda chunk: rows * chunk * 2 % _COPY_BYTES == 0  # in 16 bits, and in more
-    return [chunk for chunk in widths if dim % chunk == 0 and aligned(chunk)]
+    return [chunk for chunk in widths if dim % chunk == 0]
 
 
 def query_smem_rows(config: Config) -> int:
     """Rows of queries in shared memory: a matmul reads 64 from wherever a tile begins."""
     rows = config.query_slots * config.copy_rows
-    if config.tokens_first or config.staged:
+    if config.tokens_first:
         return rows
     return rows + _round_up(max(0, config.consumers * MMA_ROWS - config.query_rows), _TILED_ROWS)
 
@@ -405,8 +371,6 @@ def _smem_bytes(config: Config) -> int:
     sizes = [stages * config.block_tokens * row for stages, row in rings]
     is_split = config.pieces > 1
     sizes += [query_smem_rows(config) * page_format.key_dim * (stored if is_split else wide)]
-    if config.staged:
-        sizes += [config.copy_rows * page_format.key_dim * wide]
     floats = []
     if is_split:
         floats += [config.query_slots * unit_lanes(config)]

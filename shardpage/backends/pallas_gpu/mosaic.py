@@ -18,7 +18,6 @@ WARP = 32
 MMA_ROWS = 64  # rows of one wgmma
 SMEM_BYTES = 227 << 10  # of one CTA
 _NUM_SMS = 132  # of H100 and H200 in SXM modules
-_VECTOR = 8  # elements that a thread reads, and writes, at once
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
@@ -26,16 +25,6 @@ def load(ref: Any, layout: Any) -> jax.Array:
     if _BEFORE_REFS:
         return _load(ref, (), layout=layout, optimized=False)
     return _load(ref, layout=layout, optimized=False)
-
-
-def whole_rows(columns: int) -> Any:
-    """Of 64 rows of so many columns, of which 32 threads read, and then write, whole rows.
-
-    So no two of them meet in a bank of shared memory.
-    """
-    rows = WARP * _VECTOR // columns
-    tiling = plgpu.Tiling(((4 * rows, columns), (rows, columns), (_VECTOR,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def compiler_params(*, exact_math: bool = False, reduction_bytes: int = 0) -> plgpu.CompilerParams:

@@ -22,8 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import softmax
 from .blocks import Blocks
-from .config import Config, swizzle_bytes
-from .mosaic import MMA_ROWS, load, whole_rows
+from .mosaic import MMA_ROWS, load
 
 Carry = tuple[softmax.State, Any]  # and the weights of the last block, [64, block_tokens]
 
@@ -31,11 +30,7 @@ Carry = tuple[softmax.State, Any]  # and the weights of the last block, [64, blo
 class QueriesFirst(Blocks):
     """The blocks of a segment, for 64 rows of queries."""
 
-    query_layout = softmax.ROWS
-
-    @classmethod
-    def num_queries(cls, config: Config) -> int:
-        return MMA_ROWS
+    lse_layout = softmax.ROWS
 
     def attend(self) -> tuple[jax.Array, jax.Array]:
         """The weighted mean over all blocks, and lse; see `softmax.mean`."""
@@ -95,7 +90,7 @@ class QueriesFirst(Blocks):
 
     def weigh(self, i: jax.Array, state: softmax.State, products: jax.Array) -> Carry:
         """Takes the products of a block in."""
-        logits = self.masked(i, self.logits.in_base_2(products), token_axis=1)
+        logits = self.masked(i, self.logits.in_base_2(products), softmax.ROWS, token_axis=1)
         state, weights = softmax.weigh(state, logits, self.logits.factor)
         return state, weights.astype(self.weights_dtype)
 
@@ -131,29 +126,15 @@ class QueriesFirst(Blocks):
             own += self.warpgroup * MMA_ROWS
         return self.scratch.query.at[pl.ds(own, MMA_ROWS)]
 
-    def take_queries(self) -> None:
-        """Puts this warpgroup's queries where matmuls take them from.
-
-        No warp is still in a matmul before: all have met when the last result was stored.
-        """
-        staged, taken = self.scratch.staged_query, self.query
-        own = staged.at[pl.ds(self.warpgroup * MMA_ROWS, MMA_ROWS)]
-        columns = swizzle_bytes(staged.shape[1], staged.dtype) // staged.dtype.itemsize
-        for column in range(0, staged.shape[1], columns):
-            part = slice(None), pl.ds(column, columns)
-            taken[part] = load(own.at[part], whole_rows(columns))
-        plgpu.commit_smem()
-
-    def store(
-        self, result: tuple[jax.Array, jax.Array], out: Any, lse_out: Any, *, in_place: bool = False
-    ) -> None:
-        """Copies this warpgroup's rows of a unit to `out`, a chunk of columns at a time.
-
-        With `in_place` that is where the results of all queries are.
-        """
+    def store(self, result: tuple[jax.Array, jax.Array], out: Any, lse_out: Any) -> None:
+        """Copies this warpgroup's rows of a unit to `out`, a chunk of columns at a time."""
         config, scratch = self.config, self.scratch
         staged = scratch.out if out.dtype == scratch.out.dtype else scratch.part_out
         staged_out, staged_lse = (x.at[self.warpgroup] for x in (staged, scratch.lse))
+        first = lax.rem(self.segment.unit, jnp.int32(config.fold)) * config.rows
+        rows, own = config.rows, 0
+        if config.consumers > 1:
+            rows, own = MMA_ROWS, self.warpgroup * MMA_ROWS
         means, lse = result
         chunk = staged.shape[-1]
         for column in range(0, config.format.value_dim, chunk):
@@ -162,37 +143,10 @@ class QueriesFirst(Blocks):
             if column == 0:
                 staged_lse[...] = lse
             plgpu.commit_smem()
-            columns = pl.ds(column, chunk)
-            if in_place:
-                self.send_queries(staged_out, out, columns)
-            else:
-                self.send_rows(staged_out, out, columns)
+            target = out.at[pl.ds(own, rows), pl.ds(column, chunk)]
+            plgpu.copy_smem_to_gmem(staged_out.at[pl.ds(first, rows)], target)
             if column == 0:
-                own = self.warpgroup * MMA_ROWS if config.consumers > 1 else 0
                 plgpu.copy_smem_to_gmem(staged_lse, lse_out.at[pl.ds(own, MMA_ROWS)])
-
-    def send_rows(self, staged: Any, out: Any, columns: Any) -> None:
-        """Copies what is staged to a unit's rows."""
-        config = self.config
-        rows, own = config.rows, 0
-        if config.consumers > 1:
-            rows, own = MMA_ROWS, self.warpgroup * MMA_ROWS
-        plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, rows)], out.at[pl.ds(own, rows), columns])
-
-    def send_queries(self, staged: Any, out: Any, columns: Any) -> None:
-        """Copies what is staged to the queries that the tile has."""
-        config = self.config
-        own = MMA_ROWS // config.group if config.consumers > 1 else config.tile_queries
-        before = self.warpgroup * own
-        first, count = self.tiles.queries(self.segment.tile)
-
-        def send(i, _):
-            rows = staged.at[pl.ds(i * config.group, config.group)]
-            target = out.at[first + before + i, self.segment.head, slice(None), columns]
-            plgpu.copy_smem_to_gmem(rows, target)
-            return 0
-
-        lax.fori_loop(0, jnp.clip(count - before, 0, own), send, 0)
 
 
 def _by_token(rows: jax.Array, scales_ref: Any) -> jax.Array:

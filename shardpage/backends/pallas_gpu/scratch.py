@@ -32,8 +32,7 @@ class Scales(NamedTuple):
 class Scratch(NamedTuple):
     """What the warpgroups of a CTA share. Of two, the first is of keys, the second of values."""
 
-    query: Any  # as matmuls take them
-    staged_query: Any  # as they arrive, if another
+    query: Any
     query_units: Any  # [query_slots, lanes], of queries that are split, or None
     arriving: tuple[Ring, Ring]  # blocks as stored
     wide: tuple[Ring | None, Ring | None]  # where matmuls do not take them so
@@ -71,9 +70,7 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
             dims = dim, config.wide_dim(which)
             ring = _ring(config, wide_dtype, dims, config.wide_stages, arrivals, takers)
         wide.append(ring)
-    scales = units = weights = part_out = staged_query = None
-    if config.staged:
-        staged_query = plgpu.SMEM((config.copy_rows, page_format.key_dim), wide_dtype)
+    scales = units = weights = part_out = None
     if config.scale_copies:
         ordered = config.wide_stages, config.block_tokens
         lanes = scale_lanes(config)[1]
@@ -95,7 +92,6 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         weights = _tiled(wide_dtype, *wave, config.block_tokens) if interpreted else None
     return Scratch(
         query=_tiled(query_dtype, query_smem_rows(config), page_format.key_dim),
-        staged_query=staged_query,
         query_units=units,
         arriving=(arriving[0], arriving[1]),
         wide=(wide[0], wide[1]),
@@ -103,7 +99,7 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         out=out,
         part_out=part_out,
         lse=lse,
-        query_full=_barriers(config.query_copies + (units is not None), config.query_slots),
+        query_full=_barriers(1 + (units is not None), config.query_slots),
         query_free=_barriers(config.consumers, config.query_slots),
         weights=weights,
     )

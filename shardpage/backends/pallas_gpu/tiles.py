@@ -1,6 +1,6 @@
 """Tiles: some queries of one row each, whose keys and values are fetched once for all of them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,43 +20,21 @@ class Tiles(NamedTuple):
     start: Int[Array, " tiles"]
     stop: Int[Array, " tiles"]
     row: Int[Array, " tiles"] | None = None
-    first: Int[Array, " tiles"] | None = None  # of its queries, and how many there are
-    count: Int[Array, " tiles"] | None = None
     all_start: Int[Array, " tiles"] | None = None  # what each of its queries reads
     all_stop: Int[Array, " tiles"] | None = None
     starts: Int[Array, "tiles rows"] | None = None  # what each row of its matmuls reads
     stops: Int[Array, "tiles rows"] | None = None
 
-    def queries(self, tile: Any) -> tuple[Any, Any]:
-        """The first query of a tile, and how many it has."""
-        if self.first is None or self.count is None:
-            return tile, 1
-        return self.first[tile], self.count[tile]
-
 
 class Work(NamedTuple):
-    """What `prepare` makes of reads."""
+    """What `prepare` makes of reads with several queries a row."""
 
     tiles: Tiles
-    state: Int[Array, " queries"]  # READS, or NOTHING, or INVALID
-    query: Int[Array, "tiles tile_queries"] | None = None  # if gathered: any, where there is none
-    place: Int[Array, " queries"] | None = None  # in tiles of several: counted over all of them
+    query: Int[Array, "tiles tile_queries"]  # which query is where; any, where there is none
+    place: Int[Array, " queries"]  # where each is, counted over all tiles
 
 
-READS, NOTHING, INVALID = range(3)
-
-
-def work_of(reads: Reads, config: Config) -> Work:
-    """Tiles the queries, where a row may have several; else each is a tile."""
-    state = jnp.where(reads.stop > reads.start, READS, NOTHING)
-    if reads.invalid is not None:
-        state = jnp.where(reads.invalid, INVALID, state)
-    if reads.row is None:
-        return Work(Tiles(reads.start, reads.stop), state)
-    return _tile(reads, config, state)
-
-
-def _tile(reads: Reads, config: Config, state: Int[Array, " queries"]) -> Work:
+def tile(reads: Reads, config: Config) -> Work:
     """Cuts each row's queries, which are neighbours, into tiles."""
     assert reads.row is not None
     num_queries = reads.start.shape[0]
@@ -82,15 +60,12 @@ def _tile(reads: Reads, config: Config, state: Int[Array, " queries"]) -> Work:
         start=jnp.minimum(first_start, last_stop),
         stop=last_stop,
         row=jnp.clip(reads.row.at[first].get(mode="clip"), 0, reads.ids.shape[0] - 1),
-        first=first,
-        count=jnp.sum(mine, axis=1, dtype=jnp.int32),
         all_start=jnp.max(start, axis=1),
         all_stop=jnp.min(jnp.where(reads_some, stop, most), axis=1),
         starts=_by_row(start, config),
         stops=_by_row(stop, config),
     )
-    place = number - first[tile_of] + tile_of * config.tile_queries
-    return Work(tiles, state, None if config.in_place else query, place)
+    return Work(tiles, query, number - first[tile_of] + tile_of * config.tile_queries)
 
 
 def _by_row(tokens: Int[Array, "tiles tile_queries"], config: Config) -> Int[Array, "tiles rows"]:

@@ -19,7 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import split
 from .blocks import Blocks
-from .config import Config
 from .mosaic import MMA_ROWS, load
 from .softmax import COLUMNS, LOWEST, ROWS, WGMMA, State, mean, product
 
@@ -27,11 +26,7 @@ from .softmax import COLUMNS, LOWEST, ROWS, WGMMA, State, mean, product
 class TokensFirst(Blocks):
     """The blocks of a segment, for a unit's queries."""
 
-    query_layout = COLUMNS
-
-    @classmethod
-    def num_queries(cls, config: Config) -> int:
-        return config.query_rows
+    lse_layout = COLUMNS
 
     def attend(self) -> tuple[jax.Array, jax.Array]:
         """The weighted mean over all blocks, and lse in base 2; see `softmax.mean`."""
@@ -61,7 +56,7 @@ class TokensFirst(Blocks):
         plgpu.barrier_wait(value.full.at[value_slot])
         if scales is not None:  # those of keys come with the values
             products = _by_token(products, scales.key.at[value_slot])
-        logits = self.masked(i, self.logits.in_base_2(products), token_axis=0)
+        logits = self.masked(i, self.logits.in_base_2(products), COLUMNS, token_axis=0)
 
         peak = jnp.maximum(state.peak, logits.max(axis=0) * self.logits.factor)
         weights = jnp.exp2(logits * self.logits.factor - _columns(peak, logits.shape))

@@ -25,10 +25,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...quantise import INT8_NAN
 from .config import Config, scale_lanes, swizzle_bytes
-from .mosaic import MMA_ROWS, WARP, load, whole_rows
+from .mosaic import MMA_ROWS, WARP, load
 from .scratch import Scratch
 from .share import Segment, first_block
 from .tiles import Tiles
+
+_VECTOR = 8  # elements that a thread reads, and writes, at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Widener:
         config = self.config
         rows, dim = source.shape
         columns = swizzle_bytes(dim, config.format.dtype)
-        layout = whole_rows(columns)
+        layout = _layout(columns)
         for column in range(0, target.shape[1], columns):
             part = slice(None), pl.ds(column, columns)
             if column >= dim:  # rows of a matmul, which has 64 at a time
@@ -145,3 +147,13 @@ def _vector(length: int) -> Any:
     return plgpu.Layout.TILED(
         tiling, warp_dims=(plgpu.Replicated(4),), lane_dims=(*replicated, -2), vector_dim=-1
     )
+
+
+def _layout(columns: int) -> Any:
+    """Of 64 rows of so many columns, of which 32 threads read, and then write, whole rows.
+
+    So no two of them meet in a bank of shared memory.
+    """
+    rows = WARP * _VECTOR // columns
+    tiling = plgpu.Tiling(((4 * rows, columns), (rows, columns), (_VECTOR,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
