@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from shardpage import Plan
+
 from . import step_inputs, step_peers, timing
 from .peers import Unavailable
 from .report import COPY, OURS, Row, first_line
@@ -68,16 +70,16 @@ def _program(
 ) -> tuple[Any, int]:
     """A program of so many calls, and its scratch; what cannot be one is called as often.
 
-    All read the same cache; of the rest each has its own copy, else XLA would make them one.
+    All read the same cache and have the same plan, as a model's layers do, if it was made before;
+    of the rest each has its own copy, else XLA would make them one.
     """
     if not hasattr(call, "lower"):
         return lambda: [call(*arrays) for _ in range(repeats)], 0
-    caches = given.key, given.value
-    copied = lambda array: jax.tree.map(jnp.copy, array)
-    each = [
-        [x if any(x is cache for cache in caches) else copied(x) for x in arrays]
-        for _ in range(repeats)
-    ]
-    program = jax.jit(lambda each: [call(*own) for own in each])
-    compiled = program.lower(each).compile()
-    return functools.partial(compiled, each), timing.temp_bytes(compiled)
+    is_shared = lambda x: isinstance(x, Plan) or x is given.key or x is given.value
+    shared = {i: x for i, x in enumerate(arrays) if is_shared(x)}
+    own = {i: x for i, x in enumerate(arrays) if i not in shared}
+    each = [jax.tree.map(jnp.copy, own) for _ in range(repeats)]
+    in_order = lambda numbered: [numbered[i] for i in range(len(arrays))]
+    program = jax.jit(lambda shared, each: [call(*in_order(shared | own)) for own in each])
+    compiled = program.lower(shared, each).compile()
+    return functools.partial(compiled, shared, each), timing.temp_bytes(compiled)
