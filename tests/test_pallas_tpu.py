@@ -392,11 +392,13 @@ WRITES = [
 ]
 
 
-@pytest.mark.parametrize("order", ["random", "prompt", "swapped"])
-@pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "pack", "page_size", "num_kv_heads"),
-    WRITES,
+    ("dtype", "head_dim", "pack", "page_size", "num_kv_heads", "kv_layout", "order"),
+    [  # each shape, and each layout, in each order
+        (*write, kv_layout, ("random", "prompt", "swapped")[(i + j) % 3])
+        for i, write in enumerate(WRITES)
+        for j, kv_layout in enumerate(KV_LAYOUTS)
+    ],
 )
 def test_write_puts_what_xla_puts(kv_layout, dtype, head_dim, pack, page_size, num_kv_heads, order):
     """Single tokens, whole tiles and dropped tokens at once; a prompt's fill tiles in order."""
