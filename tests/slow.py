@@ -137,7 +137,7 @@ test_plan_command.py::TestPod::*
 test_bench.py::TestDecode::test_calls_of_one_program_have_tables_of_their_own
 test_bench.py::TestSharded::test_a_split_is_as_exact_as_one_device[*]
 test_bench.py::TestCommand::*
-test_bench.py::TestSteps::test_right_answers*
+test_bench.py::TestSteps::{test_right_answers*,test_a_program*[shardpage*]}
 
 # A model that answers prompts, in one process or several; processes that wait for each other.
 test_generate.py::test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation[*]

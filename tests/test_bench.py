@@ -20,6 +20,7 @@ from launch.bench import (
     quantised,
     shapes,
     sharded,
+    step_inputs,
     step_peers,
     steps,
     timing,
@@ -297,6 +298,17 @@ class TestSteps:
         assert rows[OURS].gflops > 0
         assert rows[OURS].timing.processor_us > 0
         assert Row.from_json(rows[OURS].to_json()) == rows[OURS]
+
+    @pytest.mark.parametrize("name", [OURS, PLANNED, "gather"])
+    def test_a_program_does_its_work_as_often_as_it_says(self, name):
+        given = step_inputs.make(STEP)
+        call, arrays = step_peers.IMPLEMENTATIONS[name](given, "gpu")
+        once, thrice = (steps.program(call, arrays, given, count)[0] for count in (1, 3))
+        flops = [program.func.cost_analysis()["flops"] for program in (once, thrice)]
+        assert flops[1] > 2.99 * flops[0]  # XLA made none of them one
+        errors = [given.error_of(out) for out in thrice()]
+        assert len(errors) == 3
+        assert all(error <= limit for error, limit in errors)
 
 
 @pytest.mark.usefixtures("small")

@@ -33,7 +33,7 @@ def measure(shape: Step, platform: str, roof_gbps: float) -> Iterator[Row]:
     for name, build in step_peers.IMPLEMENTATIONS.items():
         try:
             call, arrays = build(given, platform)
-            calls[name], temp_bytes[name] = _program(call, arrays, given, repeats)
+            calls[name], temp_bytes[name] = program(call, arrays, given, repeats)
             out = calls[name]()[-1]
             error, limit = (0.0, 0.0) if name == step_peers.MATMULS else given.error_of(out)
         except Unavailable as reason:
@@ -65,7 +65,7 @@ def _on_accelerator(calls: dict[str, Any], shape: Step) -> tuple[dict[str, timin
     return timed, shape.kv_bytes / timed[COPY].median_us / 1e3
 
 
-def _program(
+def program(
     call: Any, arrays: tuple[Any, ...], given: step_inputs.StepInputs, repeats: int
 ) -> tuple[Any, int]:
     """A program of so many calls, and its scratch; what cannot be one is called as often.
