@@ -140,7 +140,7 @@ test_bench.py::TestCommand::*
 test_bench.py::TestSteps::{test_right_answers*,test_a_program*[shardpage*]}
 
 # A model that answers prompts, in one process or several; processes that wait for each other.
-test_generate.py::test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation[*]
+test_generate.py::test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation
 test_generate.py::test_any_mesh_gives_the_answers_of_a_dense_model[*]
 test_generate.py::test_page_and_chunk_sizes_do_not_change_answers[*]
 test_generate.py::{test_prompts_wait_for_pages*,test_samples_depend_on_the_seed*,test_running_answers_move*}

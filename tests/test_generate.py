@@ -111,9 +111,8 @@ def test_short_prompts_give_the_tokens_of_an_outside_implementation(smollm2, mes
     assert_says_what_the_oracle_says(smollm2, mesh_spec, SHORT)
 
 
-@pytest.mark.parametrize("mesh_spec", ["data=2,context=4", "data=2,context=2,kv=1"])
-def test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation(smollm2, mesh_spec):
-    assert_says_what_the_oracle_says(smollm2, mesh_spec, tuple(ORACLE))
+def test_all_prompts_a_row_each_give_the_tokens_of_an_outside_implementation(smollm2):
+    assert_says_what_the_oracle_says(smollm2, "data=2,context=4", tuple(ORACLE))
 
 
 def test_vocabulary_is_that_of_the_model(smollm2):

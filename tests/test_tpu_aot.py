@@ -128,13 +128,10 @@ def test_attention_compiles_without_a_copy_of_the_cache(name, topology, kv):
     ("name", "topology", "kv"),
     [
         ("g8k1", "v6e:2x2", KVLayout.FUSED),
-        ("g4k8", "tpu7x:2x2x1", KVLayout.FUSED),
-        ("dim64", "v5e:2x2", KVLayout.FUSED),
         ("page8", "v5p:2x2x1", KVLayout.FUSED),
         ("dim80", "v4:2x2x1", KVLayout.FUSED),
         ("g3k3_page24", "v6e:2x2", KVLayout.FUSED),
         ("float32", "tpu7x:2x2x1", KVLayout.FUSED),
-        ("dim256", "v4:2x2x1", KVLayout.FUSED),
         *TOKEN_MAJOR,
     ],
 )
