@@ -114,11 +114,11 @@ test_step.py::test_gradients_go_through_a_write[1]
 
 # Compiled for every generation of TPU, for whole slices, or measured.
 test_tpu_aot.py::test_attention_compiles_without_a_copy_of_the_cache[*]
-!test_tpu_aot.py::test_attention_compiles*[{g8k1-v6e,g4k8-tpu7x,dim64-v5e,dim80-v6e}:*]
+!test_tpu_aot.py::test_attention_compiles*[{g8k1-v6e,g4k8-tpu7x,dim64-v4,dim80-v5p}:*]
 test_tpu_aot.py::test_prompts_compile_without_a_copy_of_the_cache[*]
 !test_tpu_aot.py::test_prompts_compile_without_a_copy_of_the_cache[g8k1-v6e:2x2-*]
 test_tpu_aot.py::test_write_updates_the_cache_in_place[*]
-!test_tpu_aot.py::test_write_updates_the_cache_in_place[{page8-tpu7x,dim64-v5e,dim80-v4}:*]
+!test_tpu_aot.py::test_write_updates_the_cache_in_place[{page8-tpu7x,dim64-v5p,dim80-v4}:*]
 test_tpu_aot.py::test_tables_that_do_not_fit_scalar_memory[1024-*]
 test_tpu_quantised.py::test_a_step_compiles*[*]
 !test_tpu_quantised.py::test_a_step_compiles*[v6e:2x2-int8-*]

@@ -72,7 +72,6 @@ def test_written_and_attended_to(dtype, scale, kv_layout, packed, step):
     [
         ("int8", "token", "fused", False, None),
         ("float8_e4m3fn", "head", "blocks_first", False, None),
-        ("int8", "head", "heads_first", True, None),
         ("float8_e5m2", "token", "fused", True, None),
         ("int8", "token", "fused", False, "data=2,context=2"),
     ],
@@ -129,7 +128,6 @@ V6E, V4 = {"integers": True}, {"widens": True}
     [
         ("int8", "token", V6E, False),
         ("int8", "head", V6E, True),
-        ("int8", "token", V4, False),
         ("float8_e4m3fn", "token", V4, True),
         ("float8_e5m2", "head", V4, False),
     ],

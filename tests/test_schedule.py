@@ -444,8 +444,9 @@ class TestCompiled:
         assert alone > 64 * 256
         assert in_runs < 0.3 * alone  # before the loop pages come alone
 
-    @pytest.mark.parametrize("cores", ["batch", "kv_head"])
-    @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1"])
+    @pytest.mark.parametrize(
+        ("topology", "cores"), [("v4:2x2x1", "batch"), ("v5p:2x2x1", "kv_head")]
+    )
     def test_two_cores_take_half_of_one(self, topology, cores):
         case = "64 x 4096, G4 K8, page 64"
         one, two = (

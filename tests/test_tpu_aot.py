@@ -98,9 +98,9 @@ def lower_attention(topology, kv, shape, *, num_seqs=16, context=1024, num_pages
 
 
 def in_turn(names) -> list:
-    """(name, topology, kv): each name on two or three generations, each of them in each layout."""
-    every_other = list(itertools.product(names, TOPOLOGIES))[1::2]
-    return [(*pair, LAYOUTS[i % len(LAYOUTS)]) for i, pair in enumerate(every_other)]
+    """(name, topology, kv): each name on one or two generations, each of them in each layout."""
+    every_third = list(itertools.product(names, TOPOLOGIES))[::3]
+    return [(*pair, LAYOUTS[i % len(LAYOUTS)]) for i, pair in enumerate(every_third)]
 
 
 # Pages as other libraries keep them, where the kernels read them.

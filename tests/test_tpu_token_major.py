@@ -70,7 +70,6 @@ def test_written_and_attended_to(kv_layout, name, changes):
 @pytest.mark.parametrize(
     ("kv_layout", "changes"),
     [
-        ("interleaved_words", {"dtype": "float8_e4m3fn", "scale": "head", "num_kv_heads": 4}),
         ("interleaved_words", {"dtype": "float8_e5m2", "scale": "token", "head_dim": 64}),
         ("interleaved_words", {"dtype": "int8", "scale": "head", "head_dim": 80}),
         ("tokens_first", {"dtype": "int8", "scale": "token", "num_kv_heads": 4}),
@@ -85,7 +84,6 @@ def test_quantised(kv_layout, changes):
     "tuning",
     [
         {"chip": V4, "cores": "batch"},
-        {"chip": V4, "num_splits": 3},
         {"chip": dataclasses.replace(V4, cores=1), "pages_per_block": 2},
     ],
 )
