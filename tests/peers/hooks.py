@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 from jax._src import test_util
 
-from . import stand_ins
 from .closeness import tighten
 from .peers import Peer
 
@@ -39,8 +38,8 @@ class Hooks:
             _replace(theirs, lambda _, stand_in=stand_in: stand_in)
         for theirs, options in peer.exact.items():
             _replace(theirs, functools.partial(functools.partial, **options))
-        for theirs in peer.widened:
-            _replace(theirs, stand_ins.widened)
+        for theirs, wider in peer.widened.items():
+            _replace(theirs, wider)
         for theirs, names in peer.renamed.items():
             _replace(theirs, functools.partial(_renamed, names))
         for name in ("is_device_tpu_at_least", "is_device_tpu"):

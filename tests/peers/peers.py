@@ -24,8 +24,8 @@ class Peer:
       folder: where in the checkout its packages are.
       exact: functions of theirs, references, and the arguments that have them compute in float32:
         at its defaults one rounds bfloat16 logits of 32 to an eighth.
-      widened: functions of theirs, references, that get the numbers of a float8 cache in float32:
-        they make weights, and queries, float8 of the cache's kind.
+      widened: functions of theirs, references, and what gives them the numbers of a float8 cache in
+        a wider dtype: they make weights, and queries, float8 of the cache's kind.
       renamed: functions of theirs, references, and arguments that tests call by an older name.
       stand_ins: functions of theirs that run on TPUs only, and what does the same.
       packages: those of its packages that are entered without running their `__init__`, which
@@ -39,7 +39,7 @@ class Peer:
     replaced: Mapping[str, Callable] = dataclasses.field(default_factory=_none)
     folder: str = ""
     exact: Mapping[str, dict] = dataclasses.field(default_factory=_none)
-    widened: tuple[str, ...] = ()
+    widened: Mapping[str, Callable] = dataclasses.field(default_factory=_none)
     renamed: Mapping[str, dict[str, str]] = dataclasses.field(default_factory=_none)
     stand_ins: Mapping[str, Callable] = dataclasses.field(default_factory=_none)
     packages: Mapping[str, str] = dataclasses.field(default_factory=_none)
@@ -67,6 +67,9 @@ PEERS = {
                 jax_pallas.paged_attention
             ),
         },
+        widened={
+            _JAX + "ragged_paged_attention:ref_ragged_paged_attention": stand_ins.widened_pages
+        },
     ),
     "tpu-inference": Peer(
         tests={
@@ -80,10 +83,10 @@ PEERS = {
             ),
         },
         exact={_TPU + "kernel:ref_ragged_paged_attention": {"out_dtype": np.float32}},
-        widened=(
-            _TPU + "kernel:ref_ragged_paged_attention",
-            _TPU + "kernel_hd64:ref_ragged_paged_attention_hd64",
-        ),
+        widened={
+            _TPU + "kernel:ref_ragged_paged_attention": stand_ins.widened,
+            _TPU + "kernel_hd64:ref_ragged_paged_attention_hd64": stand_ins.widened,
+        },
         packages={"tpu_inference": "tpu_inference"},
         stubs={"tpu_inference.logger": {}, "tpu_inference.utils": {}},
     ),

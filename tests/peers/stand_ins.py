@@ -24,6 +24,19 @@ def widened(reference: Callable) -> Callable:
     return on_float32
 
 
+def widened_pages(reference: Callable) -> Callable:
+    """JAX's reference, which of float8 pages gets the same numbers in the queries' dtype.
+
+    So that it does not round weights to float8, as it does without scales.
+    """
+
+    def on_wider(queries, kv_pages, *rest, **options):
+        dtype = queries.dtype if kv_pages.dtype.itemsize == 1 else kv_pages.dtype
+        return reference(queries, kv_pages.astype(dtype), *rest, **options)
+
+    return on_wider
+
+
 def sglang_jax_cache_update(
     new_kv, slices, kv_cache, num_kv_update_slices, page_size, num_slices_per_block
 ):
