@@ -86,6 +86,13 @@ class TestConfig:
         assert max(registers) <= 255
         assert not any(count % 8 for count in registers)
 
+    def test_many_tiles_a_row_are_in_place(self):
+        of = lambda *shape: config.configure(page_format(), 32, reads_of(*shape), COMPILED).in_place
+        of_rows = [of(4096, rows) for rows in (1, 8, 9)]  # in tiles of 32 queries
+        assert of_rows == [True, True, False]
+        assert not of(4095, 1)
+        assert not of(64)
+
     def test_options_of_others_are_refused(self):
         tuning = dataclasses.replace(COMPILED, cores="batch")
         with pytest.raises(NotImplementedError, match=r"cores='batch'.*pallas_tpu"):
@@ -154,6 +161,12 @@ class TestShares:
                     assert got.begin.block[cta] % part == 0
 
 
+@pytest.fixture
+def soon_in_place(monkeypatch):
+    """In place with two tiles a row, not sixteen: small cases too."""
+    monkeypatch.setattr(config, "_TILES_IN_PLACE", 2)
+
+
 class TestTiles:
     """Queries by the tile, against a loop."""
 
@@ -177,7 +190,7 @@ class TestTiles:
             tile, at = divmod(place, count)
             assert work.query[tile, at] == query
             assert work.tiles.row[tile] == min(row[query], 5)
-            rows = slice(at * 4, at * 4 + 4)
+            rows = at + count * np.arange(4)  # head by head
             assert (work.tiles.starts[tile, rows] == start[query]).all()
             assert (work.tiles.stops[tile, rows] == stop[query]).all()
         for tile in range(made.num_tiles):
@@ -189,6 +202,26 @@ class TestTiles:
             if some:
                 assert work.tiles.all_start[tile] == max(start[q] for q in some)
                 assert work.tiles.all_stop[tile] == min(stop[q] for q in some)
+
+    @pytest.mark.usefixtures("soon_in_place")
+    @pytest.mark.parametrize("num_queries", [144, 200])
+    def test_windows(self, num_queries):
+        """Each query is one tile's own, and copies find whole windows."""
+        rng = np.random.default_rng(num_queries)
+        row = np.sort(rng.integers(0, 2, num_queries))
+        number = jnp.arange(num_queries, dtype=jnp.int32)
+        reads = Reads(jnp.zeros((2, 40), jnp.int32), jnp.asarray(row), 0 * number, number + 1)
+        made = config.configure(page_format(heads=2), 8, reads, COMPILED)
+        assert made.in_place
+        work = jax.tree.map(np.asarray, tiles.tile(reads, made))
+        start, begin, end = work.tiles.windows
+        own = [np.arange(*span) for span in zip(begin, end, strict=True)]
+        np.testing.assert_array_equal(np.concatenate(own), number)
+        for tile, queries in enumerate(own):
+            assert (work.place[queries] == tile * 32 + queries - start[tile]).all()
+            assert (work.query[tile] == start[tile] + np.arange(32)).all()
+            assert len(set(row[queries])) <= 1
+            assert start[tile] % 8 == 0 <= start[tile] <= num_queries - 32
 
 
 def abstract_cache(head_dim=128, heads=8, page_size=16, layout="blocks_first"):
@@ -209,6 +242,7 @@ class TestLowersForCuda:
         [
             ("decode", 32, None, {}, {}),
             ("prompt", 32, 1, {}, {}),
+            ("long_prompt", 32, 1, {"head_dim": 256}, {}),
             ("guesses", 64, 100, {"page_size": 64}, {}),
             ("dim64", 32, None, {"head_dim": 64, "page_size": 256}, {}),
             ("dim80", 24, None, {"head_dim": 80, "page_size": 8, "layout": "heads_first"}, {}),
@@ -222,10 +256,11 @@ class TestLowersForCuda:
     )
     def test_attend(self, name, num_heads, rows, changes, options):
         cache = abstract_cache(**changes)
-        query = jax.ShapeDtypeStruct((400, num_heads, cache.head_dim), jnp.bfloat16)
+        num_queries = 4000 if name == "long_prompt" else 400
+        query = jax.ShapeDtypeStruct((num_queries, num_heads, cache.head_dim), jnp.bfloat16)
         call = functools.partial(attend, num_heads, Attention(**options), COMPILED, final=True)
         exported = jax.export.export(jax.jit(call), platforms=["cuda"])
-        text = exported(query, cache, reads_of(400, rows)).mlir_module()
+        text = exported(query, cache, reads_of(num_queries, rows)).mlir_module()
         assert text.count("mosaic_gpu_v2") == 2  # attend, merge
         assert ("optimization_barrier" in text) == (rows is not None)  # tiles are made once
 
@@ -322,6 +357,12 @@ READS = {
     "prompt": ([0] * 33, list(range(110, 143)), [0] * 33),
     # More blocks of each share than there are in shared memory, for two warpgroups.
     "long_prompt": ([0] * 33, list(range(610, 643)), [0] * 33),
+    # Where they lie, of rows that begin and end within eight; some read nothing.
+    "windows": (
+        [200, *[0] * 8, 209, *[0] * 32, 242, 100, *[0] * 64, *[164] * 20],
+        [*range(200, 243), *range(100, 165), *[164] * 20],
+        [0] * 43 + [1] * 85,
+    ),
 }
 
 
@@ -339,8 +380,27 @@ def check_reads(name, tuning, **changes):
         np.testing.assert_array_equal(final.lse, got.lse)
 
 
+def check_in_place(tuning, **changes):
+    """Results at the caller's places: what no tile tells of, too; and NaN of what is invalid."""
+    query, cache, reads, *_ = drawn_reads(*READS["windows"], **changes)
+    assert config.configure(cache.format, 8, reads, tuning, query.dtype).out_in_place
+    nothing = np.asarray(reads.stop == reads.start)
+    invalid = nothing & np.isin(np.arange(128), [0, 42, 127])
+    nothing = nothing & ~invalid
+    query = query.at[nothing].set(jnp.nan)
+    marked = reads._replace(invalid=jnp.asarray(invalid))
+    before = attend(8, Attention(), tuning, query, cache, reads, final=True)
+    after = attend(8, Attention(), tuning, query, cache, marked, final=True)
+    for actual, was, none in ((after.out, before.out, 0.0), (after.lse, before.lse, -np.inf)):
+        actual, was = np.array(actual), np.array(was)
+        assert np.isnan(actual[invalid]).all()
+        assert (actual[nothing] == none).all()
+        np.testing.assert_array_equal(actual[~invalid], was[~invalid])
+        assert np.isfinite(actual[~invalid & ~nothing]).all()
+
+
 @in_interpreter
-@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.usefixtures("on_a_cpu", "soon_in_place")
 class TestInterpreted:
     """Numbers of the kernels' own code, with three CTAs, where JAX interprets it."""
 
@@ -353,6 +413,7 @@ class TestInterpreted:
             ("guesses", 0, {}),
             ("prompt", 0, {"heads": 1, "head_dim": 16}),
             ("long_prompt", 0, {"heads": 1, "head_dim": 16}),
+            ("windows", 0, {}),
             ("decode", 0, {"layout": KVLayout.TOKENS_FIRST}),
             ("decode", 0, {"layout": KVLayout.INTERLEAVED, "page_size": 256}),
             ("guesses", 2, {"layout": KVLayout.INTERLEAVED_WORDS}),
@@ -361,6 +422,9 @@ class TestInterpreted:
     )
     def test_attend(self, name, num_splits, changes):
         check_reads(name, dataclasses.replace(INTERPRETED, num_splits=num_splits), **changes)
+
+    def test_in_place(self):
+        check_in_place(INTERPRETED)
 
     @pytest.mark.parametrize("layout", list(KVLayout))
     def test_write(self, layout):
@@ -410,6 +474,7 @@ def _in_16_bits(case: Case) -> Case:
 
 
 @on_gpu
+@pytest.mark.usefixtures("soon_in_place")
 class TestOnHopper:
     """The cases of all backends, in 16 bits and every layout, and what only large ones reach."""
 
@@ -434,6 +499,10 @@ class TestOnHopper:
         check_reads(name, COMPILED, layout=layout)
         check_reads(name, COMPILED, head_dim=256, layout=layout)
         check_reads(name, COMPILED, head_dim=80, page_size=8, layout=layout)
+
+    @pytest.mark.parametrize("head_dim", [64, 128, 256])
+    def test_in_place(self, head_dim):
+        check_in_place(COMPILED, head_dim=head_dim)
 
     @pytest.mark.parametrize("layout", list(KVLayout))
     def test_write(self, layout):

@@ -350,6 +350,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gpu_decode": ("gpu_decode", _with_source(_decode)),
     "gpu_decode_h200": ("gpu_decode_h200", _with_source(_decode)),
     "gpu_steps_h200": ("gpu_steps_h200", _with_source(_gpu_steps)),
+    "gpu_prompts_h200": ("gpu_prompts_h200", _with_source(_gpu_steps)),
     "gpu_plan_h200": ("gpu_plan_h200", _made_once),
     "gpu_steps_before_after": ("gpu_steps_before_after", _before_after),
     "gpu_quantised_h200": ("gpu_quantised_h200", _with_source(_quantised)),

@@ -18,7 +18,7 @@ from .config import Config, configure, reduction_bytes
 from .mosaic import WARPGROUP, as_kernel, compiler_params, in_place, interpreter
 from .scratch import Scratch, scratch
 from .softmax import LOG2E, Logits
-from .tiles import Tiles, Work, tile
+from .tiles import Tiles, Windows, Work, states, tile
 
 
 def prepare(reads: Reads, num_heads: int, page_format: PageFormat, tuning: Tuning) -> Work | None:
@@ -49,19 +49,24 @@ def attend(
     rows = split.queries(rows, cache.format) if config.pieces > 1 else (rows, None)
     call = as_kernel(functools.partial(_call, config, logits), tuning)
     scales = cache.scales if cache.scale == "token" else ()
-    out, lse = call(*rows, pages.arrays(cache), scales, cache.in_layer(reads.ids), tiles)
+    invalid = reads.invalid_in(cache) if final else None
+    state = states(reads, invalid) if config.out_in_place else None
+    out, lse = call(*rows, pages.arrays(cache), scales, cache.in_layer(reads.ids), tiles, state)
     partial = _partial(config, out, lse, reads, work)
     if not final:
         return partial
-    return finish(mark(partial, reads.invalid_in(cache)), query.dtype, by_lse=True)
+    finished = finish(mark(partial, invalid), query.dtype, by_lse=True)
+    return finished._replace(out=out) if config.out_in_place else finished
 
 
 def _tiled(config: Config, query: jax.Array, work: Work | None) -> jax.Array:
-    """The rows of each unit, `[copies, query_rows, key_dim]`."""
+    """The rows of each unit, `[copies, query_rows, key_dim]`, if the kernel does not find them."""
+    if config.in_place:
+        return query
     num_heads, group, dim = config.format.num_kv_heads, config.group, config.format.key_dim
     query = query.reshape(-1, num_heads, group, dim)
     if work is not None:
-        query = query.at[work.query].get(mode="clip").swapaxes(1, 2)
+        query = query.at[work.query].get(mode="clip").transpose(0, 2, 3, 1, 4)
     query = query.reshape(config.num_units // config.fold, -1, dim)
     spare = config.query_rows - query.shape[1]
     return jnp.pad(query, ((0, 0), (0, spare), (0, 0))) if spare else query
@@ -71,24 +76,28 @@ def _partial(
     config: Config, out: jax.Array, lse: jax.Array, reads: Reads, work: Work | None
 ) -> Partial:
     """Each query's rows, of the units that read something."""
-    num_heads, group, fold = config.format.num_kv_heads, config.group, config.fold
-    out = out[:, : config.rows, : config.format.value_dim]
+    fold, some = config.fold, (reads.stop > reads.start)[:, None]
     # Units that share a copy of queries have their rows one behind the other.
     lse = lse.reshape(-1, fold, WARPGROUP)
     own = [lse[:, i, i * config.rows : (i + 1) * config.rows] for i in range(fold)]
-    lse = jnp.stack(own, axis=1)
-    shape = (config.num_tiles, num_heads, config.tile_queries, group)
-    out, lse = (x.reshape(*shape, *x.shape[2:]) for x in (out, lse.reshape(-1, config.rows)))
+    lse = _by_query(config, jnp.stack(own, axis=1).reshape(-1, config.rows), work)
+    lse = jnp.where(some, lse * (1 / LOG2E), -jnp.inf)
+    if not config.out_in_place:
+        out = _by_query(config, out[:, : config.rows, : config.format.value_dim], work)
+        out = jnp.where(some[..., None], out, 0.0)
+    return Partial(out, lse)
+
+
+def _by_query(config: Config, rows: jax.Array, work: Work | None) -> jax.Array:
+    """What units have for each row, `[queries, heads, ..]`."""
+    num_heads, group, queries = config.format.num_kv_heads, config.group, config.tile_queries
+    behind = rows.shape[2:]
+    rows = rows.reshape(config.num_tiles, num_heads, group, queries, *behind)
     if work is None:
-        out, lse = out[:, :, 0], lse[:, :, 0]
+        rows = rows[:, :, :, 0]
     else:
-        at = work.place // config.tile_queries, work.place % config.tile_queries
-        out, lse = (x[at[0], :, at[1]] for x in (out, lse))
-    out, lse = out.reshape(len(out), num_heads * group, -1), lse.reshape(len(out), -1)
-    some = (reads.stop > reads.start)[:, None]
-    return Partial(
-        jnp.where(some[..., None], out, 0.0), jnp.where(some, lse * (1 / LOG2E), -jnp.inf)
-    )
+        rows = rows[work.place // queries, :, :, work.place % queries]
+    return rows.reshape(len(rows), num_heads * group, *behind)
 
 
 def _call(
@@ -101,9 +110,11 @@ def _call(
     scales: tuple[jax.Array, ...],
     ids: jax.Array,
     tiles: Tiles,
+    state: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    inputs = attend_kernel.Inputs(query, query_units, arrays, scales, ids, tiles)
-    inputs, structure = jax.tree.flatten(vary_together(*inputs))
+    *varied, state = vary_together(query, query_units, arrays, scales, ids, tiles, state)
+    windows = attend_kernel.Inputs(*varied).tiles.windows
+    inputs, structure = jax.tree.flatten(varied)
     outputs = attend_kernel.outputs(config)
     out_type = tuple(result_as(inputs[0], each.shape, each.dtype) for each in outputs)
     shared = scratch(config, bool(tuning.interpret))._asdict()
@@ -131,18 +142,33 @@ def _call(
         compiler_params=params,
         **interpreter(tuning),
     )(*inputs)
-    return _merged(config, tuning, attend_kernel.Outputs(*outs))
+    return _merged(config, tuning, attend_kernel.Outputs(*outs), windows, state)
 
 
 def _merged(
-    config: Config, tuning: Tuning, outputs: attend_kernel.Outputs
+    config: Config,
+    tuning: Tuning,
+    outputs: attend_kernel.Outputs,
+    windows: Windows | None,
+    state: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The results, with the units that were cut between shares merged."""
     flat = lambda x: x.reshape(x.shape[0], -1, config.merge_width)
+    inputs = merge_kernel.Inputs(flat(outputs.part_out), outputs.part_lse, outputs.cut, None, None)
+    out = flat(outputs.out)
+    if config.out_in_place:
+        inputs, out = inputs._replace(windows=windows, state=state), outputs.out
+    inputs, structure = jax.tree.flatten(inputs)
+
+    def body(*refs: Any) -> None:
+        *ins, out_ref, lse_ref = refs
+        ins = merge_kernel.Inputs(*jax.tree.unflatten(structure, ins))
+        merge_kernel.kernel(ins, out_ref, lse_ref, config=config)
+
     out, lse = in_place(
-        functools.partial(merge_kernel.kernel, config=config),
-        [flat(outputs.out), outputs.lse],
-        [flat(outputs.part_out), outputs.part_lse, outputs.cut],
+        body,
+        [out, outputs.lse],
+        inputs,
         grid=merge_kernel.grid(config),
         grid_names=("share", "vector"),
         num_threads=1,

@@ -29,6 +29,7 @@ from .softmax import Logits
 from .tiles import Tiles
 from .tokens_first import TokensFirst
 from .widen import Widener
+from .window import Window
 
 
 class Registers(NamedTuple):
@@ -53,7 +54,7 @@ REGISTERS = {
 
 
 class Inputs(NamedTuple):
-    query: Any  # [copies, copy_rows, key_dim]
+    query: Any  # [copies, copy_rows, key_dim], or in place [queries, heads, key_dim]
     query_units: Any  # [copies, query_rows], of queries that are split, or None
     arrays: tuple[Any, ...]  # of the cache
     scales: tuple[Any, ...]  # of its tokens, [pages, kv_heads, 1, 2 * page_size]
@@ -62,7 +63,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    out: Any  # [units, out_rows, out_dim]
+    out: Any  # [units, out_rows, out_dim], or in place [queries, heads, value_dim]
     lse: Any  # [units, 128], in base 2
     part_out: Any  # [2 * ctas, out_rows, out_dim]: where a share begins, and where it ends
     part_lse: Any  # [2 * ctas, 128]
@@ -73,8 +74,12 @@ def outputs(config: Config) -> Outputs:
     """Shapes and dtypes of the results."""
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     unit = (config.out_rows, config.out_dim)
+    out = config.num_units, *unit
+    if config.out_in_place:
+        num_heads = config.format.num_kv_heads * config.group
+        out = config.num_queries, num_heads, config.format.value_dim
     return Outputs(
-        jax.ShapeDtypeStruct((config.num_units, *unit), config.out_dtype),
+        jax.ShapeDtypeStruct(out, config.out_dtype),
         float32(config.num_units, WARPGROUP),
         float32(2 * config.num_ctas, *unit),
         float32(2 * config.num_ctas, WARPGROUP),
@@ -147,13 +152,7 @@ class Kernel:
         def _():
             plgpu.barrier_wait(scratch.query_free.at[slot])
 
-        rows, full = pl.ds(slot * config.copy_rows, config.copy_rows), scratch.query_full.at[slot]
-        copy = lax.div(segment.unit, jnp.int32(config.fold))
-        plgpu.copy_gmem_to_smem(inputs.query.at[copy], scratch.query.at[rows], full)
-        if inputs.query_units is not None:
-            units = scratch.query_units.at[slot, pl.ds(0, config.query_rows)]
-            plgpu.copy_gmem_to_smem(inputs.query_units.at[copy], units, full)
-
+        self.fetch_queries(segment.unit, slot)
         pages = Pages.of(config, inputs.ids, inputs.tiles, segment)
 
         def fetch_block(i, ids):
@@ -162,6 +161,25 @@ class Kernel:
             return following
 
         lax.fori_loop(0, segment.length, fetch_block, pages.ids_of(0))
+
+    def fetch_queries(self, unit: jax.Array, slot: jax.Array) -> None:
+        config, inputs, scratch = self.config, self.inputs, self.scratch
+        first, full = slot * config.copy_rows, scratch.query_full.at[slot]
+        if config.in_place:
+            self.window(unit).fetch(inputs.query, scratch.query, first, full)
+            return
+        copy = lax.div(unit, jnp.int32(config.fold))
+        rows = scratch.query.at[pl.ds(first, config.copy_rows)]
+        plgpu.copy_gmem_to_smem(inputs.query.at[copy], rows, full)
+        if inputs.query_units is not None:
+            units = scratch.query_units.at[slot, pl.ds(0, config.query_rows)]
+            plgpu.copy_gmem_to_smem(inputs.query_units.at[copy], units, full)
+
+    def window(self, unit: jax.Array) -> Window:
+        """Where a unit's queries and results lie."""
+        windows = self.inputs.tiles.windows
+        assert windows is not None
+        return Window.of(self.config, windows, unit)
 
     def fetch_block(
         self, segment: Segment, i: jax.Array, pages: Pages, ids: tuple[jax.Array, ...]
@@ -214,13 +232,26 @@ class Kernel:
         """Attends with a unit's queries to the blocks of a segment, and stores the result."""
         config, scratch, outputs = self.config, self.scratch, self.outputs
         blocks = self.way.of(config, self.logits, self.inputs.tiles, scratch, segment, warpgroup)
+        window, whole = None, segment.whole
+        if config.out_in_place:
+            window = self.window(segment.unit)
+            whole &= window.whole
         plgpu.barrier_wait(scratch.query_full.at[blocks.query_slot])
         result = blocks.attend()
         plgpu.barrier_arrive(scratch.query_free.at[blocks.query_slot])
 
-        @pl.when(segment.whole)
+        @pl.when(whole)
         def _():
-            blocks.store(result, outputs.out.at[segment.unit], outputs.lse.at[segment.unit])
+            out = outputs.out if window else outputs.out.at[segment.unit]
+            blocks.store(result, out, outputs.lse.at[segment.unit], window)
+
+        # Most are whole: 16 prompts beside 240 rows took 2.5 % more with a branch around each copy.
+        if window:
+
+            @pl.when(segment.whole & jnp.logical_not(whole))
+            def _():
+                lse = outputs.lse.at[segment.unit]
+                blocks.store(result, outputs.out, lse, window, whole=False)
 
         @pl.when(jnp.logical_not(segment.whole))
         def _():

@@ -10,19 +10,21 @@ from ...options import Tuning
 from ...page_format import PageFormat
 from ...plan import Reads
 from . import split
-from .mosaic import MMA_ROWS, SMEM_BYTES, WARPGROUP, num_sms
+from .mosaic import MMA_ROWS, SMEM_BYTES, TILED_ROWS, WARPGROUP, num_sms
 
 _DTYPES = ("bfloat16", "float16")
 _FLOAT32 = np.dtype(np.float32)
+_FLOAT16 = np.dtype(np.float16)  # or any of 16 bits
 _MAX_DIM = 256
 # Of quantised caches: with a warpgroup or two more, a thread has too few registers for longer rows.
 _MAX_QUANTISED_DIM = 128
 _ROW_BYTES = 32  # the least swizzle, which divides the bytes of a key and of a value
 _MAX_GROUP = 2 * MMA_ROWS
 _FEW_ROWS = 32  # of queries, in registers beside those of their pieces
-_TILED_ROWS = 8  # of shared memory that a copy or a matmul can begin at
 _COPY_BYTES = 128  # what a copy into plain shared memory is aligned to
 _SCALE_BYTES = 4
+_MERGE_ELEMENTS = 4 * WARPGROUP  # of a large unit, that one CTA merges
+_TILES_IN_PLACE = 16  # of a row on average; with 4 a step was slower by 4 %, with 64 faster by 3
 _ALIGNED_BYTES = 1 << 10  # of arrays in shared memory, and room for barriers
 # Bytes of keys and values on their way to one SM that keep the memory busy; more gain nothing.
 _IN_FLIGHT_BYTES = 128 << 10
@@ -35,11 +37,12 @@ class Config:
     """Everything static about a kernel.
 
     A *tile* is some queries of one row, and a *unit* a tile and a KV head: `group` query heads of
-    each of `tile_queries` queries are the rows of its matmuls.
+    each of `tile_queries` queries are the rows of its matmuls, head by head.
     """
 
     format: PageFormat
     group: int  # query heads per KV head
+    num_queries: int
     tile_queries: int
     num_tiles: int
     fold: int  # units whose queries share the rows of one copy
@@ -50,6 +53,7 @@ class Config:
     store_chunk: int  # columns of a result that are staged, and leave, at a time
     num_splits: int
     num_ctas: int
+    in_place: bool  # whether the kernel finds queries where the caller has them: `window.py`
     out_dtype: np.dtype = _FLOAT32  # of the results of whole units
 
     @property
@@ -114,12 +118,17 @@ class Config:
     @property
     def query_rows(self) -> int:
         """Of a unit's queries, or of what is folded: as many as copies and matmuls take."""
-        return max(_TILED_ROWS, _round_up(self.rows, _TILED_ROWS))
+        return max(TILED_ROWS, _round_up(self.rows, TILED_ROWS))
 
     @property
     def copy_rows(self) -> int:
         """Rows of one copy of queries."""
         return self.pieces * self.query_rows
+
+    @property
+    def query_copies(self) -> int:
+        """Copies that bring the queries of one unit."""
+        return self.group if self.in_place else 1
 
     @property
     def out_rows(self) -> int:
@@ -140,6 +149,11 @@ class Config:
         return self.out_dtype.itemsize < 4
 
     @property
+    def out_in_place(self) -> bool:
+        """Whether results leave for where the caller wants them."""
+        return self.in_place and self.narrow
+
+    @property
     def part_chunk(self) -> int:
         """Columns of a part that leave at a time: as many bytes as of a whole unit."""
         return self.store_chunk // 2 if self.narrow else self.store_chunk
@@ -147,7 +161,7 @@ class Config:
     @property
     def merge_width(self) -> int:
         """Elements of a unit that one CTA merges: one a thread, or four where there are many."""
-        return WARPGROUP if self.consumers == 1 else 4 * WARPGROUP
+        return WARPGROUP if self.consumers == 1 else _MERGE_ELEMENTS
 
     @property
     def num_units(self) -> int:
@@ -183,14 +197,16 @@ def configure(
             "matmuls; use backend='xla'"
         )
     num_queries, num_rows = reads.start.shape[0], reads.ids.shape[0]
+    tile_queries, num_tiles, fold, in_place = 1, num_queries, 1, False
     if reads.row is None:
-        tile_queries, num_tiles, fold = 1, num_queries, _fold(page_format, group, num_queries)
+        fold = _fold(page_format, group, num_queries)
     else:
-        tile_queries, fold = _tile_queries(num_queries, num_rows, group), 1
-        num_tiles = _most_tiles(num_queries, num_rows, tile_queries)
+        tile_queries = _tile_queries(num_queries, num_rows, group)
+        in_place = _in_place(page_format, group, num_queries, num_rows, tile_queries)
+        num_tiles = _most_tiles(num_queries, num_rows, tile_queries, in_place)
     config = Config(
-        page_format, group, tile_queries, num_tiles, fold, 0, 0, 0, 0, 0, tuning.num_splits,
-        num_sms(tuning),
+        page_format, group, num_queries, tile_queries, num_tiles, fold, 0, 0, 0, 0, 0,
+        tuning.num_splits, num_sms(tuning), in_place,
     )  # fmt: skip
     tiled = reads.row is not None and not page_format.quantised
     if tiled and final_dtype is not None and final_dtype.itemsize == 2:
@@ -219,10 +235,10 @@ def refuse(page_format: PageFormat, tuning: Tuning) -> None:
             "scales of tokens in packed rows do not lie in the order of tokens, in which the "
             "kernels take them; use packed=False, or backend='xla'"
         )
-    if page_format.page_size % _TILED_ROWS:
+    if page_format.page_size % TILED_ROWS:
         raise NotImplementedError(
-            f"page_size={page_format.page_size} does not fill tiles of {_TILED_ROWS} tokens, which "
-            f"the kernels copy; use page_size={_round_up(page_format.page_size, _TILED_ROWS)}, or "
+            f"page_size={page_format.page_size} does not fill tiles of {TILED_ROWS} tokens, which "
+            f"the kernels copy; use page_size={_round_up(page_format.page_size, TILED_ROWS)}, or "
             "backend='xla'"
         )
     if tuning.cores not in (None, "auto", "off"):
@@ -254,10 +270,32 @@ def _tile_queries(num_queries: int, num_rows: int, group: int) -> int:
     return min(wanted, most // group)
 
 
-def _most_tiles(num_queries: int, num_rows: int, tile_queries: int) -> int:
+def _in_place(
+    page_format: PageFormat, group: int, num_queries: int, num_rows: int, tile_queries: int
+) -> bool:
+    """Whether tiles are windows of the queries as they lie, which XLA else gathers.
+
+    A window begins at a multiple of 8 queries, so a row may have a tile more than else, and results
+    of one that is not whole leave query by query: not where rows have few tiles. Rows of two whole
+    matmuls, and what the merge takes at a time, need no remainder.
+    """
+    dim, merged = page_format.value_dim, _MERGE_ELEMENTS
+    return (
+        tile_queries * group == 2 * MMA_ROWS
+        and num_queries >= _TILES_IN_PLACE * tile_queries * max(num_rows, 1)
+        and tile_queries % TILED_ROWS == num_queries % TILED_ROWS == 0
+        and merged % dim == 0 == page_format.num_kv_heads * group * dim % merged
+        and dim * _FLOAT16.itemsize % _COPY_BYTES == 0
+        and not page_format.quantised
+    )
+
+
+def _most_tiles(num_queries: int, num_rows: int, tile_queries: int, in_place: bool) -> int:
     """Of any queries of so many rows, and of what is behind the last of them."""
     runs = min(num_rows + 1, num_queries)
-    return min((num_queries + runs * (tile_queries - 1)) // tile_queries, num_queries)
+    before = TILED_ROWS - 1 if in_place else 0  # that are in a row's first window
+    spare = runs * (tile_queries - 1 + before)
+    return min((num_queries + spare) // tile_queries, num_queries)
 
 
 def _fold(page_format: PageFormat, group: int, num_queries: int) -> int:
@@ -266,8 +304,8 @@ def _fold(page_format: PageFormat, group: int, num_queries: int) -> int:
     Shared memory is copied from and to whole tiles of 8 rows, so fewer queries of a unit come with
     those of its neighbours. Elsewhere they would be padded, which is a kernel of its own.
     """
-    fold = max(1, _TILED_ROWS // group)
-    fits = fold * group == _TILED_ROWS and num_queries * page_format.num_kv_heads % fold == 0
+    fold = max(1, TILED_ROWS // group)
+    fits = fold * group == TILED_ROWS and num_queries * page_format.num_kv_heads % fold == 0
     aligned = group * page_format.value_dim * 4 % _COPY_BYTES == 0
     return fold if fits and aligned and not page_format.quantised else 1
 
@@ -330,8 +368,10 @@ def _store_chunks(config: Config) -> list[int]:
     if config.tokens_first:  # columns are rows of the last matmul
         widths = [*range(dim, 0, -MMA_ROWS)]
     else:
-        columns = swizzle_bytes(dim, np.dtype(np.float16)) // 2
-        widths = [*range(dim, 0, -columns), 32]
+        columns = swizzle_bytes(dim, _FLOAT16) // 2
+        widths = [*range(dim, 0, -columns)]
+        if not config.out_in_place:  # where a copy may begin at any row
+            widths += [32]
     return [chunk for chunk in widths if dim % chunk == 0]
 
 
@@ -340,7 +380,7 @@ def query_smem_rows(config: Config) -> int:
     rows = config.query_slots * config.copy_rows
     if config.tokens_first:
         return rows
-    return rows + _round_up(max(0, config.consumers * MMA_ROWS - config.query_rows), _TILED_ROWS)
+    return rows + _round_up(max(0, config.consumers * MMA_ROWS - config.query_rows), TILED_ROWS)
 
 
 def scale_lanes(config: Config) -> tuple[int, int]:

@@ -2,10 +2,14 @@
 
 A CTA for each share and some columns: share `c` ends inside a unit, whose parts are the last of
 share `c` and the first of the next ones. Elements of all rows lie side by side.
+
+Where results leave for their places (`window.py`), one more for each share fills those of queries
+that no unit tells of: zeros where nothing is read, NaN for invalid ones.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,33 +20,39 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .config import Config
 from .mosaic import WARPGROUP, load
 from .softmax import LOG2E, LOWEST
+from .tiles import NOTHING, READS, Windows
+from .window import Window
 
 # Parts that are on their way together, by elements a thread. Large units have few parts.
 _AT_ONCE = {1: 8, 4: 2}
+_STATES_AT_ONCE = 16
+
+
+class Inputs(NamedTuple):
+    part_out: Any  # [parts, vectors, merge_width]
+    part_lse: Any  # [parts, 128]
+    cut: Any  # see `attend_kernel.Outputs`
+    windows: Windows | None  # where results leave for their places, and the state of each query
+    state: Any
 
 
 def grid(config: Config) -> tuple[int, int]:
-    """Shares, and vectors of a unit's elements with one more for its lse."""
-    return config.num_ctas, config.out_rows * config.out_dim // config.merge_width + 1
+    """Shares, and vectors of a unit's elements, its lse, and what no unit tells of."""
+    return config.num_ctas, _num_vectors(config) + 1 + config.out_in_place
 
 
-def kernel(
-    part_out_ref: Any,
-    part_lse_ref: Any,
-    cut_ref: Any,
-    out_ref: Any,
-    lse_ref: Any,
-    *,
-    config: Config,
-) -> None:
-    """`out` and `part_out` as `[units or parts, vectors, merge_width]`; `lse` as `[.., 128]`."""
+def kernel(inputs: Inputs, out_ref: Any, lse_ref: Any, *, config: Config) -> None:
+    """Changes `out`, `[units, vectors, merge_width]` or in place `[queries, heads, dim]`.
+
+    And `lse`, `[units, 128]`.
+    """
     share, vector = lax.axis_index("share"), lax.axis_index("vector")
-    num_vectors = grid(config)[1] - 1
-    unit, last = cut_ref[share, 0], cut_ref[share, 1]
+    num_vectors = _num_vectors(config)
+    unit, last = inputs.cut[share, 0], inputs.cut[share, 1]
 
     @pl.when((unit >= 0) & (vector == num_vectors))
     def _():
-        lse_of = lambda part: load(part_lse_ref.at[part], _flat(WARPGROUP))
+        lse_of = lambda part: load(inputs.part_lse.at[part], _flat(WARPGROUP))
         _, peak, total = _merge(WARPGROUP, share, last - share + 1, lse_of, lambda part: None)
         none = total == 0.0
         log = jnp.log(jnp.where(none, 1.0, total)) * LOG2E
@@ -55,12 +65,86 @@ def kernel(
             lax.rem(unit, jnp.int32(config.fold)) * config.rows,
         )
         width = config.merge_width
-        lse_of = functools.partial(_lse_by_element, config, part_lse_ref, at, first)
-        value_of = lambda part: load(part_out_ref.at[part, at], _flat(width))
+        lse_of = functools.partial(_lse_by_element, config, inputs.part_lse, at, first)
+        value_of = lambda part: load(inputs.part_out.at[part, at], _flat(width))
         sums, _, total = _merge(width, share, last - share + 1, lse_of, value_of)
         none = total == 0.0
         mean = jnp.where(none, 0.0, sums / jnp.where(none, 1.0, total))
-        out_ref[unit, at] = mean.astype(out_ref.dtype)
+        mean = mean.astype(out_ref.dtype)
+        if inputs.windows is None:
+            out_ref[unit, at] = mean
+        else:
+            window = Window.of(config, inputs.windows, unit)
+            _store(mean, out_ref, window, at * (width // config.out_dim), inputs.state)
+
+    if inputs.windows is not None:
+        pl.when(vector == num_vectors + 1)(lambda: _fill(config, inputs.state, out_ref, share))
+
+
+def _num_vectors(config: Config) -> int:
+    return config.out_rows * config.out_dim // config.merge_width
+
+
+def _store(
+    means: jax.Array, out_ref: Any, window: Window, first_row: jax.Array, state_ref: Any
+) -> None:
+    """Copies rows, side by side, to where they belong."""
+    dim = out_ref.shape[-1]
+
+    def copy(staged_ref: Any) -> None:
+        staged_ref[...] = means
+        plgpu.commit_smem()
+        for i in range(len(means) // dim):
+            query, head = window.at(first_row + i)
+            own = (query >= window.begin) & (query < window.end) & (state_ref[query] == READS)
+
+            @pl.when(own)
+            def _(query=query, head=head, i=i):
+                row = staged_ref.at[pl.ds(i * dim, dim)]
+                plgpu.copy_smem_to_gmem(row, out_ref.at[query, head])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    _with_smem(copy, means.shape, means.dtype)
+
+
+def _fill(config: Config, state_ref: Any, out_ref: Any, share: jax.Array) -> None:
+    """Fills the places of every `num_ctas`th query that reads nothing, or is invalid."""
+    num_queries, num_heads, dim = out_ref.shape
+    heads = config.merge_width // dim
+    layout = plgpu.Layout.WG_STRIDED((heads, dim), vec_size=config.merge_width // WARPGROUP)
+
+    def fill(blank_ref: Any) -> None:
+        for which, value in enumerate((0.0, jnp.nan)):
+            blank = jnp.full((heads, dim), value, out_ref.dtype)
+            blank_ref.at[which][...] = plgpu.layout_cast(blank, layout)
+        plgpu.commit_smem()
+
+        def copy(query: jax.Array, state: jax.Array, i: jax.Array) -> None:
+            blank = blank_ref.at[(state != NOTHING).astype(jnp.int32)]
+            plgpu.copy_smem_to_gmem(blank, out_ref.at[query, pl.ds(i * heads, heads)])
+
+        def some(number, _):
+            first = (number * _STATES_AT_ONCE) * config.num_ctas + share
+            queries = [first + i * config.num_ctas for i in range(_STATES_AT_ONCE)]
+            states = [state_ref[jnp.minimum(query, num_queries - 1)] for query in queries]
+            for query, state in zip(queries, states, strict=True):
+
+                @pl.when((query < num_queries) & (state != READS))
+                def _(query=query, state=state):
+                    one = lambda i, _: copy(query, state, i)
+                    lax.fori_loop(0, num_heads // heads, one, None)
+
+        rounds = -(-num_queries // (config.num_ctas * _STATES_AT_ONCE))
+        lax.fori_loop(0, rounds, some, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    _with_smem(fill, (2, heads, dim), out_ref.dtype)
+
+
+def _with_smem(body: Callable[[Any], None], shape: tuple[int, ...], dtype: Any) -> None:
+    """Runs `body` on an array in the shared memory of the CTA, of one warpgroup."""
+    pl.run_scoped(body, plgpu.SMEM(shape, dtype), collective_axes="warpgroup")
 
 
 def _flat(width: int) -> Any:

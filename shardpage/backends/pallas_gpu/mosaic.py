@@ -16,6 +16,7 @@ _load: Any = plgpu.load  # whose signature differs
 WARPGROUP = 128  # threads, of which one program is made
 WARP = 32
 MMA_ROWS = 64  # rows of one wgmma
+TILED_ROWS = 8  # of shared memory that a copy or a matmul can begin at
 SMEM_BYTES = 227 << 10  # of one CTA
 _NUM_SMS = 132  # of H100 and H200 in SXM modules
 

@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import softmax
 from .blocks import Blocks
 from .mosaic import MMA_ROWS, load
+from .window import Window
 
 Carry = tuple[softmax.State, Any]  # and the weights of the last block, [64, block_tokens]
 
@@ -126,8 +127,19 @@ class QueriesFirst(Blocks):
             own += self.warpgroup * MMA_ROWS
         return self.scratch.query.at[pl.ds(own, MMA_ROWS)]
 
-    def store(self, result: tuple[jax.Array, jax.Array], out: Any, lse_out: Any) -> None:
-        """Copies this warpgroup's rows of a unit to `out`, a chunk of columns at a time."""
+    def store(
+        self,
+        result: tuple[jax.Array, jax.Array],
+        out: Any,
+        lse_out: Any,
+        window: Window | None = None,
+        *,
+        whole: bool = True,
+    ) -> None:
+        """Copies this warpgroup's rows of a unit to `out`, a chunk of columns at a time.
+
+        Those of a window leave for where they belong; `whole` where all of its queries do.
+        """
         config, scratch = self.config, self.scratch
         staged = scratch.out if out.dtype == scratch.out.dtype else scratch.part_out
         staged_out, staged_lse = (x.at[self.warpgroup] for x in (staged, scratch.lse))
@@ -143,8 +155,12 @@ class QueriesFirst(Blocks):
             if column == 0:
                 staged_lse[...] = lse
             plgpu.commit_smem()
-            target = out.at[pl.ds(own, rows), pl.ds(column, chunk)]
-            plgpu.copy_smem_to_gmem(staged_out.at[pl.ds(first, rows)], target)
+            columns = pl.ds(column, chunk)
+            if window is not None:
+                window.store(staged_out, out, own, columns, whole=whole)
+            else:
+                target = out.at[pl.ds(own, rows), columns]
+                plgpu.copy_smem_to_gmem(staged_out.at[pl.ds(first, rows)], target)
             if column == 0:
                 plgpu.copy_smem_to_gmem(staged_lse, lse_out.at[pl.ds(own, MMA_ROWS)])
 

@@ -99,7 +99,7 @@ def scratch(config: Config, interpreted: bool) -> Scratch:
         out=out,
         part_out=part_out,
         lse=lse,
-        query_full=_barriers(1 + (units is not None), config.query_slots),
+        query_full=_barriers(config.query_copies + (units is not None), config.query_slots),
         query_free=_barriers(config.consumers, config.query_slots),
         weights=weights,
     )
