@@ -99,3 +99,9 @@ def on_a_cpu():
     jax.config.update("jax_default_device", jax.devices("cpu")[0])
     yield
     jax.config.update("jax_default_device", None)
+
+
+@pytest.fixture
+def soon_in_place(monkeypatch):
+    """Mosaic GPU kernels find queries in place with two tiles a row, not sixteen: small cases."""
+    monkeypatch.setattr("shardpage.backends.pallas_gpu.config._TILES_IN_PLACE", 2)

@@ -37,7 +37,7 @@ test_pallas_gpu_quantised.py::TestInterpreted::{test_written*,test_what_is*}
 !test_pallas_gpu_quantised.py::TestInterpreted::test_written*[int8-token-*]
 test_pallas_gpu.py::TestLowersForCuda::test_attend[*]
 !test_pallas_gpu.py::TestLowersForCuda::test_attend[decode-*]
-test_pallas_gpu.py::TestTiles::test_hold_each_query_once[{1,2,3}]
+test_pallas_gpu_parts.py::TestTiles::test_hold_each_query_once[{1,2,3}]
 
 # More of what one quick example shows: other layouts, dtypes, meshes, drawn shapes.
 test_attention.py::test_matches_the_oracle[xla-{plain,bf16,page1,window}-{heads_first,fused}]

@@ -24,7 +24,7 @@ _FEW_ROWS = 32  # of queries, in registers beside those of their pieces
 _COPY_BYTES = 128  # what a copy into plain shared memory is aligned to
 _SCALE_BYTES = 4
 _MERGE_ELEMENTS = 4 * WARPGROUP  # of a large unit, that one CTA merges
-_TILES_IN_PLACE = 16  # of a row on average; with 4 a step was slower by 4 %, with 64 faster by 3
+_TILES_IN_PLACE = 16  # of a row on average; with 4 a step was slower by 4 %, with 64 faster by 1
 _ALIGNED_BYTES = 1 << 10  # of arrays in shared memory, and room for barriers
 # Bytes of keys and values on their way to one SM that keep the memory busy; more gain nothing.
 _IN_FLIGHT_BYTES = 128 << 10
